@@ -1,0 +1,30 @@
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint types peers clean
+
+train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
+	$(RUN) examples/train.py $(ARGS)
+
+test: $(VENV)/installed  ## Run the tests on the eager backend.
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/installed
+	$(RUN) -m mypy
+
+peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
+	$(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/peers.txt
+	$(RUN) -m pytest -m peers $(ARGS)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test,examples,bench]" ruff mypy
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

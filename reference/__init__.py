@@ -1,0 +1,39 @@
+"""The specification in dense, plain PyTorch: every rule as one short function, in any float type.
+
+It is slow on purpose and imports nothing from ``triton_yolo``. Tests and benchmarks compare with it; it is not installed.
+"""
+
+from .anchors import make_anchors
+from .boxes import bbox_iou, xywh_to_xyxy, xyxy_to_xywh
+from .dfl import decode_dfl, dfl_loss
+from .simota import SimOTAResult, decode_yolox, simota_assign
+from .targets import pad_targets
+from .task_aligned import (
+    TaskAlignedResult,
+    align_metric,
+    select_topk_candidates,
+    task_aligned_assign,
+)
+from .yolo11 import YOLO11LossOutput, yolo11_loss
+from .yolox import YOLOXLossOutput, yolox_loss
+
+__all__ = [
+    "SimOTAResult",
+    "TaskAlignedResult",
+    "YOLO11LossOutput",
+    "YOLOXLossOutput",
+    "align_metric",
+    "bbox_iou",
+    "decode_dfl",
+    "decode_yolox",
+    "dfl_loss",
+    "make_anchors",
+    "pad_targets",
+    "select_topk_candidates",
+    "simota_assign",
+    "task_aligned_assign",
+    "xywh_to_xyxy",
+    "xyxy_to_xywh",
+    "yolo11_loss",
+    "yolox_loss",
+]

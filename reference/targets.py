@@ -1,0 +1,33 @@
+"""YOLO rows to padded ground truth."""
+
+import torch
+from torch import Tensor
+
+from .boxes import working_precision, xywh_to_xyxy
+
+
+def pad_targets(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (N, 6) of (image, class, cx, cy, w, h) normalised -> labels (B, G), boxes xywh in pixels (B, G, 4), mask (B, G).
+
+    The slot of a box is its order of appearance in its image. Padding rows and boxes that are ignored get no slot.
+    """
+    height, width = imgsz
+    rows = working_precision(rows)
+    boxes = rows[:, 2:] * rows.new_tensor([width, height, width, height])
+    kept = (rows[:, 0] >= 0) & is_box(xywh_to_xyxy(boxes))
+    slots = [torch.nonzero(kept & (rows[:, 0] == image)).flatten() for image in range(batch_size)]
+    num_slots = max((len(s) for s in slots), default=0)
+    labels = torch.zeros(batch_size, num_slots, dtype=torch.long, device=rows.device)
+    padded = boxes.new_zeros(batch_size, num_slots, 4)
+    mask = torch.zeros(batch_size, num_slots, dtype=torch.bool, device=rows.device)
+    for image, s in enumerate(slots):
+        labels[image, : len(s)] = rows[s, 1].long()
+        padded[image, : len(s)] = boxes[s]
+        mask[image, : len(s)] = True
+    return labels, padded, mask
+
+
+def is_box(boxes: Tensor) -> Tensor:
+    """Whether each box (..., 4) in xyxy has finite corners and two positive sides."""
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return boxes.isfinite().all(-1) & sides.isfinite().all(-1) & (sides > 0).all(-1)

@@ -1,0 +1,101 @@
+"""The YOLO11 criterion: BCE on every class logit, CIoU and distribution focal loss on the positives."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .anchors import make_anchors
+from .boxes import bbox_iou, working_precision, xywh_to_xyxy
+from .dfl import decode_dfl, dfl_loss, distances_to_sides
+from .targets import pad_targets
+from .task_aligned import TaskAlignedResult, task_aligned_assign
+
+
+class YOLO11LossOutput(NamedTuple):
+    loss: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
+    num_fg: Tensor
+
+
+def yolo11_assign(
+    pred_dist: Tensor,
+    pred_scores: Tensor,
+    feat_shapes: Sequence[tuple[int, int]],
+    targets: Tensor,
+    *,
+    strides: Sequence[float] = (8, 16, 32),
+    reg_max: int = 16,
+    topk: int = 10,
+    topk2: int | None = None,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    min_box_side: float = 0.0,
+) -> TaskAlignedResult:
+    """Assign the rows of ``targets`` (N, 6) to the anchors of the detached predictions, in pixels."""
+    pred_dist, pred_scores = working_precision(pred_dist.detach()), working_precision(pred_scores.detach())
+    points, point_strides = make_anchors(feat_shapes, strides, dtype=pred_dist.dtype, device=pred_dist.device)
+    imgsz = (int(feat_shapes[0][0] * strides[0]), int(feat_shapes[0][1] * strides[0]))
+    labels, boxes, mask = pad_targets(targets.to(pred_dist.dtype), pred_dist.shape[0], imgsz)
+    return task_aligned_assign(
+        pred_scores.sigmoid(),
+        decode_dfl(pred_dist, points, reg_max=reg_max, strides=point_strides),
+        points * point_strides[:, None],
+        labels, xywh_to_xyxy(boxes), mask,
+        topk=topk, topk2=topk2, alpha=alpha, beta=beta, min_box_side=min_box_side,
+    )  # fmt: skip
+
+
+def yolo11_loss(
+    pred_dist: Tensor,
+    pred_scores: Tensor,
+    feat_shapes: Sequence[tuple[int, int]],
+    targets: Tensor,
+    *,
+    strides: Sequence[float] = (8, 16, 32),
+    reg_max: int = 16,
+    box_gain: float = 7.5,
+    cls_gain: float = 0.5,
+    dfl_gain: float = 1.5,
+    class_weights: Tensor | None = None,
+    assignment: TaskAlignedResult | None = None,
+    **assigner_options: float | None,
+) -> YOLO11LossOutput:
+    """The whole criterion; ``assignment`` replaces the assigner's result if given."""
+    if assignment is None:
+        assignment = yolo11_assign(
+            pred_dist, pred_scores, feat_shapes, targets, strides=strides, reg_max=reg_max, **assigner_options
+        )
+    logits, dist = working_precision(pred_scores), working_precision(pred_dist)
+    batch_size = logits.shape[0]
+    points, point_strides = make_anchors(feat_shapes, strides, dtype=dist.dtype, device=dist.device)
+    normaliser = assignment.target_scores.sum().clamp(min=1)
+
+    bce = F.binary_cross_entropy_with_logits(logits, assignment.target_scores.to(logits.dtype), reduction="none")
+    if class_weights is not None:
+        bce = bce * class_weights.to(bce)
+    # A non-finite prediction must show in the loss even where no formula reads it.
+    cls = (bce.sum() + 0 * logits.sum()) / normaliser
+    box = dfl = 0 * dist.sum()
+
+    fg = assignment.fg_mask
+    image, anchor = fg.nonzero(as_tuple=True)
+    score = assignment.target_scores.sum(-1)[fg]
+    gt_cell = assignment.target_bboxes[fg] / point_strides[anchor][:, None]
+    pred_cell = decode_dfl(dist, points, reg_max=reg_max)[fg]
+    box = box + ((1 - bbox_iou(pred_cell, gt_cell, kind="ciou")) * score).sum() / normaliser
+    target = distances_to_sides(points[anchor], gt_cell)
+    if reg_max > 1:
+        side_loss = dfl_loss(dist[fg].unflatten(-1, (4, reg_max)), target)
+    else:
+        height, width = feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0]
+        per_image = point_strides[anchor][:, None] / dist.new_tensor([width, height, width, height])
+        side_loss = ((dist[fg] - target) * per_image).abs().mean(-1)
+    dfl = dfl + (side_loss * score).sum() / normaliser
+
+    box, cls, dfl = box_gain * box, cls_gain * cls, dfl_gain * dfl
+    return YOLO11LossOutput(batch_size * (box + cls + dfl), box.detach(), cls.detach(), dfl.detach(), fg.sum())

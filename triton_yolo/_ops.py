@@ -1,0 +1,376 @@
+"""The operations as PyTorch sees them: custom operators with fakes and gradients, run by the backend of the device.
+
+Ground truth arrives as rows: ``image_index`` (N,), negative for padding, ``labels`` (N,), ``gt_boxes`` (N, 4) in pixels. An
+assignment is ``target_row`` (B, A) int32, the row of every anchor or -1, with one number an anchor beside it. ``feat_shapes``
+is (h0, w0, h1, w1, ...). An assignment and the loss that it leads to are two operators, so that several processes can agree
+on the normaliser in between, and so that the assignment can be held fixed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._backend import implementation
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """Register ``function`` as ``triton_yolo::<its name>``; inside it autocast is off, since types are explicit there."""
+
+    @functools.wraps(function)
+    def without_autocast(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return torch.library.custom_op(f"triton_yolo::{function.__name__}", without_autocast, mutates_args=())
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Everything is computed in float32, or in float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _assignment_like(preds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = preds.shape[:2]
+    return preds.new_empty(shape, dtype=torch.int32), preds.new_empty(shape, dtype=dtype)
+
+
+# ---- decoding
+
+
+@_operator
+def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    return implementation(pred_dist.device).decode_dfl(pred_dist, anchor_points, strides, reg_max)
+
+
+@decode_dfl.register_fake
+def _(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    return pred_dist.new_empty((*pred_dist.shape[:2], 4), dtype=working_dtype(pred_dist))
+
+
+@_operator
+def decode_dfl_backward(grad: Tensor, pred_dist: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    return implementation(grad.device).decode_dfl_backward(grad, pred_dist, strides, reg_max)
+
+
+@decode_dfl_backward.register_fake
+def _(grad: Tensor, pred_dist: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    return torch.empty_like(pred_dist)
+
+
+def _decode_dfl_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pred_dist, _, strides, ctx.reg_max = inputs
+    ctx.save_for_backward(pred_dist, strides)
+
+
+def _decode_dfl_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return decode_dfl_backward(grad, *ctx.saved_tensors, ctx.reg_max), None, None, None
+
+
+decode_dfl.register_autograd(_decode_dfl_grad, setup_context=_decode_dfl_context)
+
+
+@_operator
+def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+    return implementation(preds.device).decode_yolox(preds, anchor_points, strides)
+
+
+@decode_yolox.register_fake
+def _(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+    return preds.new_empty((*preds.shape[:2], 4), dtype=working_dtype(preds))
+
+
+@_operator
+def decode_yolox_backward(grad: Tensor, preds: Tensor, strides: Tensor) -> Tensor:
+    return implementation(grad.device).decode_yolox_backward(grad, preds, strides)
+
+
+@decode_yolox_backward.register_fake
+def _(grad: Tensor, preds: Tensor, strides: Tensor) -> Tensor:
+    return torch.empty_like(preds)
+
+
+def _decode_yolox_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    preds, _, strides = inputs
+    ctx.save_for_backward(preds, strides)
+
+
+def _decode_yolox_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return decode_yolox_backward(grad, *ctx.saved_tensors), None, None
+
+
+decode_yolox.register_autograd(_decode_yolox_grad, setup_context=_decode_yolox_context)
+
+
+# ---- overlap
+
+
+@_operator
+def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+    return implementation(a.device).bbox_iou(a, b, kind, eps)
+
+
+@bbox_iou.register_fake
+def _(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+    return a.new_empty(a.shape[:-1], dtype=torch.promote_types(working_dtype(a), working_dtype(b)))
+
+
+@_operator
+def bbox_iou_backward(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
+    return implementation(grad.device).bbox_iou_backward(grad, a, b, kind, eps)
+
+
+@bbox_iou_backward.register_fake
+def _(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+def _bbox_iou_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.kind, ctx.eps = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _bbox_iou_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *bbox_iou_backward(grad, *ctx.saved_tensors, ctx.kind, ctx.eps), None, None
+
+
+bbox_iou.register_autograd(_bbox_iou_grad, setup_context=_bbox_iou_context)
+
+
+# ---- task-aligned assignment
+
+
+@_operator
+def align_metric(
+    scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
+    alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return implementation(scores.device).align_metric(
+        scores, boxes, points, labels, gt_boxes, mask, alpha, beta, min_box_side
+    )
+
+
+@align_metric.register_fake
+def _(
+    scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
+    alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (*labels.shape, scores.shape[1])
+    return scores.new_empty(shape, dtype=working_dtype(boxes)), scores.new_empty(shape, dtype=working_dtype(boxes))
+
+
+@_operator
+def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) -> Tensor:
+    return implementation(metric.device).select_topk_candidates(metric, topk, mask_gt)
+
+
+@select_topk_candidates.register_fake
+def _(metric: Tensor, topk: int, mask_gt: Tensor | None) -> Tensor:
+    return metric.new_empty(metric.shape, dtype=torch.bool)
+
+
+@_operator
+def task_aligned_assign(
+    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Target row and target score of every anchor, from class probabilities and boxes in pixels."""
+    _checks.rows_in_range(image_index, labels, scores.shape[0], scores.shape[2])
+    return implementation(scores.device).task_aligned_assign(
+        scores, boxes, points, image_index, labels, gt_boxes, topk, topk2, alpha, beta, min_box_side, eps
+    )
+
+
+@task_aligned_assign.register_fake
+def _(
+    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _assignment_like(scores, working_dtype(boxes))
+
+
+@_operator
+def yolo11_assign(
+    pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Target row and target score of every anchor, from raw logits; the sum of the scores, the number of positives."""
+    _checks.rows_in_range(image_index, labels, pred_scores.shape[0], pred_scores.shape[2])
+    return implementation(pred_dist.device).yolo11_assign(
+        pred_dist, pred_scores, image_index, labels, gt_boxes, feat_shapes, strides, reg_max,
+        topk, topk2, alpha, beta, min_box_side,
+    )  # fmt: skip
+
+
+@yolo11_assign.register_fake
+def _(
+    pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = working_dtype(pred_dist)
+    return (
+        *_assignment_like(pred_dist, dtype), pred_dist.new_empty((), dtype=dtype), labels.new_empty((), dtype=torch.int64)
+    )  # fmt: skip
+
+
+@_operator
+def yolo11_loss(
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss () and its weighted terms box, cls, dfl (3,), for a given assignment. Only the loss has a gradient."""
+    return implementation(pred_dist.device).yolo11_loss(
+        pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
+        feat_shapes, strides, reg_max, gains, batch_size,
+    )  # fmt: skip
+
+
+@yolo11_loss.register_fake
+def _(
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = working_dtype(pred_dist)
+    return pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
+
+
+@_operator
+def yolo11_loss_backward(
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return implementation(grad.device).yolo11_loss_backward(
+        grad, pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
+        feat_shapes, strides, reg_max, gains, batch_size,
+    )  # fmt: skip
+
+
+@yolo11_loss_backward.register_fake
+def _(
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(pred_dist), torch.empty_like(pred_scores)
+
+
+def _yolo11_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _yolo11_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = yolo11_loss_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, *[None] * 11
+
+
+yolo11_loss.register_autograd(_yolo11_loss_grad, setup_context=_yolo11_loss_context)
+
+
+# ---- SimOTA
+
+
+@_operator
+def simota_assign(
+    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Target row and matched IoU of every anchor, from logits and boxes in pixels."""
+    _checks.rows_in_range(image_index, labels, cls_logits.shape[0], cls_logits.shape[2])
+    return implementation(cls_logits.device).simota_assign(
+        cls_logits, obj_logits, boxes, points, strides, image_index, labels, gt_boxes, gt_centres, candidates, radius
+    )
+
+
+@simota_assign.register_fake
+def _(
+    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _assignment_like(cls_logits, working_dtype(boxes))
+
+
+@_operator
+def yolox_assign(
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Target row and matched IoU of every anchor, from raw predictions; the number of positives."""
+    _checks.rows_in_range(image_index, labels, preds.shape[0], preds.shape[2] - 5)
+    return implementation(preds.device).yolox_assign(
+        preds, image_index, labels, gt_boxes, gt_centres, feat_shapes, strides, candidates, radius
+    )
+
+
+@yolox_assign.register_fake
+def _(
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_assignment_like(preds, working_dtype(preds)), labels.new_empty((), dtype=torch.int64)
+
+
+@_operator
+def yolox_loss(
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss () and its weighted terms iou, obj, cls, l1 (4,), for a given assignment. Only the loss has a gradient."""
+    return implementation(preds.device).yolox_loss(
+        preds, target_row, matched_iou, normaliser, labels, gt_boxes, gt_xywh,
+        feat_shapes, strides, iou_loss, iou_gain, use_l1,
+    )  # fmt: skip
+
+
+@yolox_loss.register_fake
+def _(
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = working_dtype(preds)
+    return preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
+
+
+@_operator
+def yolox_loss_backward(
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> Tensor:  # fmt: skip
+    return implementation(grad.device).yolox_loss_backward(
+        grad, preds, target_row, matched_iou, normaliser, labels, gt_boxes, gt_xywh,
+        feat_shapes, strides, iou_loss, iou_gain, use_l1,
+    )  # fmt: skip
+
+
+@yolox_loss_backward.register_fake
+def _(
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(preds)
+
+
+def _yolox_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _yolox_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return yolox_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 11
+
+
+yolox_loss.register_autograd(_yolox_loss_grad, setup_context=_yolox_loss_context)

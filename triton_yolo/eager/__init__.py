@@ -1,0 +1,27 @@
+"""The operations in sparse PyTorch, for any device: work and memory grow with the pairs of ground truth and candidate."""
+
+from .boxes import bbox_iou, bbox_iou_backward
+from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
+from .simota import simota_assign
+from .task_aligned import align_metric, select_topk_candidates, task_aligned_assign
+from .yolo11 import yolo11_assign, yolo11_loss, yolo11_loss_backward
+from .yolox import yolox_assign, yolox_loss, yolox_loss_backward
+
+__all__ = [
+    "align_metric",
+    "bbox_iou",
+    "bbox_iou_backward",
+    "decode_dfl",
+    "decode_dfl_backward",
+    "decode_yolox",
+    "decode_yolox_backward",
+    "select_topk_candidates",
+    "simota_assign",
+    "task_aligned_assign",
+    "yolo11_assign",
+    "yolo11_loss",
+    "yolo11_loss_backward",
+    "yolox_assign",
+    "yolox_loss",
+    "yolox_loss_backward",
+]

@@ -1,0 +1,103 @@
+"""The IoU family and its derivative, element by element."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def working(x: Tensor) -> Tensor:
+    """Everything is computed in float32, or in float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+    """Overlap of boxes (..., 4) in xyxy."""
+    ax1, ay1, ax2, ay2 = working(a).unbind(-1)
+    bx1, by1, bx2, by2 = working(b).unbind(-1)
+    wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
+    inter_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
+    inter_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
+    inter = inter_w * inter_h
+    union = wa * ha + wb * hb - inter + eps
+    iou = inter / union
+    if kind == "iou":
+        return iou
+    enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    if kind == "giou":
+        enclosing_area = enclosing_w * enclosing_h + eps
+        return iou - (enclosing_area - union) / enclosing_area
+    diagonal2 = enclosing_w.square() + enclosing_h.square() + eps
+    dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
+    diou = iou - (dx.square() + dy.square()) / diagonal2
+    if kind == "diou":
+        return diou
+    v = (4 / math.pi**2) * (torch.atan(wb / hb) - torch.atan(wa / ha)).square()
+    return diou - v / (1 - iou + v + eps) * v
+
+
+def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+    """Derivative of the overlap by the corners of ``a``: (..., 4).
+
+    Where two sides coincide, each gets half of the derivative of their minimum or maximum. CIoU's trade-off weight is a
+    constant. Every kind is symmetric, so the derivative by ``b`` is that of (b, a).
+    """
+    ax1, ay1, ax2, ay2 = working(a).unbind(-1)
+    bx1, by1, bx2, by2 = working(b).unbind(-1)
+    wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
+    overlap_w = torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)
+    overlap_h = torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
+    inter = overlap_w.clamp(min=0) * overlap_h.clamp(min=0)
+    union = wa * ha + wb * hb - inter + eps
+
+    # Shares of a's sides in the intersection and, the other way round, in the enclosing box.
+    x1_inner, x2_inner = _share(ax1 > bx1, ax1 == bx1), _share(ax2 < bx2, ax2 == bx2)
+    y1_inner, y2_inner = _share(ay1 > by1, ay1 == by1), _share(ay2 < by2, ay2 == by2)
+
+    d_inter, d_union = 1 / union, -inter / union.square()
+    enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    d_wa = d_ha = d_enclosing_w = d_enclosing_h = d_dx = d_dy = torch.zeros_like(union)
+    if kind == "giou":
+        enclosing_area = enclosing_w * enclosing_h + eps
+        d_union = d_union + 1 / enclosing_area
+        d_enclosing_area = -union / enclosing_area.square()
+        d_enclosing_w, d_enclosing_h = d_enclosing_area * enclosing_h, d_enclosing_area * enclosing_w
+    elif kind in ("diou", "ciou"):
+        diagonal2 = enclosing_w.square() + enclosing_h.square() + eps
+        dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
+        d_diagonal2 = (dx.square() + dy.square()) / diagonal2.square()
+        d_enclosing_w, d_enclosing_h = 2 * enclosing_w * d_diagonal2, 2 * enclosing_h * d_diagonal2
+        d_dx, d_dy = -2 * dx / diagonal2, -2 * dy / diagonal2
+    if kind == "ciou":
+        delta = torch.atan(wb / hb) - torch.atan(wa / ha)
+        v = (4 / math.pi**2) * delta.square()
+        weight = v / (1 - inter / union + v + eps)
+        d_angle = weight * (8 / math.pi**2) * delta
+        radius2 = wa.square() + ha.square()
+        d_wa, d_ha = d_angle * ha / radius2, -d_angle * wa / radius2
+
+    d_inter = d_inter - d_union
+    d_wa, d_ha = d_wa + d_union * ha, d_ha + d_union * wa
+    d_overlap_w = torch.where(overlap_w >= 0, d_inter * overlap_h.clamp(min=0), 0)
+    d_overlap_h = torch.where(overlap_h >= 0, d_inter * overlap_w.clamp(min=0), 0)
+    return torch.stack(
+        [
+            -d_wa - d_overlap_w * x1_inner - d_enclosing_w * (1 - x1_inner) + d_dx / 2,
+            -d_ha - d_overlap_h * y1_inner - d_enclosing_h * (1 - y1_inner) + d_dy / 2,
+            d_wa + d_overlap_w * x2_inner + d_enclosing_w * (1 - x2_inner) + d_dx / 2,
+            d_ha + d_overlap_h * y2_inner + d_enclosing_h * (1 - y2_inner) + d_dy / 2,
+        ],
+        -1,
+    )
+
+
+def bbox_iou_backward(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
+    grad_a = grad[..., None] * bbox_iou_derivative(a, b, kind, eps)
+    grad_b = grad[..., None] * bbox_iou_derivative(b, a, kind, eps)
+    return grad_a.to(a.dtype), grad_b.to(b.dtype)
+
+
+def _share(is_own: Tensor, is_tie: Tensor) -> Tensor:
+    return is_own.float() + 0.5 * is_tie.float()

@@ -1,0 +1,66 @@
+"""From what a head puts out to boxes."""
+
+import torch
+from torch import Tensor
+
+from .boxes import working
+
+
+def expectation(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (..., R) and expected bin (...) of logits (..., R). With one bin the logit is the value."""
+    if logits.shape[-1] == 1:
+        return torch.ones_like(logits), logits.squeeze(-1)
+    probs = logits.softmax(-1)
+    return probs, probs @ torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+
+
+def expectation_backward(grad: Tensor, probs: Tensor, value: Tensor) -> Tensor:
+    """Gradient of the logits (..., R) from that of the expected bin (...)."""
+    if probs.shape[-1] == 1:
+        return grad[..., None]
+    bins = torch.arange(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+    return probs * (bins - value[..., None]) * grad[..., None]
+
+
+def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:
+    """Boxes (..., 4) at ``points`` (..., 2) from (left, top, right, bottom)."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+
+
+def distances_grad(grad_boxes: Tensor) -> Tensor:
+    """Gradient of (left, top, right, bottom) from that of the box."""
+    return torch.cat([-grad_boxes[..., :2], grad_boxes[..., 2:]], -1)
+
+
+def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    _, distances = expectation(working(pred_dist).unflatten(-1, (4, reg_max)))
+    boxes = boxes_from_distances(anchor_points.to(distances.dtype), distances)
+    return boxes if strides is None else boxes * strides.to(boxes.dtype)[:, None]
+
+
+def decode_dfl_backward(grad: Tensor, pred_dist: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
+    if strides is not None:
+        grad = grad * strides.to(grad.dtype)[:, None]
+    probs, distances = expectation(working(pred_dist).unflatten(-1, (4, reg_max)))
+    grad_logits = expectation_backward(distances_grad(grad), probs, distances)
+    return torch.empty_like(pred_dist).copy_(grad_logits.flatten(-2))
+
+
+def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+    raw = working(preds)
+    stride = strides.to(raw.dtype)[:, None]
+    centre = (anchor_points.to(raw.dtype) - 0.5 + raw[..., :2]) * stride
+    size = raw[..., 2:4].exp() * stride
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
+def decode_yolox_backward(grad: Tensor, preds: Tensor, strides: Tensor) -> Tensor:
+    result = torch.zeros_like(preds)
+    result[..., :4] = yolox_raw_grad(grad, working(preds[..., 2:4]), strides.to(grad.dtype)[:, None])
+    return result
+
+
+def yolox_raw_grad(grad_boxes: Tensor, raw_size: Tensor, stride: Tensor) -> Tensor:
+    """Gradient of (dx, dy, log w, log h) from that of the corners."""
+    low, high = grad_boxes[..., :2] * stride, grad_boxes[..., 2:] * stride
+    return torch.cat([low + high, (high - low) / 2 * raw_size.exp()], -1)

@@ -1,0 +1,72 @@
+"""Pairs of a ground-truth row and an anchor, found without looking at every anchor of every row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..anchors import make_anchors
+from ..targets import Targets
+
+
+def anchor_table(feat_shapes: Sequence[int], strides: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchor points in cells (2, A) and their strides (A,), in the type that ``like`` is computed in."""
+    shapes = [feat_shapes[i : i + 2] for i in range(0, len(feat_shapes), 2)]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    points, point_strides = make_anchors(shapes, strides, device=like.device, dtype=dtype)
+    return points.T, point_strides
+
+
+def valid_rows(image_index: Tensor, labels: Tensor, boxes: Tensor, batch_size: int, num_classes: int) -> Tensor:
+    """Indices of the rows that count as ground truth."""
+    return Targets(image_index, labels, boxes, boxes).is_valid(batch_size, num_classes).nonzero().squeeze(1)
+
+
+def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For every segment its members: (segment, position in the segment) of ``counts.sum()`` members."""
+    segment = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    starts = counts.cumsum(0) - counts
+    return segment, torch.arange(len(segment), device=counts.device) - starts[segment]
+
+
+def grid_pairs(
+    low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
+
+    The rectangles are (n, 2), or (n, L, 2) if each level has its own.
+    A superset, tight to a thousandth of a cell: the caller's exact test drops hardly anything.
+    """
+    sizes = torch.tensor(feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)
+    stride = torch.tensor(strides, device=low.device, dtype=low.dtype)
+    level_start = sizes.prod(-1).cumsum(0) - sizes.prod(-1)
+    limit = sizes.to(low.dtype)
+    if low.dim() == 2:
+        low, high = low[:, None], high[:, None]
+    zero = torch.zeros_like(limit)
+    first = (low / stride[:, None] - 0.501).ceil().clamp(zero, limit).long()  # (n, L, 2)
+    last = ((high / stride[:, None] - 0.499).floor() + 1).clamp(zero, limit).long()
+    width, height = (last - first).clamp(min=0).unbind(-1)
+    first_anchor = level_start + first[..., 1] * sizes[:, 0] + first[..., 0]
+
+    segment, position = expand((width * height).flatten())
+    width = width.flatten()[segment]
+    level_width = sizes[:, 0].expand(len(low), -1).flatten()[segment]
+    # x + y * level width of the cell, with x = position - y * width of the rectangle.
+    y = torch.div(position, width, rounding_mode="floor")
+    anchors = first_anchor.flatten()[segment] + position + y * (level_width - width)
+    return torch.div(segment, len(strides), rounding_mode="floor"), anchors
+
+
+def point_pairs(low: Tensor, high: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, anchors) of arbitrary ``points`` (A, 2) strictly inside the rectangles ``low`` to ``high`` (n, 2)."""
+    x, by_x = points[:, 0].contiguous().sort()
+    first = torch.searchsorted(x, low[:, 0].contiguous(), right=True)
+    last = torch.searchsorted(x, high[:, 0].contiguous())
+    rows, position = expand((last - first).clamp(min=0))
+    anchors = by_x[first[rows] + position]
+    y = points[anchors, 1]
+    inside = (y > low[rows, 1]) & (y < high[rows, 1])
+    order = (rows[inside] * len(points) + anchors[inside]).sort().values
+    rows = torch.div(order, max(len(points), 1), rounding_mode="floor")
+    return rows, order - rows * len(points)

@@ -1,0 +1,214 @@
+"""SimOTA assignment (YOLOX, arXiv 2107.08430): every ground truth against the anchors that take part in its image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .boxes import bbox_iou, working
+from .pairs import valid_rows, point_pairs
+from .task_aligned import is_inside
+
+INFEASIBLE_COST = 1e6
+MAX_DYNAMIC_K = 10
+_BLOCK = 1 << 19  # pairs at a time, which bounds the memory on crowded images
+
+FindPairs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Regions(NamedTuple):
+    """Where a ground truth may find anchors: ``points`` (2, A) and ``strides`` (A,) in pixels, and the rule.
+
+    The finders give supersets of the pairs (rows, anchors) near centres (n, 2) or in boxes from low (n, 2) to high (n, 2).
+    """
+
+    points: Tensor
+    strides: Tensor
+    candidates: str
+    radius: float
+    find_near: Callable[[Tensor], tuple[Tensor, Tensor]]
+    find_in_box: FindPairs
+
+    def in_centre(self, anchors: Tensor, centres: Tensor) -> Tensor:
+        """Whether anchors are nearer to ``centres`` (2, ...) than the radius on both axes."""
+        offset = (self.points[:, anchors] - centres).abs()
+        return torch.maximum(offset[0], offset[1]) < self.radius * self.strides[anchors]
+
+    def in_box(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        return is_inside(self.points[:, anchors], boxes, 0.0)
+
+
+class _Rows(NamedTuple):
+    """Valid ground truths in order of image: their ids, images, labels, boxes (4, n) and centres (2, n)."""
+
+    ids: Tensor
+    images: Tensor
+    labels: Tensor
+    boxes: Tensor
+    centres: Tensor
+
+    def take(self, index: Tensor | slice) -> "_Rows":
+        return _Rows(
+            self.ids[index], self.images[index], self.labels[index], self.boxes[:, index], self.centres[:, index]
+        )
+
+
+class _Members(NamedTuple):
+    """Anchors (M,) that take part, image after image; ``count`` and ``first`` (B,) say which are whose."""
+
+    images: Tensor
+    anchors: Tensor
+    count: Tensor
+    first: Tensor
+    boxes: Tensor
+    cls_logits: Tensor
+    obj_probs: Tensor
+    background_cost: Tensor
+
+
+def simota_assign(
+    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    points, strides = working(points), working(strides)
+
+    def find_near(centres: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for stride in strides.unique():
+            (of_stride,) = (strides == stride).nonzero(as_tuple=True)
+            reach = 1.001 * radius * stride
+            rows, nth = point_pairs(centres - reach, centres + reach, points[of_stride])
+            found.append((rows, of_stride[nth]))
+        return torch.cat([rows for rows, _ in found]), torch.cat([anchors for _, anchors in found])
+
+    def find_in_box(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return point_pairs(low, high, points)
+
+    regions = Regions(points.T.contiguous(), strides, candidates, radius, find_near, find_in_box)
+    return match(cls_logits, obj_logits, boxes, regions, image_index, labels, gt_boxes, gt_centres)
+
+
+def match(
+    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, regions: Regions,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Row of every anchor (B, A), int32, -1 for background, and its IoU with it, 0 for background."""
+    batch_size, num_anchors, num_classes = cls_logits.shape
+    gt_boxes, gt_centres = gt_boxes.to(regions.points.dtype), gt_centres.to(regions.points.dtype)
+    ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
+    ids = ids[image_index[ids].sort(stable=True).indices]
+    rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_centres[ids].T.contiguous())
+
+    takes_part = torch.zeros(batch_size, num_anchors, dtype=torch.bool, device=ids.device)
+    nth, anchors = regions.find_near(rows.centres.T)
+    kept = regions.in_centre(anchors, rows.centres[:, nth])
+    takes_part[rows.images[nth[kept]], anchors[kept]] = True
+    if regions.candidates == "box_and_center":
+        nth, anchors = regions.find_in_box(rows.boxes[:2].T, rows.boxes[2:].T)
+        kept = regions.in_box(anchors, rows.boxes[:, nth])
+        takes_part[rows.images[nth[kept]], anchors[kept]] = True
+    members = _gather_members(cls_logits, obj_logits, boxes, takes_part)
+    rows = rows.take(members.count[rows.images] > 0)
+
+    num_claims = torch.zeros_like(members.images)
+    nobody = len(rows.ids)
+    winner = torch.full_like(members.images, nobody)
+    cheapest = torch.full_like(members.background_cost, torch.inf)
+    cheapest_row = torch.full_like(members.images, nobody)
+    for block in _row_blocks(members.count[rows.images]):
+        is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, regions)
+        nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
+        claimed = pairs[nth, column]
+        num_claims.index_add_(0, claimed, torch.ones_like(claimed))
+        winner[claimed] = nth + block.start
+
+        # Only a strictly cheaper row displaces one from an earlier block, so equal costs go to the lower slot.
+        nth, column = is_pair.nonzero().unbind(-1)
+        pairs, cost = pairs[nth, column], cost[nth, column]
+        best = torch.full_like(cheapest, torch.inf).scatter_reduce_(0, pairs, cost, "amin")
+        is_best = cost == best[pairs]
+        best_row = torch.full_like(cheapest_row, nobody)
+        best_row.scatter_reduce_(0, pairs[is_best], nth[is_best] + block.start, "amin")
+        is_cheaper = (best < cheapest) | (cheapest_row == nobody)
+        cheapest, cheapest_row = best.where(is_cheaper, cheapest), best_row.where(is_cheaper, cheapest_row)
+    winner = cheapest_row.where(num_claims > 1, winner)
+
+    positive = (winner < nobody).nonzero().squeeze(1)
+    at, winner = (members.images[positive], members.anchors[positive]), winner[positive]
+    target_row = torch.full_like(takes_part, -1, dtype=torch.int32)
+    target_row[at] = rows.ids[winner].int()
+    matched_iou = torch.zeros_like(takes_part, dtype=members.boxes.dtype)
+    matched_iou[at] = _iou(rows.boxes[:, winner], members.boxes[:, positive])
+    return target_row, matched_iou
+
+
+def _gather_members(cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, takes_part: Tensor) -> _Members:
+    images, anchors = takes_part.nonzero().unbind(-1)
+    count = takes_part.sum(1)
+    cls, obj_probs = working(cls_logits[images, anchors]), working(obj_logits[images, anchors]).sigmoid()
+    background_cost = -_log_not(_joint_probability(cls, obj_probs[:, None])).sum(-1)
+    member_boxes = working(boxes[images, anchors]).T.contiguous()
+    return _Members(images, anchors, count, count.cumsum(0) - count, member_boxes, cls, obj_probs, background_cost)
+
+
+def _pair_costs(rows: _Rows, members: _Members, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows (n,) against the members of their images, padded to (n, P): is it a pair, its member, cost and IoU."""
+    count = members.count[rows.images][:, None]
+    position = torch.arange(int(count.max()), device=count.device)
+    is_pair = position < count
+    pairs = (members.first[rows.images][:, None] + position).where(is_pair, 0)
+    anchors = members.anchors[pairs]
+
+    ious = _iou(rows.boxes[..., None], members.boxes[:, pairs]).where(is_pair, 0)
+    probs = _joint_probability(members.cls_logits[pairs, rows.labels[:, None]], members.obj_probs[pairs])
+    # BCE against the one-hot class differs from that against no class by two terms.
+    cost = members.background_cost[pairs] + _log_not(probs) - probs.log().clamp(min=-100)
+    cost = cost + 3.0 * -torch.log(ious + 1e-8)
+    is_feasible = regions.in_centre(anchors, rows.centres[..., None])
+    if regions.candidates == "box_and_center":
+        is_feasible &= regions.in_box(anchors, rows.boxes[..., None])
+    cost = cost + INFEASIBLE_COST * ~is_feasible
+    return is_pair, pairs, cost.where(is_pair & (cost < torch.inf), torch.inf), ious
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes (4, ...), 0 where it is undefined."""
+    ious = bbox_iou(a.movedim(0, -1), b.movedim(0, -1), "iou", 0.0)
+    return ious.where(ious > 0, 0)
+
+
+def _joint_probability(cls_logits: Tensor, obj_probs: Tensor) -> Tensor:
+    return (cls_logits.sigmoid() * obj_probs).sqrt()
+
+
+def _log_not(probs: Tensor) -> Tensor:
+    """log(1 - p), not below -100."""
+    return torch.log1p(-probs).clamp(min=-100)
+
+
+def dynamic_k(ious: Tensor) -> Tensor:
+    """How many anchors each row of (n, P) takes: the sum of its largest IoUs, in float64 so that no order matters."""
+    largest = ious.topk(min(MAX_DYNAMIC_K, ious.shape[1]), dim=1).values
+    return largest.double().sum(1).floor().long().clamp(min=1)
+
+
+def cheapest_k(cost: Tensor, k: Tensor) -> Tensor:
+    """The ``k`` (n,) cheapest of every row of (n, P), equal ones by the lower column."""
+    ordered = cost.topk(min(MAX_DYNAMIC_K, cost.shape[1]), dim=1, largest=False).values
+    bound = ordered.gather(1, k[:, None] - 1)
+    is_below, is_equal = cost < bound, cost == bound
+    room = k[:, None] - is_below.sum(1, keepdim=True)
+    return is_below | (is_equal & (is_equal.cumsum(1) <= room))
+
+
+def _row_blocks(num_pairs: Tensor) -> list[slice]:
+    """Cut rows with so many pairs each into runs of about ``_BLOCK`` pairs when padded."""
+    counts = num_pairs.tolist()
+    blocks, start, widest = [], 0, 0
+    for row, count in enumerate(counts):
+        widest = max(widest, count)
+        if row > start and widest * (row + 1 - start) > _BLOCK:
+            blocks.append(slice(start, row))
+            start, widest = row, count
+    return [*blocks, slice(start, len(counts))] if counts else []

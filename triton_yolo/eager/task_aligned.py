@@ -1,0 +1,136 @@
+"""Task-aligned assignment (TOOD, arXiv 2108.07755) on the pairs of ground truth and candidate."""
+
+import torch
+from torch import Tensor
+
+from .boxes import bbox_iou, working
+from .pairs import valid_rows, point_pairs
+
+
+def widen(boxes: Tensor, min_side: float) -> Tensor:
+    """Widen every side shorter than ``min_side`` to it, about the centre of the box."""
+    if min_side <= 0:
+        return boxes
+    low, high = boxes[..., :2], boxes[..., 2:]
+    centre = (low + high) / 2
+    is_short = high - low < min_side
+    low, high = torch.where(is_short, centre - min_side / 2, low), torch.where(is_short, centre + min_side / 2, high)
+    return torch.cat([low, high], -1)
+
+
+def is_inside(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
+    """Whether points (2, P) lie inside boxes (4, P) by more than ``eps``."""
+    inside = torch.minimum(points[0] - boxes[0], points[1] - boxes[1])
+    return torch.minimum(inside, torch.minimum(boxes[2] - points[0], boxes[3] - points[1])) > eps
+
+
+def pair_metric(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4, P) and true boxes (4, P)."""
+    ciou = bbox_iou(gt_boxes.T, boxes.T, "ciou", 1e-7)
+    overlaps = torch.where(ciou > 0, ciou, 0)
+    metric = scores.pow(alpha) * overlaps.pow(beta)
+    return torch.where(metric > 0, metric, 0), overlaps
+
+
+def topk_per_row(metric: Tensor, rows: Tensor, topk: int) -> Tensor:
+    """Indices of the ``topk`` highest positive metrics of every row; of equal ones the earlier pair. Rows are in order."""
+    kept = (metric > 0).nonzero().squeeze(1)
+    metric, rows = metric[kept], rows[kept]
+    # Bits of positive floats order as the floats do, and integers sort stably in linear time.
+    bits = metric.view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
+    by_metric = (torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices
+    by_row = by_metric[rows[by_metric].sort(stable=True).indices]
+    rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    return kept[by_row[rank < topk]]
+
+
+def match(
+    rows: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor, num_rows: int, num_cells: int,
+    topk: int, topk2: int | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose the positives among the pairs (P,) of row and cell, a cell being an anchor of an image.
+
+    Returns:
+        The row of every cell, -1 for background, int32; its target score.
+    """
+    target_row = torch.full((num_cells,), -1, dtype=torch.int32, device=rows.device)
+    claims = topk_per_row(metric, rows, topk)
+    target_row[cells[claims]] = rows[claims].int()
+
+    num_claims = torch.zeros(num_cells, dtype=torch.int32, device=rows.device)
+    num_claims.index_add_(0, cells[claims], torch.ones_like(claims, dtype=torch.int32))
+    contested = (num_claims > 1)[cells].nonzero().squeeze(1)
+    best = overlaps.new_zeros(num_cells).scatter_reduce_(0, cells[contested], overlaps[contested], "amax")
+    contested = contested[overlaps[contested] == best[cells[contested]]]
+    target_row.scatter_reduce_(0, cells[contested], rows[contested].int(), "amin", include_self=False)
+
+    positives = (target_row[cells] == rows).nonzero().squeeze(1)
+    if topk2 is not None:
+        target_row[cells[positives]] = -1
+        positives = positives[topk_per_row(metric[positives], rows[positives], topk2)]
+        target_row[cells[positives]] = rows[positives].int()
+
+    cells, rows, metric, overlaps = cells[positives], rows[positives], metric[positives], overlaps[positives]
+    max_metric = metric.new_zeros(num_rows).scatter_reduce_(0, rows, metric, "amax")
+    max_overlap = metric.new_zeros(num_rows).scatter_reduce_(0, rows, overlaps, "amax")
+    target_score = metric.new_zeros(num_cells)
+    target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + eps)
+    return target_row, target_score
+
+
+def pairs_of_points(
+    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    alpha: float, beta: float, min_box_side: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(rows, cells, metric, overlap) of every candidate pair, for anchors at arbitrary points in pixels."""
+    batch_size, num_anchors, num_classes = scores.shape
+    scores, boxes, points, gt_boxes = working(scores), working(boxes), working(points), working(gt_boxes)
+    row_ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
+    widened = widen(gt_boxes[row_ids], min_box_side)
+    nth, anchors = point_pairs(widened[:, :2], widened[:, 2:], points)
+    kept = is_inside(points[anchors].T, widened[nth].T, eps)
+    rows, anchors = row_ids[nth[kept]], anchors[kept]
+    images = image_index[rows]
+    metric, overlaps = pair_metric(
+        scores[images, anchors, labels[rows]], boxes[images, anchors].T, gt_boxes[rows].T, alpha, beta
+    )
+    return rows, images * num_anchors + anchors, metric, overlaps
+
+
+def task_aligned_assign(
+    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, cells, metric, overlaps = pairs_of_points(
+        scores, boxes, points, image_index, labels, gt_boxes, alpha, beta, min_box_side, eps
+    )
+    shape = scores.shape[:2]
+    target_row, target_score = match(rows, cells, metric, overlaps, len(labels), shape.numel(), topk, topk2, eps)
+    return target_row.view(shape), target_score.view(shape)
+
+
+def align_metric(
+    scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
+    alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch_size, num_slots = labels.shape
+    image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
+    rows, cells, metric, overlaps = pairs_of_points(
+        scores, boxes, points, image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4), alpha, beta, min_box_side, 1e-9
+    )
+    num_anchors = scores.shape[1]
+    dense_metric, dense_overlaps = metric.new_zeros(2, batch_size * num_slots, num_anchors).unbind(0)
+    anchors = cells % num_anchors
+    dense_metric[rows, anchors], dense_overlaps[rows, anchors] = metric, overlaps
+    shape = (batch_size, num_slots, num_anchors)
+    return dense_metric.view(shape), dense_overlaps.view(shape).clone()
+
+
+def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) -> Tensor:
+    positive = metric > 0 if mask_gt is None else (metric > 0) & mask_gt[..., None]
+    selected = torch.zeros_like(positive, memory_format=torch.contiguous_format)
+    pairs = positive.flatten(0, 1).nonzero()
+    values = working(metric).flatten(0, 1)[pairs[:, 0], pairs[:, 1]]
+    chosen = pairs[topk_per_row(values, pairs[:, 0].contiguous(), topk)]
+    selected.view(-1, metric.shape[-1])[chosen[:, 0], chosen[:, 1]] = True
+    return selected

@@ -1,0 +1,164 @@
+"""YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import bbox_iou, bbox_iou_derivative, working
+from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
+from .pairs import anchor_table, grid_pairs, valid_rows
+from .task_aligned import is_inside, match, pair_metric, widen
+
+_BLOCK = 1 << 18  # elements of a dense pass at a time: they stay in the processor's cache
+
+
+def yolo11_assign(
+    pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
+    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch_size, num_anchors, num_classes = pred_scores.shape
+    points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
+    gt_boxes = gt_boxes.to(points.dtype)
+    row_ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
+    widened = widen(gt_boxes[row_ids], min_box_side)
+    nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], feat_shapes, strides)
+    points_px = (points * point_strides).contiguous()
+    kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], 1e-9).nonzero().squeeze(1)
+    rows, anchors = row_ids[nth[kept]], anchors[kept]
+    images = image_index[rows]
+    cells = images * num_anchors + anchors
+
+    # An anchor inside several boxes is decoded once.
+    place = torch.zeros(batch_size * num_anchors, dtype=torch.int64, device=cells.device)
+    place[cells] = 1
+    decoded = place.nonzero().squeeze(1)
+    place[decoded] = torch.arange(len(decoded), device=cells.device)
+    at_image = torch.div(decoded, num_anchors, rounding_mode="floor")
+    at_anchor = decoded - at_image * num_anchors
+    logits = working(pred_dist[at_image, at_anchor]).unflatten(-1, (4, reg_max))
+    boxes = boxes_from_distances(points.T[at_anchor], expectation(logits)[1]) * point_strides[at_anchor][:, None]
+
+    scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
+    pair_boxes, pair_gt = boxes.T.contiguous()[:, place[cells]], gt_boxes.T.contiguous()[:, rows]
+    metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
+    target_row, target_score = match(
+        rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9
+    )
+    shape = (batch_size, num_anchors)
+    return target_row.view(shape), target_score.view(shape), target_score.sum(), (target_row >= 0).sum()
+
+
+def yolo11_loss(
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    box_gain, cls_gain, dfl_gain = gains
+    pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
+
+    per_class = torch.stack([_softplus_per_class(pred_scores[block]) for block in _blocks(pred_scores)]).sum(0)
+    logits = working(pred_scores[pos.images, pos.anchors, labels[pos.rows]])
+    cls = _weighted(per_class, class_weights).sum()
+    cls = cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()
+
+    # A non-finite prediction must show in the loss even where no formula reads it.
+    poison = 0 * pred_dist.sum(dtype=pos.scores.dtype)
+    box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum() + poison
+    if reg_max > 1:
+        log_p = F.log_softmax(pos.logits, -1)
+        low, weight_low, weight_high = pos.soft_bins()
+        side = -(log_p.gather(-1, low).squeeze(-1) * weight_low + log_p.gather(-1, low + 1).squeeze(-1) * weight_high)
+    else:
+        side = (pos.distances - pos.target_distances).abs() * pos.image_share
+    dfl = (side.mean(-1) * pos.scores).sum() + poison
+
+    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser
+    return batch_size * items.sum(), items
+
+
+def yolo11_loss_backward(
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of both predictions, in their layout, for the gradient () of the loss."""
+    box_gain, cls_gain, dfl_gain = gains
+    pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
+    scale = grad * batch_size / normaliser
+
+    grad_scores = torch.empty_like(pred_scores)
+    for block in _blocks(pred_scores):
+        logits, out = pred_scores[block], grad_scores[block]
+        probs = torch.sigmoid(logits, out=out) if logits.dtype == scale.dtype else working(logits).sigmoid()
+        out.copy_(_weighted(probs.mul_(cls_gain * scale), class_weights))
+    at_label = (pos.images, pos.anchors, labels[pos.rows])
+    error = working(pred_scores[at_label]).sigmoid() - pos.scores
+    grad_scores[at_label] = (_weighted(error, class_weights, at_label[2]) * (cls_gain * scale)).to(grad_scores.dtype)
+
+    weight = (pos.scores * scale)[:, None]
+    derivative = bbox_iou_derivative(pos.boxes, pos.gt_boxes, "ciou", 1e-7)
+    grad_distances = distances_grad(-box_gain * weight * derivative)
+    if reg_max == 1:
+        side = torch.sign(pos.distances - pos.target_distances) * pos.image_share
+        grad_distances = grad_distances + dfl_gain / 4 * weight * side
+    grad_logits = expectation_backward(grad_distances, pos.probs, pos.distances)
+    if reg_max > 1:
+        low, weight_low, weight_high = pos.soft_bins()
+        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
+        grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
+    grad_dist = torch.zeros_like(pred_dist)
+    grad_dist[pos.images, pos.anchors] = grad_logits.flatten(-2).to(grad_dist.dtype)
+    return grad_dist, grad_scores
+
+
+class _Positives:
+    """The positive anchors (M) with what both directions need of them: boxes and distances in cells."""
+
+    def __init__(
+        self, pred_dist: Tensor, target_row: Tensor, target_score: Tensor, gt_boxes: Tensor,
+        feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
+    ) -> None:  # fmt: skip
+        points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
+        self.images, self.anchors = (target_row >= 0).nonzero().unbind(-1)
+        self.rows = target_row[self.images, self.anchors].long()
+        self.scores = target_score[self.images, self.anchors]
+        self.logits = working(pred_dist[self.images, self.anchors]).unflatten(-1, (4, reg_max))
+        self.probs, self.distances = expectation(self.logits)
+        points, stride = points.T[self.anchors], point_strides[self.anchors][:, None]
+        self.boxes = boxes_from_distances(points, self.distances)
+        self.gt_boxes = gt_boxes.to(points.dtype)[self.rows] / stride
+        self.target_distances = torch.cat([points - self.gt_boxes[:, :2], self.gt_boxes[:, 2:] - points], -1)
+        height, width = feat_shapes[0] * strides[0], feat_shapes[1] * strides[0]
+        self.image_share = stride / points.new_tensor([width, height, width, height])
+
+    def soft_bins(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lower bin (M, 4, 1) around each target distance, and the weights (M, 4) of it and of the next."""
+        distances = self.target_distances.clamp(0, self.probs.shape[-1] - 1 - 0.01)
+        low = distances.floor()
+        return low.long()[..., None], low + 1 - distances, distances - low
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, A, C) into pieces of about ``_BLOCK`` elements."""
+    batch_size, num_anchors, num_classes = x.shape
+    images = max(1, _BLOCK // max(1, num_anchors * num_classes))
+    anchors = max(1, min(num_anchors, _BLOCK // max(1, num_classes)))
+    for b in range(0, batch_size, images):
+        for a in range(0, num_anchors, anchors):
+            yield slice(b, b + images), slice(a, a + anchors)
+
+
+def _softplus_per_class(logits: Tensor) -> Tensor:
+    logits = working(logits)
+    # The second term is 0, or NaN where a logit is infinite.
+    return F.softplus(logits, threshold=40).sum((0, 1)) + 0 * logits.sum((0, 1))
+
+
+def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:
+    if class_weights is None:
+        return x
+    weights = class_weights.to(x.dtype)
+    return x * (weights if index is None else weights[index])

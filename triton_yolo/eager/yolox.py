@@ -1,0 +1,95 @@
+"""YOLOX's assignment from raw predictions, and its loss."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import bbox_iou, bbox_iou_derivative, working
+from .decode import decode_yolox, yolox_raw_grad
+from .pairs import anchor_table, grid_pairs
+from .simota import Regions, match
+
+
+def yolox_assign(
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    points, point_strides = anchor_table(feat_shapes, strides, preds)
+
+    def find_near(centres: Tensor) -> tuple[Tensor, Tensor]:
+        reach = 1.001 * radius * centres.new_tensor(strides)[:, None]
+        return grid_pairs(centres[:, None] - reach, centres[:, None] + reach, feat_shapes, strides)
+
+    def find_in_box(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return grid_pairs(low, high, feat_shapes, strides)
+
+    regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
+    boxes = decode_yolox(preds, points.T, point_strides)
+    target_row, matched_iou = match(
+        preds[..., 5:], preds[..., 4], boxes, regions, image_index, labels, gt_boxes, gt_centres
+    )
+    return target_row, matched_iou, (target_row >= 0).sum()
+
+
+def yolox_loss(
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pos = _Positives(preds, target_row, matched_iou, labels, gt_boxes, gt_xywh, feat_shapes, strides)
+    overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
+    iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
+    # A non-finite prediction must show in the loss even where no formula reads it.
+    poison = 0 * preds.sum(dtype=overlap.dtype)
+    obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum() + poison
+    cls = F.softplus(pos.raw[:, 5:], threshold=40).sum() - (pos.label_logits * pos.ious).sum()
+    l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum() if use_l1 else torch.zeros_like(iou)
+    items = torch.stack([iou_gain * iou, obj, cls, l1]) / normaliser
+    return items.sum(), items
+
+
+def yolox_loss_backward(
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> Tensor:  # fmt: skip
+    """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
+    pos = _Positives(preds, target_row, matched_iou, labels, gt_boxes, gt_xywh, feat_shapes, strides)
+    scale = grad / normaliser
+
+    overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
+    slope = -2 * overlap if iou_loss == "iou" else -((overlap >= -1) & (overlap <= 1)).to(overlap.dtype)
+    grad_boxes = iou_gain * slope * bbox_iou_derivative(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
+    grad_pos = pos.raw.sigmoid()
+    grad_pos[:, :4] = yolox_raw_grad(grad_boxes, pos.raw[:, 2:4], pos.strides)
+    grad_pos[:, 4] -= 1
+    grad_pos[torch.arange(len(pos.rows), device=preds.device), 5 + pos.labels] -= pos.ious
+    if use_l1:
+        grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets)
+
+    result = torch.zeros_like(preds)
+    result[..., 4] = working(preds[..., 4]).sigmoid() * scale
+    result[pos.images, pos.anchors] = (grad_pos * scale).to(result.dtype)
+    return result
+
+
+class _Positives:
+    """The positive anchors (M) with what both directions need of them, in pixels."""
+
+    def __init__(
+        self, preds: Tensor, target_row: Tensor, matched_iou: Tensor, labels: Tensor, gt_boxes: Tensor,
+        gt_xywh: Tensor, feat_shapes: Sequence[int], strides: Sequence[float],
+    ) -> None:  # fmt: skip
+        points, point_strides = anchor_table(feat_shapes, strides, preds)
+        self.images, self.anchors = (target_row >= 0).nonzero().unbind(-1)
+        self.rows = target_row[self.images, self.anchors].long()
+        self.labels, self.ious = labels[self.rows], matched_iou[self.images, self.anchors]
+        self.raw = working(preds[self.images, self.anchors])
+        self.label_logits = self.raw.gather(1, 5 + self.labels[:, None]).squeeze(1)
+        self.gt_boxes = gt_boxes.to(points.dtype)[self.rows]
+        points, self.strides = points.T[self.anchors], point_strides[self.anchors][:, None]
+        self.boxes = decode_yolox(self.raw, points, self.strides[:, 0])
+        gt_cell = gt_xywh.to(points.dtype)[self.rows] / self.strides
+        self.l1_targets = torch.cat([gt_cell[:, :2] - (points - 0.5), torch.log(gt_cell[:, 2:] + 1e-8)], -1)

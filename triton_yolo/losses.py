@@ -1,0 +1,247 @@
+"""Criteria for training loops: assignment and loss in one call."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import _checks, _ops
+from .assigners import CANDIDATE_MODES, check_topk
+from .targets import Targets
+
+
+class YOLO11LossOutput(NamedTuple):
+    """What ``YOLO11Loss`` returns. Only ``loss`` has a gradient.
+
+    Attributes:
+        loss: (), B * (box + cls + dfl).
+        box: (), CIoU term with its gain.
+        cls: (), classification term with its gain.
+        dfl: (), distribution focal term (L1 with ``reg_max=1``) with its gain.
+        num_fg: () int64, number of positive anchors on this process.
+    """
+
+    loss: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
+    num_fg: Tensor
+
+
+class YOLOXLossOutput(NamedTuple):
+    """What ``YOLOXLoss`` returns. Only ``loss`` has a gradient.
+
+    Attributes:
+        loss: (), iou + obj + cls + l1.
+        iou: (), box term with its gain.
+        obj: (), objectness term.
+        cls: (), classification term.
+        l1: (), L1 term, 0 while it is off.
+        num_fg: (), positive anchors per ground truth on this process.
+    """
+
+    loss: Tensor
+    iou: Tensor
+    obj: Tensor
+    cls: Tensor
+    l1: Tensor
+    num_fg: Tensor
+
+
+class YOLO11Loss(nn.Module):
+    """The criterion of YOLO11 and of YOLOv8, v9, v10 and 12: task-aligned assignment, BCE, CIoU and DFL.
+
+    TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
+
+    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
+    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other anchor.
+
+    Args:
+        num_classes: number of classes C.
+        strides: stride of every level in pixels, in the order in which the predictions are concatenated.
+        reg_max: bins of the distance distribution R; 1 means plain distances and an L1 term instead of DFL.
+        topk: candidates a ground truth claims.
+        topk2: if given, a ground truth keeps only so many of them after the conflicts (one-to-one heads: 1).
+        alpha: exponent of the score in the alignment metric.
+        beta: exponent of the overlap.
+        box_gain: weight of the CIoU term.
+        cls_gain: weight of the classification term.
+        dfl_gain: weight of the DFL term.
+        min_box_side: sides shorter than this count as this long when candidates are sought, in pixels.
+        class_weights: (C,) weight of every class in the classification term.
+        process_group: if given, the loss is normalised over its ranks, so that gradients averaged over them, as
+            DistributedDataParallel does, equal those of one process on the whole batch. Every rank must have the same batch
+            size.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        strides: Sequence[float] = (8, 16, 32),
+        reg_max: int = 16,
+        topk: int = 10,
+        topk2: int | None = None,
+        alpha: float = 0.5,
+        beta: float = 6.0,
+        box_gain: float = 7.5,
+        cls_gain: float = 0.5,
+        dfl_gain: float = 1.5,
+        min_box_side: float = 0.0,
+        class_weights: Tensor | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.at_least("num_classes", num_classes, 1)
+        _checks.at_least("reg_max", reg_max, 1)
+        check_topk(topk, topk2)
+        if class_weights is not None:
+            _checks.tensor("class_weights", class_weights, (num_classes,))
+        self.num_classes, self.strides, self.reg_max = num_classes, tuple(strides), reg_max
+        self.topk, self.topk2, self.alpha, self.beta = topk, topk2, float(alpha), float(beta)
+        self.gains = (float(box_gain), float(cls_gain), float(dfl_gain))
+        self.min_box_side = float(min_box_side)
+        self.process_group = process_group
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(
+        self,
+        pred_dist: Tensor,
+        pred_scores: Tensor,
+        feat_shapes: Sequence[Sequence[int]],
+        targets: Tensor | Targets,
+    ) -> YOLO11LossOutput:
+        """Assign the targets and compute the loss.
+
+        Args:
+            pred_dist: (B, A, 4 * reg_max) logits of the distances. Any strides: pass channel-first as ``x.transpose(1, 2)``.
+            pred_scores: (B, A, C) class logits, any strides.
+            feat_shapes: (height, width) of every level in cells.
+            targets: (N, 6) rows of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image, whose size is
+                that of the first level times its stride; or ``Targets``, in pixels.
+
+        Raises:
+            ValueError: sizes or devices do not agree; on the CPU also for an image index or a label out of range (elsewhere
+                such a row is ignored).
+            TypeError: predictions or rows are not float tensors.
+        """
+        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
+        batch_size, num_anchors, _ = pred_dist.shape
+        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
+        gt = _packed(targets, shapes, strides, pred_dist)
+        with torch.no_grad():
+            target_row, target_score, score_sum, num_fg = _ops.yolo11_assign(
+                pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
+                self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
+            )  # fmt: skip
+            normaliser, num_ranks = _mean_over_ranks(score_sum, self.process_group)
+        loss, terms = _ops.yolo11_loss(
+            pred_dist, pred_scores, target_row, target_score, normaliser, gt.labels, gt.boxes_xyxy, self.class_weights,
+            shapes, strides, self.reg_max, self.gains, batch_size * num_ranks,
+        )  # fmt: skip
+        return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.topk}"
+
+
+class YOLOXLoss(nn.Module):
+    """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
+
+    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
+    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
+
+    Args:
+        num_classes: number of classes C.
+        strides: stride of every level in pixels, in the order in which the predictions are concatenated.
+        candidates: ``"center"`` or ``"box_and_center"``, see ``SimOTAAssigner``.
+        center_radius: half the side of the centre region, in strides.
+        iou_loss: ``"iou"`` (1 - IoU^2) or ``"giou"`` (1 - GIoU).
+        iou_gain: weight of the box term.
+        use_l1: whether the L1 term is on. The attribute may be changed at any time.
+        process_group: see ``YOLO11Loss``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        strides: Sequence[float] = (8, 16, 32),
+        candidates: str = "center",
+        center_radius: float = 1.5,
+        iou_loss: str = "iou",
+        iou_gain: float = 5.0,
+        use_l1: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.at_least("num_classes", num_classes, 1)
+        _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
+        self.num_classes, self.strides = num_classes, tuple(strides)
+        self.candidates = _checks.one_of("candidates", candidates, CANDIDATE_MODES)
+        self.center_radius = float(center_radius)
+        self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
+        self.iou_gain, self.use_l1 = float(iou_gain), use_l1
+        self.process_group = process_group
+
+    def forward(
+        self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets
+    ) -> YOLOXLossOutput:
+        """Assign the targets and compute the loss.
+
+        Args:
+            preds: (B, A, 5 + C) raw (dx, dy, log w, log h, objectness logit, class logits), any strides.
+            feat_shapes: (height, width) of every level in cells.
+            targets: (N, 6) rows of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image, whose size is
+                that of the first level times its stride; or ``Targets``, in pixels.
+
+        Raises:
+            ValueError: sizes or devices do not agree; on the CPU also for an image index or a label out of range (elsewhere
+                such a row is ignored).
+            TypeError: predictions or rows are not float tensors.
+        """
+        _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
+        shapes, strides = _checks.levels(feat_shapes, self.strides, preds.shape[1])
+        gt = _packed(targets, shapes, strides, preds)
+        with torch.no_grad():
+            target_row, matched_iou, num_fg = _ops.yolox_assign(
+                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh[:, :2], shapes, strides,
+                self.candidates, self.center_radius,
+            )  # fmt: skip
+            normaliser, _ = _mean_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
+            num_gt = gt.is_valid(preds.shape[0], self.num_classes).sum()
+        loss, terms = _ops.yolox_loss(
+            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xyxy, gt.boxes_xywh,
+            shapes, strides, self.iou_loss, self.iou_gain, self.use_l1,
+        )  # fmt: skip
+        return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"
+
+
+def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], preds: Tensor) -> Targets:
+    if not isinstance(targets, Targets):
+        targets = Targets.from_yolo(targets, (int(shapes[0] * strides[0]), int(shapes[1] * strides[0])))
+    _checks.require(targets.labels.device == preds.device, "targets", f"be on {preds.device}", targets.labels.device)
+    return targets
+
+
+def _mean_over_ranks(total: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The mean over the ranks of a normaliser that is at least 1 for all of them together; the number of ranks."""
+    if group is None:
+        return total.clamp(min=1), 1
+    total = total.clone()
+    dist.all_reduce(total, group=group)
+    return total.clamp(min=1) / group.size(), group.size()

@@ -1,0 +1,172 @@
+"""The stages of both systems as operations of their own."""
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops
+
+_KINDS = ("iou", "giou", "diou", "ciou")
+
+
+def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, *, reg_max: int = 16, strides: Tensor | None = None) -> Tensor:
+    """Decode distance distributions to boxes (Generalized Focal Loss, arXiv 2006.04388, section 3.2).
+
+    Each side (left, top, right, bottom) has ``reg_max`` logits; its distance is the softmax expectation over the bins
+    0...reg_max-1, in cells. With ``reg_max=1`` the value is the distance itself. Differentiable by ``pred_dist``.
+
+    Args:
+        pred_dist: (B, A, 4 * reg_max) logits, any strides, any float type.
+        anchor_points: (A, 2) in cells, as from ``make_anchors``.
+        reg_max: number of bins.
+        strides: (A,) in pixels. If given, boxes are in pixels.
+
+    Returns:
+        (B, A, 4) boxes xyxy in cells or pixels, float32 (float64 for float64).
+
+    Raises:
+        ValueError: a size or device does not agree or ``reg_max`` is below 1.
+        TypeError: an argument is not a float tensor.
+    """
+    _checks.at_least("reg_max", reg_max, 1)
+    _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * reg_max))
+    num_anchors = pred_dist.shape[1]
+    _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=pred_dist)
+    if strides is not None:
+        _checks.tensor("strides", strides, (num_anchors,), like=pred_dist)
+    return _ops.decode_dfl(pred_dist, anchor_points, strides, reg_max)
+
+
+def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+    """Decode raw YOLOX predictions to boxes (YOLOX, arXiv 2107.08430, section 2.1). Differentiable by ``preds``.
+
+    centre = (anchor point - 0.5 + (dx, dy)) * stride, size = exp(log size) * stride.
+
+    Args:
+        preds: (B, A, 4 or more), the first four (dx, dy, log w, log h); any strides, any float type.
+        anchor_points: (A, 2) centres of the cells, in cells, as from ``make_anchors``.
+        strides: (A,) in pixels.
+
+    Returns:
+        (B, A, 4) boxes xyxy in pixels, float32 (float64 for float64). An exponential that overflows gives an infinite side.
+
+    Raises:
+        ValueError: a size or device does not agree.
+        TypeError: an argument is not a float tensor.
+    """
+    _checks.tensor("preds", preds, ("B", "A", "4 + ..."))
+    _checks.at_least("preds.shape[2]", preds.shape[2], 4)
+    num_anchors = preds.shape[1]
+    _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=preds)
+    _checks.tensor("strides", strides, (num_anchors,), like=preds)
+    return _ops.decode_yolox(preds, anchor_points, strides)
+
+
+def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> Tensor:
+    """Overlap of boxes, element by element. Differentiable by both.
+
+    ``eps`` is added to the heights, to the union and to the enclosing area or squared diagonal. CIoU's trade-off weight is a
+    constant for the gradient. An inverted box overlaps nothing. (GIoU: arXiv 1902.09630; DIoU, CIoU: arXiv 1911.08287.)
+
+    Args:
+        a: (..., 4) in xyxy, any float type.
+        b: (..., 4) in xyxy, broadcastable to ``a``.
+        kind: ``"iou"``, ``"giou"``, ``"diou"`` or ``"ciou"``.
+        eps: guard against empty boxes.
+
+    Returns:
+        (...) overlaps, float32 (float64 for float64).
+
+    Raises:
+        ValueError: ``kind`` is unknown, or sizes or devices do not agree.
+        TypeError: an argument is not a float tensor.
+    """
+    _checks.one_of("kind", kind, _KINDS)
+    _checks.tensor("a", a, (*["..."] * (a.dim() - 1), 4))
+    _checks.tensor("b", b, (*["..."] * (b.dim() - 1), 4), like=a)
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:
+        raise ValueError(f"b must broadcast with a of shape {tuple(a.shape)}, got {tuple(b.shape)}") from None
+    return _ops.bbox_iou(a, b, kind, eps)
+
+
+def align_metric(
+    pred_scores: Tensor,
+    pred_bboxes: Tensor,
+    anchor_points: Tensor,
+    gt_labels: Tensor,
+    gt_bboxes: Tensor,
+    mask_gt: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    min_box_side: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Alignment metric score^alpha * overlap^beta of every ground truth and anchor (TOOD, arXiv 2108.07755, equation 1).
+
+    An anchor is a candidate of a ground truth if its point lies inside the box by more than 1e-9 px; the overlap is the CIoU
+    clamped at 0. Both results are 0 outside the candidates, for padding and for a box with a non-positive or non-finite side.
+    The result has no gradient, as assignment has none. It is dense, (B, G, A): the criteria never build it.
+
+    Args:
+        pred_scores: (B, A, C) class probabilities.
+        pred_bboxes: (B, A, 4) xyxy in pixels.
+        anchor_points: (A, 2) in pixels.
+        gt_labels: (B, G) or (B, G, 1) classes.
+        gt_bboxes: (B, G, 4) xyxy in pixels.
+        mask_gt: (B, G) or (B, G, 1), true where there is a box.
+        alpha: exponent of the score.
+        beta: exponent of the overlap.
+        min_box_side: sides shorter than this are widened to it for the candidate test, in pixels.
+
+    Returns:
+        Metric and overlaps, both (B, G, A), float32 (float64 for float64).
+
+    Raises:
+        ValueError: sizes or devices do not agree.
+        TypeError: an argument that must be a float tensor is not.
+    """
+    labels, mask = check_padded(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
+    return _ops.align_metric(
+        pred_scores.detach(), pred_bboxes.detach(), anchor_points, labels, gt_bboxes, mask,
+        float(alpha), float(beta), float(min_box_side),
+    )  # fmt: skip
+
+
+def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = None) -> Tensor:
+    """Mark the ``topk`` highest metrics of every ground truth.
+
+    Equal metrics go to the lower anchor index. A metric that is not above 0 is never marked, so a ground truth with fewer
+    candidates than ``topk`` marks those it has.
+
+    Args:
+        metric: (B, G, A), any float type.
+        topk: at least 1; may exceed A.
+        mask_gt: (B, G) or (B, G, 1); ground truths where it is false mark nothing.
+
+    Returns:
+        (B, G, A) bool.
+
+    Raises:
+        ValueError: ``topk`` is below 1, or sizes or devices do not agree.
+        TypeError: ``metric`` is not a float tensor.
+    """
+    _checks.tensor("metric", metric, ("B", "G", "A"))
+    _checks.at_least("topk", topk, 1)
+    if mask_gt is not None:
+        mask_gt = _checks.per_slot("mask_gt", mask_gt, metric).bool()
+    return _ops.select_topk_candidates(metric.detach(), topk, mask_gt)
+
+
+def check_padded(
+    scores: Tensor, boxes: Tensor, points: Tensor, gt_labels: Tensor, gt_bboxes: Tensor, mask_gt: Tensor,
+    names: tuple[str, str, str] = ("pred_scores", "pred_bboxes", "anchor_points"),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Check what assigners take and return labels (B, G) int64 and mask (B, G) bool."""
+    _checks.tensor(names[0], scores, ("B", "A", "C"))
+    batch_size, num_anchors, _ = scores.shape
+    _checks.tensor(names[1], boxes, (batch_size, num_anchors, 4), like=scores)
+    _checks.tensor(names[2], points, (num_anchors, 2), like=scores)
+    _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", 4), like=scores)
+    labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
+    return labels.long(), _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
