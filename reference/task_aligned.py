@@ -27,9 +27,7 @@ def widen(boxes: Tensor, min_side: float) -> Tensor:
     )
 
 
-def find_candidates(
-    anchor_points: Tensor, gt_bboxes: Tensor, *, min_box_side: float = 0.0, eps: float = 1e-9
-) -> Tensor:
+def find_candidates(anchor_points: Tensor, gt_bboxes: Tensor, *, min_box_side: float = 0.0, eps: float = 1e-9) -> Tensor:
     """Which anchor points (A, 2) lie inside which boxes (B, G, 4) by more than ``eps``: bool (B, G, A)."""
     boxes = widen(gt_bboxes, min_box_side)[:, :, None, :]
     return torch.cat([anchor_points - boxes[..., :2], boxes[..., 2:] - anchor_points], -1).amin(-1) > eps

@@ -52,9 +52,7 @@ def box_loss(pred: Tensor, target: Tensor, kind: str) -> Tensor:
 def l1_targets(boxes_xywh: Tensor, points_cell: Tensor, strides: Tensor) -> Tensor:
     """What the raw box outputs (M, 4) of these anchors should be."""
     strides = strides[:, None]
-    return torch.cat(
-        [boxes_xywh[:, :2] / strides - (points_cell - 0.5), torch.log(boxes_xywh[:, 2:] / strides + 1e-8)], -1
-    )
+    return torch.cat([boxes_xywh[:, :2] / strides - (points_cell - 0.5), torch.log(boxes_xywh[:, 2:] / strides + 1e-8)], -1)
 
 
 def yolox_loss(
@@ -79,9 +77,7 @@ def yolox_loss(
     fg = assignment.fg_mask
     normaliser = fg.sum().clamp(min=1)
     # A non-finite prediction must show in the loss even where no formula reads it.
-    obj = (
-        F.binary_cross_entropy_with_logits(raw[..., 4], fg.to(raw.dtype), reduction="sum") + 0 * raw.sum()
-    ) / normaliser
+    obj = (F.binary_cross_entropy_with_logits(raw[..., 4], fg.to(raw.dtype), reduction="sum") + 0 * raw.sum()) / normaliser
 
     image, anchor = fg.nonzero(as_tuple=True)
     slot = assignment.target_gt_idx[fg]

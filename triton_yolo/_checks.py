@@ -27,9 +27,7 @@ def at_least(argument: str, value: float, least: float) -> None:
     require(value >= least, argument, f"be at least {least}", value)
 
 
-def tensor(
-    argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor | None = None, is_float: bool = True
-) -> None:
+def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor | None = None, is_float: bool = True) -> None:
     """Check rank, sizes (a string stands for any size), type and, against ``like``, the device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(x).__name__}")

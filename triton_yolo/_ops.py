@@ -148,9 +148,7 @@ def align_metric(
     scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
     alpha: float, beta: float, min_box_side: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return implementation(scores.device).align_metric(
-        scores, boxes, points, labels, gt_boxes, mask, alpha, beta, min_box_side
-    )
+    return implementation(scores.device).align_metric(scores, boxes, points, labels, gt_boxes, mask, alpha, beta, min_box_side)
 
 
 @align_metric.register_fake

@@ -195,9 +195,7 @@ class YOLOXLoss(nn.Module):
         self.iou_gain, self.use_l1 = float(iou_gain), use_l1
         self.process_group = process_group
 
-    def forward(
-        self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets
-    ) -> YOLOXLossOutput:
+    def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
         """Assign the targets and compute the loss.
 
         Args:

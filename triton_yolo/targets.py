@@ -48,9 +48,7 @@ class Targets(NamedTuple):
         return cls._from_xywh(rows[:, 0].long(), rows[:, 1].long(), torch.stack([cx, cy, w, h], -1))
 
     @classmethod
-    def from_padded(
-        cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy"
-    ) -> "Targets":
+    def from_padded(cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy") -> "Targets":
         """Take padded ground truth in pixels.
 
         Args:

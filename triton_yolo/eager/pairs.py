@@ -29,9 +29,7 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     return segment, torch.arange(len(segment), device=counts.device) - starts[segment]
 
 
-def grid_pairs(
-    low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def grid_pairs(low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
     """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
 
     The rectangles are (n, 2), or (n, L, 2) if each level has its own.

@@ -49,9 +49,7 @@ class _Rows(NamedTuple):
     centres: Tensor
 
     def take(self, index: Tensor | slice) -> "_Rows":
-        return _Rows(
-            self.ids[index], self.images[index], self.labels[index], self.boxes[:, index], self.centres[:, index]
-        )
+        return _Rows(self.ids[index], self.images[index], self.labels[index], self.boxes[:, index], self.centres[:, index])
 
 
 class _Members(NamedTuple):

@@ -44,9 +44,7 @@ def yolo11_assign(
     scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
     pair_boxes, pair_gt = boxes.T.contiguous()[:, place[cells]], gt_boxes.T.contiguous()[:, rows]
     metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
-    target_row, target_score = match(
-        rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9
-    )
+    target_row, target_score = match(rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9)
     shape = (batch_size, num_anchors)
     return target_row.view(shape), target_score.view(shape), target_score.sum(), (target_row >= 0).sum()
 

@@ -27,9 +27,7 @@ def yolox_assign(
 
     regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
     boxes = decode_yolox(preds, points.T, point_strides)
-    target_row, matched_iou = match(
-        preds[..., 5:], preds[..., 4], boxes, regions, image_index, labels, gt_boxes, gt_centres
-    )
+    target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes, regions, image_index, labels, gt_boxes, gt_centres)
     return target_row, matched_iou, (target_row >= 0).sum()
 
 
