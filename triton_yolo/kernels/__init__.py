@@ -1,6 +1,7 @@
 """The operations in Triton kernels: same names, arguments and results as in ``triton_yolo.eager``."""
 
 from .decode import decode_dfl, decode_dfl_backward
+from .losses import yolo11_loss, yolo11_loss_backward
 from .overlap import bbox_iou, bbox_iou_backward
 
-__all__ = ["bbox_iou", "bbox_iou_backward", "decode_dfl", "decode_dfl_backward"]
+__all__ = ["bbox_iou", "bbox_iou_backward", "decode_dfl", "decode_dfl_backward", "yolo11_loss", "yolo11_loss_backward"]
