@@ -129,12 +129,14 @@ def _yolo11_total_kernel(
     box = tl.zeros((BLOCK,), DTYPE)
     cls = tl.zeros((BLOCK,), DTYPE)
     dfl = tl.zeros((BLOCK,), DTYPE)
-    for start in range(0, programs, BLOCK):
+    start = 0
+    while start < programs:
         offs = start + tl.arange(0, BLOCK)
         mask = offs < programs
         box += tl.load(partial_ptr + offs, mask=mask, other=0.0)
         cls += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
         dfl += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
+        start += BLOCK
     poison = tl.load(poison_ptr)
     normaliser = tl.load(normaliser_ptr)
     box_term = box_gain * (tl.sum(box) + poison) / normaliser
