@@ -48,13 +48,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--operators", default="", help="only those that start so")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     print(f"Triton {triton.__version__}")
     rows = []
     for target in arguments.targets:
         for dtype in arguments.dtypes:
-            for row in measure(target, dtype):
+            chosen = {name: value for name, value in OPERATORS.items() if name.startswith(arguments.operators)}
+            for row in measure(target, dtype, chosen):
                 rows.append(row)
                 print(
                     f"{row.target:10} {row.dtype:8} {row.layout:13} {row.operator:24} {row.kernel:32} {row.num_warps} warps "
@@ -124,12 +126,71 @@ def _bbox_iou(kind: str) -> Callable[[torch.dtype, str], Any]:
     return operator
 
 
+def _rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty(count, dtype=torch.int64), _empty(count, dtype=torch.int64), _empty(count, 4)
+
+
+def _assign(topk2: int | None, min_box_side: float) -> Callable[[torch.dtype, str], Any]:
+    def operator(dtype: torch.dtype, layout: str) -> None:
+        from triton_yolo import kernels
+
+        kernels.yolo11_assign(
+            _preds(dtype, layout, 4 * REG_MAX), _preds(dtype, layout, CLASSES), *_rows(ROWS), SHAPES, STRIDES, REG_MAX,
+            10, topk2, 0.5, 6.0, min_box_side,
+        )  # fmt: skip
+
+    return operator
+
+
+def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.dtype, str], Any]:
+    def operator(dtype: torch.dtype, layout: str) -> None:
+        from triton_yolo import kernels
+
+        dist, scores = _preds(dtype, layout, 4 * reg_max), _preds(dtype, layout, num_classes)
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        target_row, target_score = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
+        one, (_, labels, boxes) = _empty(dtype=working), _rows(ROWS)
+        tail = (labels, boxes, _empty(num_classes) if has_weights else None, SHAPES, STRIDES, reg_max, (7.5, 0.5, 1.5), BATCH)
+        kernels.yolo11_loss(dist, scores, target_row, target_score, one, one, *tail)
+        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, one, *tail)
+
+    return operator
+
+
+def _task_aligned_assign(dtype: torch.dtype, layout: str) -> None:
+    from triton_yolo import kernels
+
+    boxes, points = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2)
+    kernels.task_aligned_assign(
+        _preds(dtype, layout, CLASSES), boxes, points, *_rows(BATCH * SLOTS), 13, None, 1.0, 6.0, 0.0, 1e-9
+    )
+
+
+def _stages(dtype: torch.dtype, layout: str) -> None:
+    from triton_yolo import kernels
+
+    _, labels, gt_boxes = _rows(BATCH * SLOTS)
+    boxes, points, mask = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2), _empty(BATCH, SLOTS, dtype=torch.bool)
+    labels, gt_boxes = labels.view(BATCH, SLOTS), gt_boxes.view(BATCH, SLOTS, 4)
+    scores = _preds(dtype, layout, CLASSES)
+    metric, _ = kernels.align_metric(scores, boxes, points, labels, gt_boxes, mask, 1.0, 6.0, 0.0)
+    kernels.select_topk_candidates(metric.to(dtype), 13, mask)
+
+
 OPERATORS: dict[str, Operator] = {
     "decode_dfl": (_decode(16, has_strides=True), LAYOUTS),
     "decode_dfl, R=7": (_decode(7, has_strides=False), LAYOUTS[:1]),
     "decode_dfl, R=32": (_decode(32, has_strides=False), LAYOUTS[:1]),
     "decode_dfl, R=1": (_decode(1, has_strides=False), LAYOUTS[:1]),
     **{f"bbox_iou, {kind}": (_bbox_iou(kind), LAYOUTS[-1:]) for kind in ("iou", "giou", "diou", "ciou")},
+    "yolo11_assign": (_assign(topk2=None, min_box_side=0.0), LAYOUTS),
+    "yolo11_assign, topk2": (_assign(topk2=1, min_box_side=16.0), LAYOUTS[:1]),
+    "yolo11_loss": (_loss(16, CLASSES, has_weights=False), LAYOUTS),
+    "yolo11_loss, weights": (_loss(16, CLASSES, has_weights=True), LAYOUTS[:1]),
+    "yolo11_loss, R=1, C=1": (_loss(1, 1, has_weights=False), LAYOUTS[:1]),
+    "yolo11_loss, R=32": (_loss(32, 1203, has_weights=False), LAYOUTS[:1]),
+    "task_aligned_assign": (_task_aligned_assign, LAYOUTS[-1:]),
+    "align_metric, top-k": (_stages, LAYOUTS[-1:]),
 }
 
 

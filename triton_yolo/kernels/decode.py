@@ -22,13 +22,13 @@ def decode_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
 
 
 @triton.jit
-def side_logits(ptr, stride, offs_a, mask_a, SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+def side_logits(ptr, stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
     """Load the logits [RP, n] of one side of anchors ``offs_a`` of one image; ``stride`` is (image, anchor, logit)."""
     bins = tl.arange(0, RP)
     mask = mask_a[None, :]
     if R != RP:
         mask = mask & (bins < R)[:, None]
-    offs = (SIDE * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]
+    offs = (side * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]
     logits = tl.load(ptr + offs, mask=mask, other=0.0).to(DTYPE)
     if R != RP:
         logits = tl.where((bins < R)[:, None], logits, float("-inf"))
@@ -36,9 +36,9 @@ def side_logits(ptr, stride, offs_a, mask_a, SIDE: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit
-def side_distance(ptr, stride, offs_a, mask_a, SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+def side_distance(ptr, stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
     """Expected distance [n] of one side in cells."""
-    logits = side_logits(ptr, stride, offs_a, mask_a, SIDE, R, RP, DTYPE)
+    logits = side_logits(ptr, stride, offs_a, mask_a, side, R, RP, DTYPE)
     return expectation(logits, tl.arange(0, RP)[:, None].to(DTYPE), R)[1]
 
 
@@ -69,28 +69,28 @@ def _decode_dfl_kernel(
 
 @triton.jit
 def _decode_dfl_side_backward(
-    out_ptr, out_stride, dist_ptr, dist_stride, grad, offs_a, mask_a,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+    out_ptr, out_stride, dist_ptr, dist_stride, grad, offs_a, mask_a, side,
+    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one side's logits from that of its distance [n]."""
     bins = tl.arange(0, RP)[:, None].to(DTYPE)
     if R == 1:
         result = grad[None, :]
     else:
-        logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, SIDE, R, RP, DTYPE)
+        logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, side, R, RP, DTYPE)
         probs, value = expectation(logits, bins, R)
         result = probs * (bins - value[None, :]) * grad[None, :]
-    store_side(out_ptr, out_stride, result, offs_a, mask_a, SIDE, R, RP)
+    store_side(out_ptr, out_stride, result, offs_a, mask_a, side, R, RP)
 
 
 @triton.jit
-def store_side(ptr, stride, values, offs_a, mask_a, SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+def store_side(ptr, stride, values, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr):
     """Store what belongs to the logits [RP, n] of one side of anchors ``offs_a``."""
     bins = tl.arange(0, RP)
     mask = mask_a[None, :]
     if R != RP:
         mask = mask & (bins < R)[:, None]
-    offs = (SIDE * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]
+    offs = (side * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]
     tl.store(ptr + offs, values.to(ptr.dtype.element_ty), mask=mask)
 
 

@@ -40,6 +40,12 @@ def _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.conste
 
 
 @triton.jit
+def _of_side(side, left, top, right, bottom):
+    """The values of one of the four sides. Loops over sides are not unrolled: all four at once would spill registers."""
+    return tl.where(side == 0, left, tl.where(side == 1, top, tl.where(side == 2, right, bottom)))
+
+
+@triton.jit
 def _bin_weights(target, bins, R: tl.constexpr):
     """Weights [R, n] of the two bins around distances [n], 0 for the others: they fall off linearly to the next bin."""
     target = tl.minimum(tl.maximum(target, 0.0), R - 1 - 0.01)
@@ -48,11 +54,11 @@ def _bin_weights(target, bins, R: tl.constexpr):
 
 @triton.jit
 def _side_loss(
-    dist_ptr, dist_stride, target, share, offs_a, is_pos,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+    dist_ptr, dist_stride, target, share, offs_a, is_pos, side,
+    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Expected distance [n] of one side and its DFL, or with one bin its L1 in shares of the image."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, SIDE, R, RP, DTYPE)
+    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
     if R == 1:
         distance = tl.sum(logits, 0)
         loss = tl.abs(distance - target) * share
@@ -109,13 +115,17 @@ def _yolo11_loss_kernel(
         gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
         dist_ptr += image * dist_stride[0]
         x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
-        left, dfl_left = _side_loss(dist_ptr, dist_stride, x - gt_x1, x_share, offs_a, is_pos, 0, R, RP, DTYPE)
-        top, dfl_top = _side_loss(dist_ptr, dist_stride, y - gt_y1, y_share, offs_a, is_pos, 1, R, RP, DTYPE)
-        right, dfl_right = _side_loss(dist_ptr, dist_stride, gt_x2 - x, x_share, offs_a, is_pos, 2, R, RP, DTYPE)
-        bottom, dfl_bottom = _side_loss(dist_ptr, dist_stride, gt_y2 - y, y_share, offs_a, is_pos, 3, R, RP, DTYPE)
+        left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+        for side in range(4):
+            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            share = _of_side(side, x_share, y_share, x_share, y_share)
+            distance, side_dfl = _side_loss(dist_ptr, dist_stride, target, share, offs_a, is_pos, side, R, RP, DTYPE)
+            left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
+            right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
+            dfl += side_dfl
         ciou = overlap(x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7)
         box = tl.where(is_pos, (1 - ciou) * score, 0.0)
-        dfl = tl.where(is_pos, (dfl_left + dfl_top + dfl_right + dfl_bottom) / 4 * score, 0.0)
+        dfl = tl.where(is_pos, dfl / 4 * score, 0.0)
     tl.store(partial_ptr + program, tl.sum(box))
     tl.store(partial_ptr + 2 * programs + program, tl.sum(dfl))
 
@@ -176,11 +186,11 @@ def _class_grad_kernel(
 
 @triton.jit
 def _side_grad(
-    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
+    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one side's logits: through the distance, and from DFL (or L1)."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, SIDE, R, RP, DTYPE)
+    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None].to(DTYPE)
     probs, distance = expectation(logits, bins, R)
     if R == 1:
@@ -190,7 +200,7 @@ def _side_grad(
     else:
         through = probs * (bins - distance[None, :]) * d_distance[None, :]
         grad = through + dfl_weight[None, :] * (probs - _bin_weights(target, bins, R))
-    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, SIDE, R, RP)
+    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
 
 
 @triton.jit
@@ -213,10 +223,11 @@ def _box_grad_kernel(
         dist_ptr += image * dist_stride[0]
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
         gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
-        left = side_distance(dist_ptr, dist_stride, offs_a, is_pos, 0, R, RP, DTYPE)
-        top = side_distance(dist_ptr, dist_stride, offs_a, is_pos, 1, R, RP, DTYPE)
-        right = side_distance(dist_ptr, dist_stride, offs_a, is_pos, 2, R, RP, DTYPE)
-        bottom = side_distance(dist_ptr, dist_stride, offs_a, is_pos, 3, R, RP, DTYPE)
+        left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+        for side in range(4):
+            distance = side_distance(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+            left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
+            right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
         d_x1, d_y1, d_x2, d_y2 = overlap_derivative(
             x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
         )
@@ -224,28 +235,17 @@ def _box_grad_kernel(
         weight = score * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
         box_weight, dfl_weight = box_gain * weight, dfl_gain / 4 * weight
         x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
-        _side_grad(
-            out_ptr, out_stride, dist_ptr, dist_stride, x - gt_x1, x_share, box_weight * d_x1, dfl_weight,
-            offs_a, mask_a, is_pos, 0, R, RP, DTYPE,
-        )  # fmt: skip
-        _side_grad(
-            out_ptr, out_stride, dist_ptr, dist_stride, y - gt_y1, y_share, box_weight * d_y1, dfl_weight,
-            offs_a, mask_a, is_pos, 1, R, RP, DTYPE,
-        )  # fmt: skip
-        _side_grad(
-            out_ptr, out_stride, dist_ptr, dist_stride, gt_x2 - x, x_share, -box_weight * d_x2, dfl_weight,
-            offs_a, mask_a, is_pos, 2, R, RP, DTYPE,
-        )  # fmt: skip
-        _side_grad(
-            out_ptr, out_stride, dist_ptr, dist_stride, gt_y2 - y, y_share, -box_weight * d_y2, dfl_weight,
-            offs_a, mask_a, is_pos, 3, R, RP, DTYPE,
-        )  # fmt: skip
+        for side in range(4):
+            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            share = _of_side(side, x_share, y_share, x_share, y_share)
+            d_distance = box_weight * _of_side(side, d_x1, d_y1, -d_x2, -d_y2)
+            _side_grad(
+                out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight,
+                offs_a, mask_a, is_pos, side, R, RP, DTYPE,
+            )  # fmt: skip
     else:
-        zero = tl.zeros((RP, BLOCK_A), DTYPE)
-        store_side(out_ptr, out_stride, zero, offs_a, mask_a, 0, R, RP)
-        store_side(out_ptr, out_stride, zero, offs_a, mask_a, 1, R, RP)
-        store_side(out_ptr, out_stride, zero, offs_a, mask_a, 2, R, RP)
-        store_side(out_ptr, out_stride, zero, offs_a, mask_a, 3, R, RP)
+        for side in range(4):
+            store_side(out_ptr, out_stride, tl.zeros((RP, BLOCK_A), DTYPE), offs_a, mask_a, side, R, RP)
 
 
 @on_device

@@ -171,10 +171,10 @@ def _prepare_kernel(
 
 @triton.jit
 def _poisoned_distance(
-    dist_ptr, dist_stride, offs_a, mask_a, SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr
+    dist_ptr, dist_stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Expected distance [n] of one side, and the sum of its logits times 0."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, SIDE, R, RP, DTYPE)
+    logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None]
     distance = expectation(logits, bins.to(DTYPE), R)[1]
     return distance, tl.sum(tl.where(bins < R, logits * 0.0, 0.0), 0)
@@ -211,7 +211,8 @@ def _claim_kernel(
     is_claim = (best > 0) & (tl.arange(0, KP) < K)[None, :]
     anchor = unpack_index(best, best_order, IS_WIDE)
     cell = tl.where(is_claim, info[0] * A + anchor, 0)
-    row = tl.broadcast_to(offs_g.to(tl.int32)[:, None], (BLOCK_G, KP))
+    # Not tl.broadcast_to: with one row, Triton 3.7's interpreter reads past the end of what an atomic operation broadcasts.
+    row = offs_g.to(tl.int32)[:, None] + tl.zeros((BLOCK_G, KP), tl.int32)
     earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed")
     is_contested = is_claim & (earlier >= 0)
     tl.atomic_max(target_row_ptr + cell, tl.full((BLOCK_G, KP), CONTESTED, tl.int32), mask=is_contested, sem="relaxed")
