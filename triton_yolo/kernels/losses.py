@@ -28,6 +28,12 @@ def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int,
     return 256, min(classes, 16), 4
 
 
+def box_grad_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
+    """Anchors a program and warps of the backward pass over the box logits: half of decoding's, for CIoU's derivative."""
+    block_a, num_warps = decode_sizes(num_anchors, reg_max)
+    return (block_a if INTERPRETED else max(32, block_a // 2)), num_warps
+
+
 @triton.jit
 def _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
     """Corners [n] of the true boxes in cells."""
@@ -76,8 +82,8 @@ def _side_loss(
 @triton.jit
 def _yolo11_loss_kernel(
     partial_ptr, dist_ptr, dist_stride, logits_ptr, logits_stride, target_row_ptr, target_score_ptr,
-    labels_ptr, gt_ptr, gt_stride, weights_ptr, shapes, A,
-    STRIDES: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    labels_ptr, gt_ptr, gt_stride, weights_ptr, shapes, A, C,
+    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads the class logits of BLOCK_A anchors of one image, and the box logits of those that are positive.
@@ -94,23 +100,28 @@ def _yolo11_loss_kernel(
     label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
 
     logits_ptr += image * logits_stride[0]
-    total = tl.zeros((BLOCK_C, BLOCK_A), DTYPE)
-    for start in range(0, C, BLOCK_C):
+    # Anchors come first here and last in the box part: tiles of one shape would have to share the layout of 16-byte loads.
+    total = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    start = 0
+    while start < C:
         offs_c = start + tl.arange(0, BLOCK_C)
-        mask = mask_a[None, :] & (offs_c < C)[:, None]
-        offs = offs_c.to(tl.int64)[:, None] * logits_stride[2] + offs_a.to(tl.int64)[None, :] * logits_stride[1]
+        mask = mask_a[:, None] & (offs_c < C)[None, :]
+        offs = offs_a.to(tl.int64)[:, None] * logits_stride[1] + offs_c.to(tl.int64)[None, :] * logits_stride[2]
         logits = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(DTYPE)
-        target = tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
+        target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
         loss = cross_entropy_with_logits(logits, target)
         if HAS_WEIGHTS:
-            loss = loss * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
+            loss = loss * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[None, :]
         total += tl.where(mask, loss, 0.0)
+        start += BLOCK_C
     programs = tl.num_programs(0) * tl.num_programs(1)
     tl.store(partial_ptr + programs + program, tl.sum(total))
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     dfl = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row, 0) >= 0:
+        # Two anchors a thread, as in the tensors of one value an anchor; eight, as in a load of 16 bytes, spill registers.
+        offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
         gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
         dist_ptr += image * dist_stride[0]
@@ -214,7 +225,7 @@ def _box_grad_kernel(
     It reads the logits of positive anchors only, twice: the CIoU needs all four distances first.
     """
     image = tl.program_id(1).to(tl.int64)
-    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
     mask_a = offs_a < A
     row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
@@ -263,8 +274,8 @@ def yolo11_loss(
     if partial.numel():
         _yolo11_loss_kernel[grid](
             partial, pred_dist, pred_dist.stride(), pred_scores, pred_scores.stride(), target_row, target_score,
-            labels, gt_boxes, gt_boxes.stride(), class_weights, tuple(feat_shapes), num_anchors,
-            STRIDES=tuple(strides), C=num_classes, R=reg_max, RP=triton.next_power_of_2(reg_max),
+            labels, gt_boxes, gt_boxes.stride(), class_weights, tuple(feat_shapes), num_anchors, num_classes,
+            STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max),
             HAS_WEIGHTS=class_weights is not None, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
@@ -294,7 +305,7 @@ def yolo11_loss_backward(
         C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip
-    block_a, num_warps = decode_sizes(num_anchors, reg_max)
+    block_a, num_warps = box_grad_sizes(num_anchors, reg_max)
     _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
         grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, normaliser,
         gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, batch_size, num_anchors,
