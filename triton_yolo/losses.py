@@ -214,7 +214,7 @@ class YOLOXLoss(nn.Module):
         gt = _packed(targets, shapes, strides, preds)
         with torch.no_grad():
             target_row, matched_iou, num_fg = _ops.yolox_assign(
-                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh[:, :2], shapes, strides,
+                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
             normaliser, _ = _mean_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)

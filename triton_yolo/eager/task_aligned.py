@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .boxes import bbox_iou, working
-from .pairs import valid_rows, point_pairs
+from .pairs import point_pairs, valid_rows
 
 
 def widen(boxes: Tensor, min_side: float) -> Tensor:
@@ -132,5 +132,5 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) ->
     pairs = positive.flatten(0, 1).nonzero()
     values = working(metric).flatten(0, 1)[pairs[:, 0], pairs[:, 1]]
     chosen = pairs[topk_per_row(values, pairs[:, 0].contiguous(), topk)]
-    selected.view(-1, metric.shape[-1])[chosen[:, 0], chosen[:, 1]] = True
+    selected.flatten(0, 1)[chosen[:, 0], chosen[:, 1]] = True
     return selected
