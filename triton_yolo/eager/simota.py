@@ -66,7 +66,7 @@ class _Rows(NamedTuple):
 
 
 class _Members(NamedTuple):
-    """Anchors (M,) that take part, image after image; ``count`` and ``first`` (B,) say which are whose.
+    """Anchors (M,) that take part, image after image; ``number`` and ``first`` (B,) say which are whose.
 
     ``table`` (9, M) holds what every pair needs, so that it is gathered at once: box, point, stride, objectness probability
     and the cost of no class.
@@ -74,7 +74,7 @@ class _Members(NamedTuple):
 
     images: Tensor
     anchors: Tensor
-    count: Tensor
+    number: Tensor
     first: Tensor
     cls_logits: Tensor
     table: Tensor
@@ -124,14 +124,14 @@ def match(
     rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
     takes_part = regions.takes_part(rows, batch_size)
     members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
-    rows = rows.take(members.count[rows.images] > 0)
+    rows = rows.take(members.number[rows.images] > 0)
 
     num_claims = torch.zeros_like(members.images)
     nobody = len(rows.ids)
     winner = torch.full_like(members.images, nobody)
     cheapest = torch.full_like(members.table[0], torch.inf)
     cheapest_row = torch.full_like(members.images, nobody)
-    for block in _row_blocks(members.count[rows.images]):
+    for block in _row_blocks(members.number[rows.images]):
         is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, regions)
         nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
         claimed = pairs[nth, column]
@@ -172,7 +172,7 @@ def _gather_members(
 
 def _pair_costs(rows: _Rows, members: _Members, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows (n,) against the members of their images, padded to (n, P): is it a pair, its member, cost and IoU."""
-    count = members.count[rows.images][:, None]
+    count = members.number[rows.images][:, None]
     position = torch.arange(int(count.max()), device=count.device)
     is_pair = position < count
     pairs = (members.first[rows.images][:, None] + position).where(is_pair, 0)
