@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint types peers clean
+.PHONY: train test lint types mutants peers clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
@@ -16,6 +16,9 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(RUN) -m mypy
+
+mutants: $(VENV)/installed  ## Plant mistakes and see the tests fail.
+	$(RUN) -m pytest -m mutants tests/test_mutants.py $(ARGS)
 
 peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
 	$(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/peers.txt

@@ -11,6 +11,7 @@ from .targets import pad_targets
 from .task_aligned import (
     TaskAlignedResult,
     align_metric,
+    resolve_conflicts,
     select_topk_candidates,
     task_aligned_assign,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "dfl_loss",
     "make_anchors",
     "pad_targets",
+    "resolve_conflicts",
     "select_topk_candidates",
     "simota_assign",
     "task_aligned_assign",

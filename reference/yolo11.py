@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,7 +82,7 @@ def yolo11_loss(
     box = dfl = 0 * dist.sum()
 
     fg = assignment.fg_mask
-    image, anchor = fg.nonzero(as_tuple=True)
+    _, anchor = fg.nonzero(as_tuple=True)
     score = assignment.target_scores.sum(-1)[fg]
     gt_cell = assignment.target_bboxes[fg] / point_strides[anchor][:, None]
     pred_cell = decode_dfl(dist, points, reg_max=reg_max)[fg]

@@ -284,38 +284,38 @@ yolo11_loss.register_autograd(_yolo11_loss_grad, setup_context=_yolo11_loss_cont
 @_operator
 def simota_assign(
     cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Target row and matched IoU of every anchor, from logits and boxes in pixels."""
     _checks.rows_in_range(image_index, labels, cls_logits.shape[0], cls_logits.shape[2])
     return implementation(cls_logits.device).simota_assign(
-        cls_logits, obj_logits, boxes, points, strides, image_index, labels, gt_boxes, gt_centres, candidates, radius
+        cls_logits, obj_logits, boxes, points, strides, image_index, labels, gt_boxes, gt_xywh, candidates, radius
     )
 
 
 @simota_assign.register_fake
 def _(
     cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _assignment_like(cls_logits, working_dtype(boxes))
 
 
 @_operator
 def yolox_assign(
-    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Target row and matched IoU of every anchor, from raw predictions; the number of positives."""
     _checks.rows_in_range(image_index, labels, preds.shape[0], preds.shape[2] - 5)
     return implementation(preds.device).yolox_assign(
-        preds, image_index, labels, gt_boxes, gt_centres, feat_shapes, strides, candidates, radius
+        preds, image_index, labels, gt_boxes, gt_xywh, feat_shapes, strides, candidates, radius
     )
 
 
 @yolox_assign.register_fake
 def _(
-    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return *_assignment_like(preds, working_dtype(preds)), labels.new_empty((), dtype=torch.int64)

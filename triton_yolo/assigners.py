@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import _checks, _ops
 from .stages import check_padded
+from .targets import Targets
 
 CANDIDATE_MODES = ("center", "box_and_center")
 
@@ -108,8 +109,9 @@ class TaskAlignedAssigner(nn.Module):
         names = ("pd_scores", "pd_bboxes", "anc_points")
         labels, mask = check_padded(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
         _checks.tensor("pd_scores", pd_scores, ("B", "A", self.num_classes))
+        gt = Targets.from_padded(labels, gt_bboxes, mask)
         target_row, target_score = _ops.task_aligned_assign(
-            pd_scores, pd_bboxes, anc_points, image_of_slots(mask), labels.reshape(-1), gt_bboxes.reshape(-1, 4),
+            pd_scores, pd_bboxes, anc_points, gt.image_index, gt.labels, gt.boxes_xyxy,
             self.topk, self.topk2, self.alpha, self.beta, self.min_box_side, self.eps,
         )  # fmt: skip
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
@@ -118,9 +120,9 @@ class TaskAlignedAssigner(nn.Module):
             target_bboxes = gt_bboxes.new_zeros(*slot.shape, 4)
         else:
             target_labels = labels.gather(1, slot).where(fg_mask, self.num_classes)
-            target_bboxes = gt_bboxes.gather(1, slot[..., None].expand(-1, -1, 4)).where(fg_mask[..., None], 0)
+            target_bboxes = gt_bboxes.gather(1, slot.unsqueeze(-1).expand(-1, -1, 4)).where(fg_mask.unsqueeze(-1), 0)
         classes = torch.arange(self.num_classes, device=slot.device)
-        target_scores = target_score[..., None].where(target_labels[..., None] == classes, 0)
+        target_scores = target_score.unsqueeze(-1).where(target_labels.unsqueeze(-1) == classes, 0)
         return TaskAlignedResult(target_labels, target_bboxes, target_scores, fg_mask, slot)
 
 
@@ -184,10 +186,10 @@ class SimOTAAssigner(nn.Module):
         obj_logits = _checks.per_slot("obj_logits", obj_logits, cls_logits)
         _checks.tensor("obj_logits", obj_logits, ("B", "A"))
         _checks.tensor("strides", strides, (cls_logits.shape[1],), like=cls_logits)
-        boxes = gt_bboxes.reshape(-1, 4)
+        gt = Targets.from_padded(labels, gt_bboxes, mask)
         target_row, matched_iou = _ops.simota_assign(
-            cls_logits, obj_logits, pred_bboxes, anc_points, strides, image_of_slots(mask), labels.reshape(-1),
-            boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, self.candidates, self.center_radius,
+            cls_logits, obj_logits, pred_bboxes, anc_points, strides,
+            gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, self.candidates, self.center_radius,
         )  # fmt: skip
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         return SimOTAResult(fg_mask, slot, matched_iou, fg_mask.sum())
@@ -199,13 +201,8 @@ def check_topk(topk: int, topk2: int | None) -> None:
         _checks.at_least("topk2", topk2, 1)
 
 
-def image_of_slots(mask: Tensor) -> Tensor:
-    """Image index (B * G,) of every slot, -1 where ``mask`` (B, G) is false."""
-    return torch.arange(mask.shape[0], device=mask.device)[:, None].where(mask, -1).reshape(-1)
-
-
 def slots_of_rows(target_row: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Positive mask (B, A), and slot (B, A) of the row in its image, 0 for background."""
-    first_row = num_slots * torch.arange(target_row.shape[0], device=target_row.device)[:, None]
+    first_row = num_slots * torch.arange(target_row.shape[0], device=target_row.device).unsqueeze(1)
     fg_mask = target_row >= 0
     return fg_mask, (target_row - first_row).where(fg_mask, 0)

@@ -147,7 +147,8 @@ class YOLO11Loss(nn.Module):
             pred_dist, pred_scores, target_row, target_score, normaliser, poison, gt.labels, gt.boxes_xyxy,
             self.class_weights, shapes, strides, self.reg_max, self.gains, batch_size * num_ranks,
         )  # fmt: skip
-        return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+        box, cls, dfl = terms.unbind()
+        return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.topk}"
@@ -214,7 +215,7 @@ class YOLOXLoss(nn.Module):
         gt = _packed(targets, shapes, strides, preds)
         with torch.no_grad():
             target_row, matched_iou, num_fg = _ops.yolox_assign(
-                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh[:, :2], shapes, strides,
+                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
             normaliser, _ = _mean_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
@@ -223,7 +224,8 @@ class YOLOXLoss(nn.Module):
             preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xyxy, gt.boxes_xywh,
             shapes, strides, self.iou_loss, self.iou_gain, self.use_l1,
         )  # fmt: skip
-        return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
+        iou, obj, cls, l1 = terms.unbind()
+        return YOLOXLossOutput(loss, iou, obj, cls, l1, num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"

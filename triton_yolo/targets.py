@@ -44,8 +44,9 @@ class Targets(NamedTuple):
         _checks.tensor("targets", rows, ("N", 6))
         height, width = (imgsz, imgsz) if isinstance(imgsz, int) else _pair(imgsz)
         rows = _working(rows)
-        cx, cy, w, h = rows[:, 2] * width, rows[:, 3] * height, rows[:, 4] * width, rows[:, 5] * height
-        return cls._from_xywh(rows[:, 0].long(), rows[:, 1].long(), torch.stack([cx, cy, w, h], -1))
+        image_index, labels, cx, cy, w, h = rows.unbind(-1)
+        boxes = torch.stack([cx * width, cy * height, w * width, h * height], -1)
+        return cls._from_xywh(image_index.long(), labels.long(), boxes)
 
     @classmethod
     def from_padded(cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy") -> "Targets":
@@ -65,12 +66,12 @@ class Targets(NamedTuple):
         _checks.tensor("boxes", boxes, ("B", "G", 4))
         batch_size, num_slots = boxes.shape[:2]
         labels = _checks.per_slot("labels", labels, boxes)
-        image_index = torch.arange(batch_size, device=boxes.device)[:, None].expand(-1, num_slots)
+        image_index = torch.arange(batch_size, device=boxes.device).unsqueeze(1).expand(-1, num_slots)
         if mask is not None:
             image_index = torch.where(_checks.per_slot("mask", mask, boxes).bool(), image_index, -1)
         else:
-            corner = boxes[..., :2] if box_format == "xyxy" else 0.0
-            image_index = torch.where((boxes[..., 2:] > corner).all(-1), image_index, -1)
+            low, high = boxes.split(2, -1)
+            image_index = torch.where((high > (low if box_format == "xyxy" else 0.0)).all(-1), image_index, -1)
         make = cls._from_xyxy if box_format == "xyxy" else cls._from_xywh
         return make(image_index.reshape(-1), labels.reshape(-1).long(), _working(boxes).reshape(-1, 4))
 
@@ -99,7 +100,8 @@ class Targets(NamedTuple):
 
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
         """Which rows (N,) count as ground truth."""
-        sides = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
+        low, high = self.boxes_xyxy.split(2, -1)
+        sides = high - low
         in_batch = (self.image_index >= 0) & (self.image_index < batch_size)
         is_class = (self.labels >= 0) & (self.labels < num_classes)
         is_box = self.boxes_xyxy.isfinite().all(-1) & (sides.isfinite() & (sides > 0)).all(-1)
@@ -107,12 +109,12 @@ class Targets(NamedTuple):
 
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
-        centre, size = boxes[:, :2], boxes[:, 2:]
+        centre, size = boxes.split(2, -1)
         return cls(image_index, labels, torch.cat([centre - size / 2, centre + size / 2], -1), boxes)
 
     @classmethod
     def _from_xyxy(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
-        low, high = boxes[:, :2], boxes[:, 2:]
+        low, high = boxes.split(2, -1)
         return cls(image_index, labels, boxes, torch.cat([(low + high) / 2, high - low], -1))
 
 

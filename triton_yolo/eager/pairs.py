@@ -1,6 +1,7 @@
 """Pairs of a ground-truth row and an anchor, found without looking at every anchor of every row."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,11 +11,18 @@ from ..targets import Targets
 
 
 def anchor_table(feat_shapes: Sequence[int], strides: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchor points in cells (2, A) and their strides (A,), in the type that ``like`` is computed in."""
-    shapes = [feat_shapes[i : i + 2] for i in range(0, len(feat_shapes), 2)]
+    """Anchor points in cells (2, A) and their strides (A,), in the type that ``like`` is computed in. Not to be written to."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    points, point_strides = make_anchors(shapes, strides, device=like.device, dtype=dtype)
-    return points.T, point_strides
+    return _anchor_table(tuple(feat_shapes), tuple(strides), dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _anchor_table(
+    feat_shapes: tuple[int, ...], strides: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    shapes = list(zip(feat_shapes[::2], feat_shapes[1::2], strict=True))
+    points, point_strides = make_anchors(shapes, strides, device=device, dtype=dtype)
+    return points.T.contiguous(), point_strides
 
 
 def valid_rows(image_index: Tensor, labels: Tensor, boxes: Tensor, batch_size: int, num_classes: int) -> Tensor:
@@ -45,15 +53,13 @@ def grid_pairs(low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: S
     first = (low / stride[:, None] - 0.501).ceil().clamp(zero, limit).long()  # (n, L, 2)
     last = ((high / stride[:, None] - 0.499).floor() + 1).clamp(zero, limit).long()
     width, height = (last - first).clamp(min=0).unbind(-1)
-    first_anchor = level_start + first[..., 1] * sizes[:, 0] + first[..., 0]
-
-    segment, position = expand((width * height).flatten())
-    width = width.flatten()[segment]
-    level_width = sizes[:, 0].expand(len(low), -1).flatten()[segment]
-    # x + y * level width of the cell, with x = position - y * width of the rectangle.
-    y = torch.div(position, width, rounding_mode="floor")
-    anchors = first_anchor.flatten()[segment] + position + y * (level_width - width)
-    return torch.div(segment, len(strides), rounding_mode="floor"), anchors
+    # Rectangles to rows of cells, rows of cells to cells: two expansions are cheaper than a division for every cell.
+    rectangle, y = expand(height.flatten())
+    level_width = sizes[:, 0].expand(len(low), -1).flatten()
+    first_anchor = (level_start + first[..., 1] * sizes[:, 0] + first[..., 0]).flatten()
+    strip, x = expand(width.flatten()[rectangle])
+    anchors = (first_anchor[rectangle] + y * level_width[rectangle])[strip] + x
+    return torch.div(rectangle, len(strides), rounding_mode="floor")[strip], anchors
 
 
 def point_pairs(low: Tensor, high: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from .boxes import bbox_iou, working
-from .pairs import valid_rows, point_pairs
+from .pairs import point_pairs, valid_rows
 from .task_aligned import is_inside
 
 INFEASIBLE_COST = 1e6
 MAX_DYNAMIC_K = 10
-_BLOCK = 1 << 19  # pairs at a time, which bounds the memory on crowded images
-
-FindPairs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_BLOCK = 1 << 17  # pairs at a time: they stay in the processor's cache, and crowded images do not grow the memory
 
 
 class Regions(NamedTuple):
@@ -28,15 +26,30 @@ class Regions(NamedTuple):
     candidates: str
     radius: float
     find_near: Callable[[Tensor], tuple[Tensor, Tensor]]
-    find_in_box: FindPairs
+    find_in_box: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    def in_centre(self, anchors: Tensor, centres: Tensor) -> Tensor:
-        """Whether anchors are nearer to ``centres`` (2, ...) than the radius on both axes."""
-        offset = (self.points[:, anchors] - centres).abs()
-        return torch.maximum(offset[0], offset[1]) < self.radius * self.strides[anchors]
+    def in_centre(self, points: Tensor, strides: Tensor, centres: Tensor) -> Tensor:
+        """Whether points (2, ...) are nearer to ``centres`` (2, ...) than the radius on both axes."""
+        return torch.maximum((points[0] - centres[0]).abs(), (points[1] - centres[1]).abs()) < self.radius * strides
 
-    def in_box(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        return is_inside(self.points[:, anchors], boxes, 0.0)
+    def is_feasible(self, points: Tensor, strides: Tensor, rows: "_Rows") -> Tensor:
+        """Whether pairs (n, P) of rows (n,) and points (2, n, P) may be matched at no extra cost."""
+        in_centre = self.in_centre(points, strides, rows.centres[..., None])
+        if self.candidates == "center":
+            return in_centre
+        return in_centre & is_inside(points, rows.boxes[..., None], 0.0)
+
+    def takes_part(self, rows: "_Rows", batch_size: int) -> Tensor:
+        """Which anchors (B, A) take part in their image."""
+        result = torch.zeros(batch_size, len(self.strides), dtype=torch.bool, device=self.points.device)
+        nth, anchors = self.find_near(rows.centres.T)
+        kept = self.in_centre(self.points[:, anchors], self.strides[anchors], rows.centres[:, nth])
+        result[rows.images[nth[kept]], anchors[kept]] = True
+        if self.candidates == "box_and_center":
+            nth, anchors = self.find_in_box(rows.boxes[:2].T, rows.boxes[2:].T)
+            kept = is_inside(self.points[:, anchors], rows.boxes[:, nth], 0.0)
+            result[rows.images[nth[kept]], anchors[kept]] = True
+        return result
 
 
 class _Rows(NamedTuple):
@@ -53,21 +66,27 @@ class _Rows(NamedTuple):
 
 
 class _Members(NamedTuple):
-    """Anchors (M,) that take part, image after image; ``count`` and ``first`` (B,) say which are whose."""
+    """Anchors (M,) that take part, image after image; ``number`` and ``first`` (B,) say which are whose.
+
+    ``table`` (9, M) holds what every pair needs, so that it is gathered at once: box, point, stride, objectness probability
+    and the cost of no class.
+    """
 
     images: Tensor
     anchors: Tensor
-    count: Tensor
+    number: Tensor
     first: Tensor
-    boxes: Tensor
     cls_logits: Tensor
-    obj_probs: Tensor
-    background_cost: Tensor
+    table: Tensor
+
+    @property
+    def boxes(self) -> Tensor:
+        return self.table[:4]
 
 
 def simota_assign(
     cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor, candidates: str, radius: float,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     points, strides = working(points), working(strides)
 
@@ -84,37 +103,35 @@ def simota_assign(
         return point_pairs(low, high, points)
 
     regions = Regions(points.T.contiguous(), strides, candidates, radius, find_near, find_in_box)
-    return match(cls_logits, obj_logits, boxes, regions, image_index, labels, gt_boxes, gt_centres)
+    return match(
+        cls_logits, obj_logits, lambda images, anchors: boxes[images, anchors], regions,
+        image_index, labels, gt_boxes, gt_xywh,
+    )  # fmt: skip
 
 
 def match(
-    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, regions: Regions,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Row of every anchor (B, A), int32, -1 for background, and its IoU with it, 0 for background."""
-    batch_size, num_anchors, num_classes = cls_logits.shape
-    gt_boxes, gt_centres = gt_boxes.to(regions.points.dtype), gt_centres.to(regions.points.dtype)
+    """Row of every anchor (B, A), int32, -1 for background, and its IoU with it, 0 for background.
+
+    ``boxes_at`` gives the predicted boxes (M, 4) at images and anchors (M,).
+    """
+    batch_size, _, num_classes = cls_logits.shape
+    gt_boxes, gt_xywh = gt_boxes.to(regions.points.dtype), gt_xywh.to(regions.points.dtype)
     ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
     ids = ids[image_index[ids].sort(stable=True).indices]
-    rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_centres[ids].T.contiguous())
-
-    takes_part = torch.zeros(batch_size, num_anchors, dtype=torch.bool, device=ids.device)
-    nth, anchors = regions.find_near(rows.centres.T)
-    kept = regions.in_centre(anchors, rows.centres[:, nth])
-    takes_part[rows.images[nth[kept]], anchors[kept]] = True
-    if regions.candidates == "box_and_center":
-        nth, anchors = regions.find_in_box(rows.boxes[:2].T, rows.boxes[2:].T)
-        kept = regions.in_box(anchors, rows.boxes[:, nth])
-        takes_part[rows.images[nth[kept]], anchors[kept]] = True
-    members = _gather_members(cls_logits, obj_logits, boxes, takes_part)
-    rows = rows.take(members.count[rows.images] > 0)
+    rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
+    takes_part = regions.takes_part(rows, batch_size)
+    members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
+    rows = rows.take(members.number[rows.images] > 0)
 
     num_claims = torch.zeros_like(members.images)
     nobody = len(rows.ids)
     winner = torch.full_like(members.images, nobody)
-    cheapest = torch.full_like(members.background_cost, torch.inf)
+    cheapest = torch.full_like(members.table[0], torch.inf)
     cheapest_row = torch.full_like(members.images, nobody)
-    for block in _row_blocks(members.count[rows.images]):
+    for block in _row_blocks(members.number[rows.images]):
         is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, regions)
         nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
         claimed = pairs[nth, column]
@@ -141,32 +158,33 @@ def match(
     return target_row, matched_iou
 
 
-def _gather_members(cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, takes_part: Tensor) -> _Members:
+def _gather_members(
+    cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions, takes_part: Tensor
+) -> _Members:
     images, anchors = takes_part.nonzero().unbind(-1)
     count = takes_part.sum(1)
     cls, obj_probs = working(cls_logits[images, anchors]), working(obj_logits[images, anchors]).sigmoid()
     background_cost = -_log_not(_joint_probability(cls, obj_probs[:, None])).sum(-1)
-    member_boxes = working(boxes[images, anchors]).T.contiguous()
-    return _Members(images, anchors, count, count.cumsum(0) - count, member_boxes, cls, obj_probs, background_cost)
+    rest = torch.stack([regions.strides[anchors], obj_probs, background_cost])
+    table = torch.cat([working(boxes_at(images, anchors)).T, regions.points[:, anchors], rest])
+    return _Members(images, anchors, count, count.cumsum(0) - count, cls, table)
 
 
 def _pair_costs(rows: _Rows, members: _Members, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows (n,) against the members of their images, padded to (n, P): is it a pair, its member, cost and IoU."""
-    count = members.count[rows.images][:, None]
+    count = members.number[rows.images][:, None]
     position = torch.arange(int(count.max()), device=count.device)
     is_pair = position < count
     pairs = (members.first[rows.images][:, None] + position).where(is_pair, 0)
-    anchors = members.anchors[pairs]
+    table = members.table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+    boxes, points, (strides, obj_probs, background_cost) = table[:4], table[4:6], table[6:]
 
-    ious = _iou(rows.boxes[..., None], members.boxes[:, pairs]).where(is_pair, 0)
-    probs = _joint_probability(members.cls_logits[pairs, rows.labels[:, None]], members.obj_probs[pairs])
+    ious = _iou(rows.boxes[..., None], boxes).where(is_pair, 0)
+    probs = _joint_probability(members.cls_logits[pairs, rows.labels[:, None]], obj_probs)
     # BCE against the one-hot class differs from that against no class by two terms.
-    cost = members.background_cost[pairs] + _log_not(probs) - probs.log().clamp(min=-100)
+    cost = background_cost + _log_not(probs) - probs.log().clamp(min=-100)
     cost = cost + 3.0 * -torch.log(ious + 1e-8)
-    is_feasible = regions.in_centre(anchors, rows.centres[..., None])
-    if regions.candidates == "box_and_center":
-        is_feasible &= regions.in_box(anchors, rows.boxes[..., None])
-    cost = cost + INFEASIBLE_COST * ~is_feasible
+    cost = cost + INFEASIBLE_COST * ~regions.is_feasible(points, strides, rows)
     return is_pair, pairs, cost.where(is_pair & (cost < torch.inf), torch.inf), ious
 
 

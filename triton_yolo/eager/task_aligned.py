@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from .boxes import bbox_iou, working
-from .pairs import valid_rows, point_pairs
+from .pairs import point_pairs, valid_rows
+
+_BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
 
 
 def widen(boxes: Tensor, min_side: float) -> Tensor:
@@ -26,22 +28,40 @@ def is_inside(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
 
 def pair_metric(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4, P) and true boxes (4, P)."""
-    ciou = bbox_iou(gt_boxes.T, boxes.T, "ciou", 1e-7)
-    overlaps = torch.where(ciou > 0, ciou, 0)
-    metric = scores.pow(alpha) * overlaps.pow(beta)
+    parts = zip(gt_boxes.split(_BLOCK, 1), boxes.split(_BLOCK, 1), strict=True)
+    overlaps = torch.cat([bbox_iou(gt.T, pred.T, "ciou", 1e-7) for gt, pred in parts])
+    overlaps = torch.where(overlaps > 0, overlaps, 0)
+    metric = power(scores, alpha) * power(overlaps, beta)
     return torch.where(metric > 0, metric, 0), overlaps
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """``x ** exponent``, by products for the usual 6, which are several times faster."""
+    return (x * x * x).square() if exponent == 6 else x.pow(exponent)
 
 
 def topk_per_row(metric: Tensor, rows: Tensor, topk: int) -> Tensor:
     """Indices of the ``topk`` highest positive metrics of every row; of equal ones the earlier pair. Rows are in order."""
     kept = (metric > 0).nonzero().squeeze(1)
-    metric, rows = metric[kept], rows[kept]
     # Bits of positive floats order as the floats do, and integers sort stably in linear time.
-    bits = metric.view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
+    bits = metric[kept].view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
+    survivors = _reaches_topk(bits, rows[kept], topk).nonzero().squeeze(1)
+    kept, bits = kept[survivors], bits[survivors]
     by_metric = (torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices
+    rows = rows[kept]
     by_row = by_metric[rows[by_metric].sort(stable=True).indices]
     rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
     return kept[by_row[rank < topk]]
+
+
+def _reaches_topk(bits: Tensor, rows: Tensor, topk: int) -> Tensor:
+    """Which metrics may be among the ``topk`` of their row, by their exponents alone: far fewer are left to sort."""
+    shift, num_levels = (52, 2048) if bits.dtype == torch.int64 else (23, 256)
+    num_rows = int(rows[-1]) + 1 if len(rows) else 0
+    level = num_levels - 1 - (bits >> shift)
+    count = torch.bincount(rows * num_levels + level, minlength=num_rows * num_levels).view(num_rows, num_levels)
+    last_level = (count.cumsum(1) < topk).sum(1)
+    return level <= last_level[rows]
 
 
 def match(
@@ -132,5 +152,5 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) ->
     pairs = positive.flatten(0, 1).nonzero()
     values = working(metric).flatten(0, 1)[pairs[:, 0], pairs[:, 1]]
     chosen = pairs[topk_per_row(values, pairs[:, 0].contiguous(), topk)]
-    selected.view(-1, metric.shape[-1])[chosen[:, 0], chosen[:, 1]] = True
+    selected.flatten(0, 1)[chosen[:, 0], chosen[:, 1]] = True
     return selected

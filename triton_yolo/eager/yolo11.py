@@ -1,6 +1,6 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from .boxes import bbox_iou, bbox_iou_derivative, working
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
+from .memory import blocks, untouched_zeros_like
 from .pairs import anchor_table, grid_pairs, valid_rows
 from .task_aligned import is_inside, match, pair_metric, widen
 
-_BLOCK = 1 << 18  # elements of a dense pass at a time: they stay in the processor's cache
+_LINEAR_FROM = 40  # where softplus(x) is x in any type
 
 
 def yolo11_assign(
@@ -31,18 +32,9 @@ def yolo11_assign(
     images = image_index[rows]
     cells = images * num_anchors + anchors
 
-    # An anchor inside several boxes is decoded once.
-    place = torch.zeros(batch_size * num_anchors, dtype=torch.int64, device=cells.device)
-    place[cells] = 1
-    decoded = place.nonzero().squeeze(1)
-    place[decoded] = torch.arange(len(decoded), device=cells.device)
-    at_image = torch.div(decoded, num_anchors, rounding_mode="floor")
-    at_anchor = decoded - at_image * num_anchors
-    logits = working(pred_dist[at_image, at_anchor]).unflatten(-1, (4, reg_max))
-    boxes = boxes_from_distances(points.T[at_anchor], expectation(logits)[1]) * point_strides[at_anchor][:, None]
-
     scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
-    pair_boxes, pair_gt = boxes.T.contiguous()[:, place[cells]], gt_boxes.T.contiguous()[:, rows]
+    boxes = _decode_px(pred_dist, points, point_strides, reg_max)
+    pair_boxes, pair_gt = boxes[:, cells], gt_boxes.T.contiguous()[:, rows]
     metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
     target_row, target_score = match(rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9)
     shape = (batch_size, num_anchors)
@@ -58,7 +50,9 @@ def yolo11_loss(
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
 
-    per_class = torch.stack([_softplus_per_class(pred_scores[block]) for block in _blocks(pred_scores)]).sum(0)
+    per_class = pos.scores.new_zeros(pred_scores.shape[2])
+    for block in blocks(pred_scores):
+        per_class += _softplus_per_class(pred_scores[block])
     logits = working(pred_scores[pos.images, pos.anchors, labels[pos.rows]])
     cls = _weighted(per_class, class_weights).sum()
     cls = cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()
@@ -88,10 +82,15 @@ def yolo11_loss_backward(
     scale = grad * batch_size / normaliser
 
     grad_scores = torch.empty_like(pred_scores)
-    for block in _blocks(pred_scores):
-        logits, out = pred_scores[block], grad_scores[block]
-        probs = torch.sigmoid(logits, out=out) if logits.dtype == scale.dtype else working(logits).sigmoid()
-        out.copy_(_weighted(probs.mul_(cls_gain * scale), class_weights))
+    slope = _weighted((cls_gain * scale).expand(pred_scores.shape[2]), class_weights)
+    for block in blocks(pred_scores):
+        logits = pred_scores[block]
+        # slope * sigmoid(logits) in one pass
+        args = slope.expand_as(logits), working(logits), 1, _LINEAR_FROM
+        if logits.dtype == slope.dtype:
+            torch.ops.aten.softplus_backward.grad_input(*args, grad_input=grad_scores[block])
+        else:
+            grad_scores[block] = torch.ops.aten.softplus_backward(*args)
     at_label = (pos.images, pos.anchors, labels[pos.rows])
     error = working(pred_scores[at_label]).sigmoid() - pos.scores
     grad_scores[at_label] = (_weighted(error, class_weights, at_label[2]) * (cls_gain * scale)).to(grad_scores.dtype)
@@ -107,7 +106,7 @@ def yolo11_loss_backward(
         low, weight_low, weight_high = pos.soft_bins()
         error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
         grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
-    grad_dist = torch.zeros_like(pred_dist)
+    grad_dist = untouched_zeros_like(pred_dist)
     grad_dist[pos.images, pos.anchors] = grad_logits.flatten(-2).to(grad_dist.dtype)
     return grad_dist, grad_scores
 
@@ -139,20 +138,22 @@ class _Positives:
         return low.long()[..., None], low + 1 - distances, distances - low
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, A, C) into pieces of about ``_BLOCK`` elements."""
-    batch_size, num_anchors, num_classes = x.shape
-    images = max(1, _BLOCK // max(1, num_anchors * num_classes))
-    anchors = max(1, min(num_anchors, _BLOCK // max(1, num_classes)))
-    for b in range(0, batch_size, images):
-        for a in range(0, num_anchors, anchors):
-            yield slice(b, b + images), slice(a, a + anchors)
+def _decode_px(pred_dist: Tensor, points: Tensor, point_strides: Tensor, reg_max: int) -> Tensor:
+    """Boxes (4, B * A) in pixels, image by image; softmax over the first of two axes is fast along the second."""
+    result = points.new_empty(4, *pred_dist.shape[:2])
+    bins = torch.arange(reg_max, dtype=points.dtype, device=points.device)
+    for image, dist in enumerate(pred_dist):
+        logits = working(dist.T).unflatten(0, (4, reg_max))
+        distances = bins @ logits.softmax(1) if reg_max > 1 else logits.squeeze(1)
+        result[:2, image] = (points - distances[:2]) * point_strides
+        result[2:, image] = (points + distances[2:]) * point_strides
+    return result.flatten(1)
 
 
 def _softplus_per_class(logits: Tensor) -> Tensor:
     logits = working(logits)
     # The second term is 0, or NaN where a logit is infinite.
-    return F.softplus(logits, threshold=40).sum((0, 1)) + 0 * logits.sum((0, 1))
+    return F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1)) + 0 * logits.sum((0, 1))
 
 
 def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .boxes import bbox_iou, bbox_iou_derivative, working
 from .decode import decode_yolox, yolox_raw_grad
+from .memory import untouched_zeros_like
 from .pairs import anchor_table, grid_pairs
 from .simota import Regions, match
 
 
 def yolox_assign(
-    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_centres: Tensor,
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     points, point_strides = anchor_table(feat_shapes, strides, preds)
@@ -25,9 +26,11 @@ def yolox_assign(
     def find_in_box(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return grid_pairs(low, high, feat_shapes, strides)
 
+    def boxes_at(images: Tensor, anchors: Tensor) -> Tensor:
+        return decode_yolox(preds[images, anchors, :4], points.T[anchors], point_strides[anchors])
+
     regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
-    boxes = decode_yolox(preds, points.T, point_strides)
-    target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes, regions, image_index, labels, gt_boxes, gt_centres)
+    target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh)
     return target_row, matched_iou, (target_row >= 0).sum()
 
 
@@ -67,7 +70,7 @@ def yolox_loss_backward(
     if use_l1:
         grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets)
 
-    result = torch.zeros_like(preds)
+    result = untouched_zeros_like(preds)
     result[..., 4] = working(preds[..., 4]).sigmoid() * scale
     result[pos.images, pos.anchors] = (grad_pos * scale).to(result.dtype)
     return result

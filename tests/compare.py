@@ -1,0 +1,59 @@
+"""The one tolerance table, and which assignments are decided by more than rounding."""
+
+import torch
+from torch import Tensor
+
+# Largest error allowed, relative to the largest expected value.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str = "value", tolerance: float | None = None) -> None:
+    """Compare the largest and the RMS error with the tolerance of ``actual``'s type."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual_64, expected_64 = actual.detach().double().cpu(), expected.detach().double().cpu()
+    undefined = expected_64.isnan()
+    assert torch.equal(actual_64.isnan(), undefined), f"{what}: NaN in other places than expected"
+    actual_64, expected_64 = actual_64[~undefined], expected_64[~undefined]
+    if expected_64.numel() == 0:
+        return
+    tolerance = TOLERANCE[actual.dtype] if tolerance is None else tolerance
+    scale = expected_64.abs().max().clamp(min=1e-12)
+    error = (actual_64 - expected_64).abs()
+    assert error.max() <= tolerance * scale, f"{what}: largest error {error.max():.3g} of {scale:.3g}"
+    rms = expected_64.square().mean().sqrt().clamp(min=1e-12)
+    assert error.square().mean().sqrt() <= tolerance * rms, f"{what}: RMS error too large"
+
+
+def is_decided(values: Tensor, count: Tensor | int, rtol: float = 1e-5, atol: float = 0.0) -> bool:
+    """Whether the ``count`` largest of every row of ``values`` (n, m), in float64, are a matter of more than rounding.
+
+    An exact tie is decided: the tie rule says how. Two values that differ by less than float32 resolves are not.
+    """
+    if values.shape[1] < 2:
+        return True
+    ordered = values.double().sort(dim=1, descending=True).values
+    count = torch.as_tensor(count, device=values.device).expand(len(values))
+    boundary = count.clamp(1, values.shape[1] - 1)[:, None]
+    inside, outside = ordered.gather(1, boundary - 1), ordered.gather(1, boundary)
+    gap = inside - outside
+    close = (gap > 0) & (gap <= rtol * inside.abs() + atol) & (count[:, None] < values.shape[1])
+    return not bool(close.any())
+
+
+def is_assignment_decided(metric: Tensor, overlaps: Tensor, topk: int, topk2: int | None) -> bool:
+    """The same for a task-aligned assignment by float64 ``metric`` and ``overlaps`` (B, G, A)."""
+    import reference
+
+    tiny = ((metric > 0) & (metric < 1e-35)) | ((overlaps > 0) & (overlaps < 1e-6))
+    if tiny.any() or metric.shape[1] == 0:
+        return not bool(tiny.any())
+    claims = reference.select_topk_candidates(metric, topk)
+    if not is_decided(metric.flatten(0, 1), topk):
+        return False
+    contested = (claims.sum(1) > 1).flatten()
+    if not is_decided(overlaps.transpose(1, 2).flatten(0, 1)[contested], 1):
+        return False
+    if topk2 is None:
+        return True
+    left = metric * reference.resolve_conflicts(claims, overlaps)
+    return is_decided(left.flatten(0, 1), topk2)

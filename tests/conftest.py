@@ -1,0 +1,21 @@
+"""Profiles of hypothesis, and which backend the suite runs on."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("ci", derandomize=True, max_examples=60, deadline=None, suppress_health_check=QUIET)
+settings.register_profile("random", max_examples=500, deadline=None, suppress_health_check=QUIET)
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), max_examples=300, phases=[Phase.explicit, Phase.generate], database=None
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_report_header() -> list[str]:
+    backend = os.environ.get("TRITON_YOLO_BACKEND", "auto")
+    return [f"torch {torch.__version__}, device {DEVICE}, backend {backend}, {settings.get_current_profile_name()} profile"]

@@ -1,0 +1,189 @@
+"""Both assigners against the reference: exactly, wherever more than rounding decides."""
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import reference as ref
+import triton_yolo as ty
+from tests import strategies as strat
+from tests.compare import assert_close, is_assignment_decided, is_decided
+from tests.conftest import DEVICE
+
+task_aligned_options = st.fixed_dictionaries(
+    {
+        "topk": st.sampled_from([1, 2, 5, 13, 500]),
+        "topk2": st.sampled_from([None, 1, 3]),
+        "alpha": st.sampled_from([0.5, 1.0]),
+        "beta": st.sampled_from([1.0, 6.0]),
+        "min_box_side": st.sampled_from([0.0, 16.0]),
+    }
+)
+
+
+def assign(case, **options):
+    assigner = ty.TaskAlignedAssigner(num_classes=case.scores.shape[-1], **options)
+    return assigner(case.scores, case.boxes, case.points, case.gt_labels, case.gt_boxes, case.mask)
+
+
+@given(strat.assigner_cases(), task_aligned_options)
+def test_task_aligned_assigner(case, options):
+    wide = case.double()
+    metric_options = {name: options[name] for name in ("alpha", "beta", "min_box_side")}
+    metric, overlaps = ref.align_metric(
+        wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask, **metric_options
+    )
+    assume(is_assignment_decided(metric, overlaps, options["topk"], options["topk2"]))
+    expected = ref.task_aligned_assign(
+        wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask, **options
+    )
+    result = assign(case, **options)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+    assert torch.equal(result.target_labels, expected.target_labels)
+    assert torch.equal(result.target_bboxes, expected.target_bboxes.float())
+    assert_close(result.target_scores, expected.target_scores, "target scores")
+
+
+@given(strat.assigner_cases(), st.sampled_from([2, 13]))
+def test_task_aligned_assigner_takes_arbitrary_points(case, topk):
+    order = torch.arange(len(case.points), device=DEVICE).flip(0)
+    shuffled = case._replace(scores=case.scores[:, order], boxes=case.boxes[:, order], points=case.points[order] + 0.25)
+    wide = shuffled.double()
+    args = (wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask)
+    metric, overlaps = ref.align_metric(*args, alpha=1.0, beta=6.0)
+    assume(is_assignment_decided(metric, overlaps, topk, None))
+    expected = ref.task_aligned_assign(*args, topk=topk)
+    result = assign(shuffled, topk=topk)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+
+
+@given(strat.assigner_cases())
+def test_images_are_independent_of_each_other(case):
+    whole = assign(case)
+    for image in range(len(case.scores)):
+        alone = assign(
+            case._replace(
+                scores=case.scores[image : image + 1], boxes=case.boxes[image : image + 1], mask=case.mask[image : image + 1],
+                gt_boxes=case.gt_boxes[image : image + 1], gt_labels=case.gt_labels[image : image + 1],
+            )
+        )  # fmt: skip
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a[0], b[image])
+
+
+@given(strat.assigner_cases(), st.integers(1, 3))
+def test_padding_changes_nothing(case, more):
+    def pad(x, value):
+        return torch.cat([x, torch.full_like(x[:, :1].expand(-1, more, -1), value)], 1) if x.shape[1] else x
+
+    padded = case._replace(gt_boxes=pad(case.gt_boxes, 7.0), gt_labels=pad(case.gt_labels, 99), mask=pad(case.mask, False))
+    for a, b in zip(assign(case), assign(padded), strict=True):
+        assert torch.equal(a, b)
+
+
+@given(strat.assigner_cases(), st.integers(1, 3).map(lambda i: 2.0**i))
+def test_assignment_does_not_depend_on_the_scale(case, scale):
+    # Boxes far larger than eps: the overlap's eps is what does not scale.
+    assume(bool(((case.gt_boxes[..., 2:] - case.gt_boxes[..., :2]) > 1).all()))
+    wide = case.double()
+    args = (wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask)
+    metric, overlaps = ref.align_metric(*args, alpha=1.0, beta=6.0)
+    assume(is_assignment_decided(metric, overlaps, 13, None))
+    scaled = case._replace(boxes=scale * case.boxes, points=scale * case.points, gt_boxes=scale * case.gt_boxes)
+    a, b = assign(case), assign(scaled)
+    assert torch.equal(a.target_gt_idx, b.target_gt_idx)
+    assert torch.equal(a.fg_mask, b.fg_mask)
+
+
+def is_simota_decided(case, result_args, options) -> bool:
+    """Whether float64 costs and sums decide by more than what float32 resolves, a sixteenth at a million included."""
+    cls_logits, obj_logits, boxes, points, strides, labels, gt, mask = result_args
+    is_gt = mask.reshape(gt.shape[:2]) & ref.targets.is_box(gt)
+    centres = ref.xyxy_to_xywh(gt)[..., :2]
+    takes_part, feasible = ref.simota.find_regions(
+        points, strides, gt, centres, is_gt, options["candidates"], options["center_radius"]
+    )
+    for image in range(len(gt)):
+        anchors, slots = takes_part[image].nonzero().flatten(), is_gt[image].nonzero().flatten()
+        if len(anchors) == 0:
+            continue
+        ious = ref.bbox_iou(gt[image, slots][:, None], boxes[image, anchors], eps=0.0).nan_to_num(nan=0.0)
+        total = ious.topk(min(10, ious.shape[1]), dim=1).values.sum(1)
+        is_dyadic = (ious * 64 == (ious * 64).round()).all(1)
+        near_integer = (total - total.round()).abs() < 1e-4
+        if (near_integer & ~is_dyadic & (total > 0.5)).any():
+            return False
+        cost = ref.simota.classification_cost(
+            cls_logits[image, anchors], obj_logits[image, anchors], labels.reshape(len(gt), -1)[image, slots]
+        )
+        cost = cost - 3 * torch.log(ious + 1e-8)
+        cost = torch.where(feasible[image][slots][:, anchors], cost, cost + 1e6)
+        k = ref.simota.dynamic_k(ious)
+        if not is_decided(-cost, k, rtol=2e-7, atol=1e-3) or not is_decided(-cost.T, 1, rtol=2e-7, atol=1e-3):
+            return False
+    return True
+
+
+simota_options = st.sampled_from(
+    [
+        {"candidates": "center", "center_radius": 1.5},
+        {"candidates": "center", "center_radius": 0.5},
+        {"candidates": "box_and_center", "center_radius": 2.5},
+    ]
+)
+
+
+@given(strat.assigner_cases(), simota_options, st.data())
+def test_simota_assigner(case, options, data):
+    shape = case.scores.shape
+    cls_logits, obj_logits = data.draw(strat.tensors(shape)), data.draw(strat.tensors(shape[:2]))
+    args = (
+        cls_logits, obj_logits, case.boxes, case.points, case.strides, case.gt_labels, case.gt_boxes, case.mask
+    )  # fmt: skip
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    assume(is_simota_decided(case, wide, options))
+    expected = ref.simota_assign(*wide, **options)
+    result = ty.SimOTAAssigner(num_classes=shape[-1], **options)(*args)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+    assert_close(result.matched_iou, expected.matched_iou, "matched IoU")
+    assert result.num_fg == expected.num_fg
+
+
+def test_simota_ties_between_infeasible_anchors_follow_float32():
+    # One box takes part in nothing but another's region, where all its costs round to the same sixteenth.
+    points = torch.tensor([[36.0, 4.0], [44.0, 4.0], [52.0, 4.0]], device=DEVICE)
+    strides = torch.full((3,), 8.0, device=DEVICE)
+    gt = torch.tensor([[[0.0, 0, 8, 8], [40.0, 0, 48, 8]]], device=DEVICE)
+    pred = torch.tensor([[[40.0, 0, 48, 8], [40.0, 0, 47, 8], [0.0, 0, 8, 8]]], device=DEVICE)
+    cls = torch.tensor([[[0.01], [0.0], [-9.0]]], device=DEVICE)
+    labels, mask = torch.zeros(1, 2, device=DEVICE).long(), torch.ones(1, 2, device=DEVICE).bool()
+    args = (cls, torch.zeros(1, 3, device=DEVICE), pred, points, strides, labels, gt, mask)
+    expected, result = ref.simota_assign(*args), ty.SimOTAAssigner(num_classes=1)(*args)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+
+
+def test_crowded_image_is_cut_into_blocks_without_a_trace(monkeypatch):
+    torch.manual_seed(0)
+    from triton_yolo.eager import simota
+
+    points, strides = ty.make_anchors([(8, 8), (4, 4)], (8, 16), device=DEVICE)
+    points = points * strides[:, None]
+    low = torch.randint(0, 48, (2, 20, 2), device=DEVICE).float()
+    # Every box is there twice, so every conflict is tied, often between blocks.
+    gt = torch.cat([low, low + torch.randint(4, 32, (2, 20, 2), device=DEVICE)], -1).repeat(1, 2, 1)
+    pred = torch.cat([points - 9, points + 7], -1).expand(2, -1, -1)
+    args = (
+        torch.zeros(2, 80, 3, device=DEVICE), torch.zeros(2, 80, device=DEVICE), pred, points, strides,
+        torch.randint(0, 3, (2, 20), device=DEVICE).repeat(1, 2), gt, torch.ones(2, 40, device=DEVICE).bool(),
+    )  # fmt: skip
+    assigner = ty.SimOTAAssigner(num_classes=3)
+    whole = assigner(*args)
+    monkeypatch.setattr(simota, "_BLOCK", 300)
+    for a, b in zip(whole, assigner(*args), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole, ref.simota_assign(*args), strict=True):
+        assert_close(a.float(), b.float())

@@ -1,0 +1,365 @@
+"""Both criteria against the reference, and what must hold whatever the input."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import reference as ref
+import triton_yolo as ty
+from tests import strategies as strat
+from tests.compare import TOLERANCE, assert_close, is_assignment_decided
+from tests.conftest import DEVICE
+from tests.test_assigners import is_simota_decided
+
+
+def yolo11(case: strat.YOLO11Case) -> ty.YOLO11Loss:
+    return ty.YOLO11Loss(case.pred_scores.shape[-1], **case.options)
+
+
+def yolox(case: strat.YOLOXCase) -> ty.YOLOXLoss:
+    return ty.YOLOXLoss(case.preds.shape[-1] - 5, **case.options)
+
+
+def with_gradients(function, *preds):
+    """The output of ``function`` and the gradients of its loss, for leaves with the layout of ``preds``."""
+    leaves = [p.detach().requires_grad_() for p in preds]
+    out = function(*leaves)
+    return out, torch.autograd.grad(out.loss, leaves)
+
+
+def is_yolo11_decided(case: strat.YOLO11Case) -> bool:
+    options = {**case.options, "class_weights": None}
+    dist, scores, rows = case.pred_dist.double(), case.pred_scores.double(), case.rows.double()
+    points, strides = ref.make_anchors(case.feat_shapes, options["strides"], device=DEVICE, dtype=torch.float64)
+    height, width = (side * options["strides"][0] for side in case.feat_shapes[0])
+    labels, boxes, mask = ref.pad_targets(rows, len(dist), (height, width))
+    metric, overlaps = ref.align_metric(
+        scores.sigmoid(),
+        ref.decode_dfl(dist, points, reg_max=options["reg_max"], strides=strides),
+        points * strides[:, None], labels, ref.xywh_to_xyxy(boxes), mask,
+        alpha=options["alpha"], beta=options["beta"], min_box_side=options["min_box_side"],
+    )  # fmt: skip
+    return is_assignment_decided(metric, overlaps, options["topk"], options["topk2"])
+
+
+def check_yolo11(case: strat.YOLO11Case) -> None:
+    assume(is_yolo11_decided(case))
+    dtype = case.pred_dist.dtype
+    value_tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    criterion = yolo11(case)
+    out, grads = with_gradients(
+        lambda d, s: criterion(d, s, case.feat_shapes, case.rows.to(dtype) if dtype == torch.float64 else case.rows),
+        case.pred_dist, case.pred_scores,
+    )  # fmt: skip
+    expected, expected_grads = with_gradients(
+        lambda d, s: ref.yolo11_loss(d, s, case.feat_shapes, case.rows, **case.options),
+        case.pred_dist.double(), case.pred_scores.double(),
+    )  # fmt: skip
+    assert out.num_fg == expected.num_fg
+    for name in ("loss", "box", "cls", "dfl"):
+        assert_close(getattr(out, name), getattr(expected, name), name, value_tolerance)
+    for name, pred, grad, expected_grad in zip(
+        ("pred_dist", "pred_scores"), (case.pred_dist, case.pred_scores), grads, expected_grads, strict=True
+    ):
+        assert grad.dtype == pred.dtype
+        assert_close(grad, expected_grad, f"gradient of {name}")
+
+
+@given(strat.yolo11_cases())
+def test_yolo11_loss(case):
+    check_yolo11(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@given(data=st.data())
+def test_yolo11_loss_in_other_types(dtype, data):
+    check_yolo11(data.draw(strat.yolo11_cases(dtype)))
+
+
+def check_yolox(case: strat.YOLOXCase) -> None:
+    dtype = case.preds.dtype
+    value_tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    wide, rows = case.preds.double(), case.rows.double()
+    strides = case.options["strides"]
+    points, point_strides = ref.make_anchors(case.feat_shapes, strides, device=DEVICE, dtype=torch.float64)
+    labels, boxes, mask = ref.pad_targets(rows, len(wide), tuple(side * strides[0] for side in case.feat_shapes[0]))
+    args = (
+        wide[..., 5:], wide[..., 4], ref.decode_yolox(wide, points, point_strides), points * point_strides[:, None],
+        point_strides, labels, ref.xywh_to_xyxy(boxes), mask,
+    )  # fmt: skip
+    assume(is_simota_decided(case, args, case.options))
+    criterion = yolox(case)
+    rows = rows if dtype == torch.float64 else case.rows
+    out, (grad,) = with_gradients(lambda p: criterion(p, case.feat_shapes, rows), case.preds)
+    expected, (expected_grad,) = with_gradients(lambda p: ref.yolox_loss(p, case.feat_shapes, rows, **case.options), wide)
+    assert_close(out.num_fg, expected.num_fg, "num_fg", 1e-6)
+    for name in ("loss", "iou", "obj", "cls", "l1"):
+        assert_close(getattr(out, name), getattr(expected, name), name, value_tolerance)
+    assert grad.dtype == dtype
+    assert_close(grad, expected_grad, "gradient")
+
+
+@given(strat.yolox_cases())
+def test_yolox_loss(case):
+    check_yolox(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@given(data=st.data())
+def test_yolox_loss_in_other_types(dtype, data):
+    check_yolox(data.draw(strat.yolox_cases(dtype)))
+
+
+@given(strat.yolo11_cases())
+def test_yolo11_invariants(case):
+    criterion = yolo11(case)
+
+    def run(dist, scores, rows):
+        return with_gradients(lambda d, s: criterion(d, s, case.feat_shapes, rows), dist, scores)
+
+    out, grads = run(case.pred_dist, case.pred_scores, case.rows)
+    assert min(out.loss, out.box, out.cls, out.dfl) >= 0
+    assert (grads[0].flatten(2).abs().sum(-1) > 0).sum() <= out.num_fg
+
+    # The same to the bit in every run.
+    again, grads_again = run(case.pred_dist, case.pred_scores, case.rows)
+    assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*again, *grads_again), strict=True))
+
+    # Images permuted permute the gradients.
+    batch_size = len(case.pred_dist)
+    order = torch.arange(batch_size, device=DEVICE).roll(1)
+    rows = case.rows.clone()
+    rows[:, 0] = torch.where(rows[:, 0] >= 0, (rows[:, 0] + 1) % batch_size, rows[:, 0])
+    rolled, grads_rolled = run(case.pred_dist[order], case.pred_scores[order], rows)
+    assert_close(rolled.loss, out.loss, tolerance=1e-5)
+    for a, b in zip(grads_rolled, grads, strict=True):
+        assert_close(a, b[order], "gradient of permuted images", tolerance=1e-5)
+
+
+@given(strat.yolo11_cases())
+def test_every_form_of_the_targets_gives_the_same_loss(case):
+    criterion = yolo11(case)
+    imgsz = [int(side * case.options["strides"][0]) for side in case.feat_shapes[0]]
+    expected = criterion(case.pred_dist, case.pred_scores, case.feat_shapes, case.rows)
+
+    packed = ty.Targets.from_yolo(case.rows, imgsz)
+    padding = torch.tensor([[-1.0, 0, 0.5, 0.5, 0.5, 0.5]], device=DEVICE)
+    with_padding = torch.cat([padding, case.rows, padding.expand(2, -1)])
+    of_image = [packed.image_index == image for image in range(len(case.pred_dist))]
+    as_list = ty.Targets.from_list([{"boxes": packed.boxes_xyxy[m], "labels": packed.labels[m]} for m in of_image])
+    num_slots = max(int(m.sum()) for m in of_image)
+    labels = torch.zeros(len(of_image), num_slots, 1, device=DEVICE).long()
+    boxes, mask = labels.new_zeros(len(of_image), num_slots, 4).float(), labels.bool()
+    for image, m in enumerate(of_image):
+        labels[image, : m.sum(), 0], mask[image, : m.sum(), 0] = packed.labels[m], True
+        boxes[image, : m.sum()] = packed.boxes_xyxy[m]
+    padded = [
+        ty.Targets.from_padded(labels, boxes, mask),
+        ty.Targets.from_padded(labels.squeeze(-1), boxes),
+        ty.Targets.from_padded(labels, ref.xyxy_to_xywh(boxes), mask.squeeze(-1), box_format="xywh"),
+    ]
+    for targets in (packed, with_padding, as_list, *padded):
+        out = criterion(case.pred_dist, case.pred_scores, case.feat_shapes, targets)
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@given(strat.yolox_cases())
+def test_yolox_invariants(case):
+    criterion = yolox(case)
+    out, (grad,) = with_gradients(lambda p: criterion(p, case.feat_shapes, case.rows), case.preds)
+    assert min(out.loss, out.iou, out.obj, out.cls, out.l1) >= 0
+    is_positive = grad[..., 5:].abs().sum(-1) > 0
+    assert (grad[..., :4].abs().sum(-1) > 0).sum() <= is_positive.sum()
+    again, (grad_again,) = with_gradients(lambda p: criterion(p, case.feat_shapes, case.rows), case.preds)
+    assert all(torch.equal(a, b) for a, b in zip((*out, grad), (*again, grad_again), strict=True))
+    padding = torch.full((2, 6), -1.0, device=DEVICE)
+    padded, (grad_padded,) = with_gradients(
+        lambda p: criterion(p, case.feat_shapes, torch.cat([padding, case.rows])), case.preds
+    )
+    assert all(torch.equal(a, b) for a, b in zip((*out, grad), (*padded, grad_padded), strict=True))
+
+
+def small_yolo11(num_rows: int = 3, **options):
+    torch.manual_seed(0)
+    dist, scores = torch.randn(2, 20, 32, device=DEVICE), torch.randn(2, 20, 3, device=DEVICE)
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.7, 0.6], [1, 2, 0.4, 0.5, 0.5, 0.8], [0, 0, 0.3, 0.4, 0.4, 0.4]], device=DEVICE)
+    return ty.YOLO11Loss(3, strides=(8, 16), reg_max=8, **options), dist, scores, [(4, 4), (2, 2)], rows[:num_rows]
+
+
+def small_yolox(**options):
+    torch.manual_seed(0)
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.7, 0.6], [1, 2, 0.4, 0.5, 0.5, 0.8], [0, 0, 0.3, 0.4, 0.4, 0.4]], device=DEVICE)
+    return ty.YOLOXLoss(3, strides=(8, 16), **options), torch.randn(2, 20, 8, device=DEVICE), [(4, 4), (2, 2)], rows
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_yolo11_shows_a_prediction_that_is_no_number(bad, which):
+    criterion, *preds, shapes, rows = small_yolo11()
+    clean = criterion(*preds, shapes, rows)
+    for anchor in (0, 5, 19):
+        broken = [p.clone() for p in preds]
+        broken[which][1, anchor, 2] = bad
+        out = criterion(*broken, shapes, rows)
+        assert out.loss.isnan()
+        assert (out.cls if which else out.box).isnan()
+        assert clean.loss.isfinite()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channel", [0, 3, 4, 6])
+def test_yolox_shows_a_prediction_that_is_no_number(bad, channel):
+    criterion, preds, shapes, rows = small_yolox()
+    for anchor in (0, 5, 19):
+        broken = preds.clone()
+        broken[1, anchor, channel] = bad
+        assert criterion(broken, shapes, rows).loss.isnan()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_image_does_not_disturb_the_assignment_of_another(bad):
+    assigner = ty.TaskAlignedAssigner(num_classes=2)
+    points, strides = ty.make_anchors([(4, 4)], (8,), device=DEVICE)
+    points = points * strides[:, None]
+    boxes = torch.cat([points - 8, points + 9], -1).repeat(2, 1, 1)
+    scores = torch.full((2, 16, 2), 0.5, device=DEVICE)
+    gt, labels = torch.tensor([[[4.0, 4, 28, 28]]] * 2, device=DEVICE), torch.zeros(2, 1, device=DEVICE).long()
+    mask = torch.ones(2, 1, device=DEVICE).bool()
+    clean = assigner(scores, boxes, points, labels, gt, mask)
+    boxes[0] = bad
+    scores[0, 3] = bad
+    broken = assigner(scores, boxes, points, labels, gt, mask)
+    assert not broken.fg_mask[0].any()
+    for a, b in zip(clean, broken, strict=True):
+        assert torch.equal(a[1], b[1])
+
+
+def test_huge_raw_sizes_of_yolox_overlap_nothing_and_hurt_nobody():
+    criterion, preds, shapes, rows = small_yolox()
+    preds[0, :, 2:4] = 100.0
+    preds[1, :, 2:4] = -200.0
+    out, (grad,) = with_gradients(lambda p: criterion(p, shapes, rows), preds)
+    assert out.iou.isfinite()
+    assert out.loss.isfinite()
+    assert grad[..., 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits(dtype):
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    dist, scores = (100 * dist).to(dtype), (100 * scores).to(dtype)
+    out, grads = with_gradients(lambda d, s: criterion(d, s, shapes, rows), dist, scores)
+    options = dict(strides=(8, 16), reg_max=8)
+    expected, expected_grads = with_gradients(
+        lambda d, s: ref.yolo11_loss(d, s, shapes, rows, **options), dist.float(), scores.float()
+    )  # in float32, as the specification says: there a metric underflows to 0
+    assert_close(out.loss, expected.loss)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert_close(a, b)
+
+
+def test_empty_batch_of_images_and_no_rows():
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    out, grads = with_gradients(lambda d, s: criterion(d, s, shapes, rows[:0]), dist, scores)
+    assert out.num_fg == out.box == out.dfl == 0
+    assert grads[0].abs().sum() == 0
+    assert (grads[1] > 0).all()
+    out, grads = with_gradients(lambda d, s: criterion(d, s, shapes, rows[:0]), dist[:0], scores[:0])
+    assert out.loss == 0
+    assert grads[1].shape == (0, 20, 3)
+    criterion, preds, shapes, rows = small_yolox()
+    assert criterion(preds, shapes, rows[:0]).num_fg == 0
+    assert criterion(preds[:0], shapes, rows[:0]).loss == 0
+
+
+def test_more_boxes_than_anchors_and_topk_above_all():
+    criterion, dist, scores, shapes, rows = small_yolo11(topk=99)
+    many = rows.repeat(20, 1)
+    many[:, 2:4] += torch.linspace(-0.2, 0.2, 60, device=DEVICE)[:, None]
+    options = dict(strides=(8, 16), reg_max=8, topk=99)
+    assert_close(criterion(dist, scores, shapes, many).loss, ref.yolo11_loss(dist, scores, shapes, many, **options).loss)
+    criterion, preds, shapes, _ = small_yolox()
+    assert_close(criterion(preds, shapes, many).loss, ref.yolox_loss(preds, shapes, many, strides=(8, 16)).loss)
+
+
+def test_only_the_loss_has_a_gradient():
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    out = criterion(dist.requires_grad_(), scores, shapes, rows)
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in out[1:])
+    criterion, preds, shapes, rows = small_yolox(use_l1=True)
+    out = criterion(preds.requires_grad_(), shapes, rows)
+    assert out.loss.requires_grad
+    assert not any(x.requires_grad for x in out[1:])
+
+
+def test_gradients_scale_with_the_incoming_one_and_keep_the_layout():
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    dist = dist.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    (grad,) = torch.autograd.grad(criterion(dist, scores, shapes, rows).loss, dist)
+    (half,) = torch.autograd.grad(0.5 * criterion(dist, scores, shapes, rows).loss, dist)
+    assert_close(2 * half, grad)
+    assert grad.stride() == dist.stride()
+
+
+def test_l1_switches_on_at_any_time():
+    criterion, preds, shapes, rows = small_yolox()
+    assert criterion(preds, shapes, rows).l1 == 0
+    criterion.use_l1 = True
+    out = criterion(preds, shapes, rows)
+    assert_close(out.l1, ref.yolox_loss(preds, shapes, rows, strides=(8, 16), use_l1=True).l1)
+    assert out.l1 > 0
+
+
+def test_autocast_changes_nothing():
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    expected = criterion(dist, scores, shapes, rows)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = criterion(dist, scores, shapes, rows)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    criterion, preds, shapes, rows = small_yolox(use_l1=True)
+    expected = criterion(preds, shapes, rows)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = criterion(preds, shapes, rows)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_inputs_are_left_as_they_were():
+    criterion, dist, scores, shapes, rows = small_yolo11()
+    before = [x.clone() for x in (dist, scores, rows)]
+    with_gradients(lambda d, s: criterion(d, s, shapes, rows), dist, scores)
+    assert all(torch.equal(a, b) for a, b in zip((dist, scores, rows), before, strict=True))
+    criterion, preds, shapes, rows = small_yolox(use_l1=True)
+    before = [x.clone() for x in (preds, rows)]
+    with_gradients(lambda p: criterion(p, shapes, rows), preds)
+    assert all(torch.equal(a, b) for a, b in zip((preds, rows), before, strict=True))
+
+
+def test_criteria_carry_no_state_and_survive_copying():
+    criterion, dist, scores, shapes, rows = small_yolo11(class_weights=torch.tensor([1.0, 2.0, 0.5], device=DEVICE))
+    assert criterion.state_dict() == {}
+    expected = criterion(dist, scores, shapes, rows).loss
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(twin(dist, scores, shapes, rows).loss, expected)
+    assert "num_classes=3" in repr(criterion)
+    assert "center" in repr(small_yolox()[0])
+
+
+@pytest.mark.parametrize("system", ["yolo11", "yolox"])
+def test_five_thousand_boxes_in_an_image(system):
+    torch.manual_seed(0)
+    shapes = [(40, 40), (20, 20), (10, 10)]
+    num_anchors = sum(h * w for h, w in shapes)
+    rows = torch.rand(5000, 6, device=DEVICE)
+    rows[:, 0], rows[:, 1], rows[:, 4:] = 0, 0, rows[:, 4:] * 0.1 + 0.01
+    if system == "yolo11":
+        preds = torch.randn(1, num_anchors, 64, device=DEVICE), torch.randn(1, num_anchors, 2, device=DEVICE)
+        out = ty.YOLO11Loss(2)(*preds, shapes, rows)
+    else:
+        out = ty.YOLOXLoss(2)(torch.randn(1, num_anchors, 7, device=DEVICE), shapes, rows)
+    assert out.loss.isfinite()
+    assert out.num_fg > 0

@@ -1,0 +1,189 @@
+"""Every stage against its dense twin in the reference: values, gradients, tie rules."""
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import reference as ref
+import triton_yolo as ty
+from tests import strategies as strat
+from tests.compare import assert_close, is_decided
+from tests.conftest import DEVICE
+
+KINDS = ("iou", "giou", "diou", "ciou")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+dtypes = st.sampled_from(DTYPES)
+
+
+def gradient_of(function, x, weight):
+    """Gradient of the weighted sum of ``function(x)``, computed in float64 for the reference."""
+    x = x.detach().requires_grad_()
+    out = function(x)
+    (grad,) = torch.autograd.grad((out * weight.to(out)).sum(), x)
+    return grad
+
+
+@given(strat.pyramids(), st.sampled_from([0.5, 0.0]), st.sampled_from([torch.float32, torch.float64]))
+def test_make_anchors(pyramid, offset, dtype):
+    shapes, strides = pyramid
+    points, point_strides = ty.make_anchors(shapes, strides, offset=offset, dtype=dtype, device=DEVICE)
+    expected_points, expected_strides = ref.make_anchors(shapes, strides, offset=offset, dtype=dtype, device=DEVICE)
+    assert torch.equal(points, expected_points)
+    assert torch.equal(point_strides, expected_strides)
+    assert points.dtype == point_strides.dtype == dtype
+
+
+@st.composite
+def decode_cases(draw):
+    batch_size, num_anchors = draw(st.integers(0, 3)), draw(st.integers(0, 40))
+    reg_max = draw(st.integers(1, 32))
+    dtype = draw(dtypes)
+    dist = draw(strat.tensors((batch_size, num_anchors, 4 * reg_max), st.integers(-64, 64).map(lambda i: i / 8)))
+    points = strat.spread([0.5, 3.5, 7.5], (num_anchors, 2))
+    strides = strat.spread([8.0, 16.0], (num_anchors,)) if draw(st.booleans()) else None
+    return draw(strat.layouts(dist.to(dtype))), points, strides, reg_max
+
+
+@given(decode_cases())
+def test_decode_dfl(case):
+    dist, points, strides, reg_max = case
+    boxes = ty.decode_dfl(dist, points, reg_max=reg_max, strides=strides)
+    assert boxes.dtype == (torch.float64 if dist.dtype == torch.float64 else torch.float32)
+    assert_close(boxes, ref.decode_dfl(dist.double(), points, reg_max=reg_max, strides=strides))
+    weight = strat.spread([1.0, -0.5, 2.0], boxes.shape)
+    grad = gradient_of(lambda d: ty.decode_dfl(d, points, reg_max=reg_max, strides=strides), dist, weight)
+    expected = gradient_of(lambda d: ref.decode_dfl(d, points, reg_max=reg_max, strides=strides), dist.double(), weight)
+    assert_close(grad, expected, "gradient")
+    assert grad.dtype == dist.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [100.0, -100.0, 1e4])
+def test_decode_dfl_of_extreme_logits(dtype, value):
+    dist = torch.zeros(1, 2, 4, 5, dtype=dtype, device=DEVICE)
+    dist[..., 3] = value
+    points = torch.zeros(2, 2, device=DEVICE)
+    assert_close(ty.decode_dfl(dist.flatten(2), points, reg_max=5), ref.decode_dfl(dist.double().flatten(2), points, reg_max=5))
+
+
+@given(st.integers(0, 3), st.integers(0, 20), st.integers(0, 6), dtypes, st.data())
+def test_decode_yolox(batch_size, num_anchors, extra, dtype, data):
+    preds = data.draw(strat.tensors((batch_size, num_anchors, 4 + extra), st.integers(-16, 16).map(lambda i: i / 8)))
+    preds = data.draw(strat.layouts(preds.to(dtype)))
+    points = strat.spread([0.5, 3.5], (num_anchors, 2))
+    strides = strat.spread([8.0, 16.0, 32.0], (num_anchors,))
+    boxes = ty.decode_yolox(preds, points, strides)
+    assert_close(boxes, ref.decode_yolox(preds.double(), points, strides))
+    weight = strat.spread([1.0, -0.5, 2.0], boxes.shape)
+    grad = gradient_of(lambda p: ty.decode_yolox(p, points, strides), preds, weight)
+    expected = gradient_of(lambda p: ref.decode_yolox(p, points, strides), preds.double(), weight)
+    assert_close(grad, expected, "gradient")
+
+
+@given(st.integers(0, 12), st.sampled_from(KINDS), st.sampled_from([1e-7, 1e-16, 0.5]), dtypes, st.data())
+def test_bbox_iou(number, kind, eps, dtype, data):
+    a, b = (data.draw(strat.boxes((number,))).to(dtype) for _ in range(2))
+    expected = ref.bbox_iou(a.double(), b.double(), kind=kind, eps=eps)
+    # Of two empty boxes, nothing is defined but eps.
+    assume(bool(((a[:, 2:] > a[:, :2]).all(-1) | (b[:, 2:] > b[:, :2]).all(-1)).all()))
+    assert_close(ty.bbox_iou(a, b, kind=kind, eps=eps), expected)
+    weight = strat.spread([1.0, -0.5, 2.0], (number,))
+    for x, y in ((a, b), (b, a)):
+        is_box = (x[:, 2:] > x[:, :2]).all(-1)  # an empty box has a slope of 1 / eps
+        x, y, w = x[is_box], y[is_box], weight[is_box]
+        grad = gradient_of(lambda x, y=y: ty.bbox_iou(x, y, kind=kind, eps=eps), x, w)
+        expected = gradient_of(lambda x, y=y: ref.bbox_iou(x, y.double(), kind=kind, eps=eps), x.double(), w)
+        assert_close(grad, expected, "gradient")
+
+
+@given(st.sampled_from(KINDS), st.data())
+def test_bbox_iou_is_symmetric_and_bounded(kind, data):
+    a, b = (data.draw(strat.boxes((6,))) for _ in range(2))
+    iou = ty.bbox_iou(a, b, kind=kind)
+    assert_close(iou, ty.bbox_iou(b, a, kind=kind))
+    is_box = ((a[:, 2:] > a[:, :2]) & (b[:, 2:] > b[:, :2])).all(-1)
+    assert (iou[is_box] <= 1 + 1e-6).all()
+    assert (iou[is_box] >= -2).all()
+
+
+def test_bbox_iou_broadcasts_and_sums_the_gradient():
+    a = torch.tensor([[0.0, 0, 4, 4]], device=DEVICE, requires_grad=True)
+    b = torch.tensor([[[1.0, 1, 5, 5]], [[2.0, 0, 6, 4]]], device=DEVICE)
+    out = ty.bbox_iou(a, b, kind="ciou")
+    assert out.shape == (2, 1)
+    out.sum().backward()
+    expected = gradient_of(lambda x: ref.bbox_iou(x, b.double(), kind="ciou"), a.double(), torch.ones(2, 1))
+    assert_close(a.grad, expected, "gradient")
+
+
+@given(strat.assigner_cases(), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 6.0]), st.sampled_from([0.0, 16.0]))
+def test_align_metric(case, alpha, beta, min_box_side):
+    options = dict(alpha=alpha, beta=beta, min_box_side=min_box_side)
+    args = (case.gt_labels, case.gt_boxes, case.mask)
+    metric, overlaps = ty.align_metric(case.scores, case.boxes, case.points, *args, **options)
+    wide = case.double()
+    expected_metric, expected_overlaps = ref.align_metric(
+        wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask, **options
+    )
+    assert_close(overlaps, expected_overlaps, "overlaps")
+    assert_close(metric, expected_metric, "metric")
+    assert ((metric > 0) <= (overlaps > 0)).all()
+
+
+def test_align_metric_scales_with_the_image():
+    case = strat.AssignerCase(
+        torch.full((1, 2, 1), 0.5), torch.tensor([[[0.0, 0, 6, 6], [2, 2, 12, 12]]]), torch.tensor([[4.0, 4], [8, 8]]),
+        torch.ones(2), torch.zeros(1, 1, 1).long(), torch.tensor([[[1.0, 1, 11, 9]]]), torch.ones(1, 1, 1).bool(),
+    )  # fmt: skip
+    case = strat.AssignerCase(*(x.to(DEVICE) for x in case))
+    args = (case.gt_labels, case.gt_boxes, case.mask)
+    small = ty.align_metric(case.scores, case.boxes, case.points, *args, alpha=1.0, beta=2.0)
+    args = (case.gt_labels, 8 * case.gt_boxes, case.mask)
+    large = ty.align_metric(case.scores, 8 * case.boxes, 8 * case.points, *args, alpha=1.0, beta=2.0)
+    for a, b in zip(small, large, strict=True):
+        assert_close(a, b, tolerance=1e-5)
+
+
+@given(
+    st.integers(0, 3), st.integers(0, 4), st.integers(0, 50), st.integers(1, 60), dtypes,
+    st.booleans(), st.data(),
+)  # fmt: skip
+def test_select_topk_candidates(batch_size, num_gt, num_anchors, topk, dtype, has_mask, data):
+    values = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 1e-6])
+    metric = data.draw(strat.tensors((batch_size, num_gt, num_anchors), values, jitters=(0.0,))).to(dtype)
+    mask = strat.spread([1.0, 0.0, 1.0], (batch_size, num_gt, 1)) > 0 if has_mask else None
+    selected = ty.select_topk_candidates(metric, topk, mask)
+    assert selected.dtype == torch.bool
+    assert torch.equal(selected, ref.select_topk_candidates(metric, topk, mask))
+
+
+@given(st.integers(1, 30), st.data())
+def test_topk_of_distinct_values_commutes_with_a_permutation(topk, data):
+    metric = data.draw(strat.tensors((2, 3, 40), st.integers(0, 8).map(float), jitters=(0.25,)))
+    assume(is_decided(metric.flatten(0, 1), topk))
+    order = data.draw(st.permutations(range(40)))
+    permuted = ty.select_topk_candidates(metric[..., order], topk)
+    assert torch.equal(permuted, ty.select_topk_candidates(metric, topk)[..., order])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -1.0, -0.0, -torch.inf])
+def test_topk_never_marks_what_is_not_above_zero(bad):
+    metric = torch.tensor([[[bad, 0.5, bad, 0.25, 0.0]]], device=DEVICE)
+    assert ty.select_topk_candidates(metric, 5).tolist() == [[[False, True, False, True, False]]]
+
+
+@example(0.0)
+@example(float("nan"))
+@given(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+def test_prediction_that_is_no_number_leaves_the_other_anchors_alone(value):
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 8], [0, 0, 7, 8]]], device=DEVICE)
+    points = torch.tensor([[2.0, 2], [4, 4], [6, 6]], device=DEVICE)
+    gt, labels = torch.tensor([[[0.0, 0, 8, 8]]], device=DEVICE), torch.zeros(1, 1, 1, device=DEVICE).long()
+    mask = torch.ones(1, 1, 1, device=DEVICE).bool()
+    scores = torch.full((1, 3, 1), 0.5, device=DEVICE)
+    clean, _ = ty.align_metric(scores, boxes, points, labels, gt, mask, alpha=1.0, beta=6.0)
+    boxes[0, 1] = value
+    metric, _ = ty.align_metric(scores, boxes, points, labels, gt, mask, alpha=1.0, beta=6.0)
+    assert metric[0, 0, 1] == 0
+    assert torch.equal(metric[0, 0, [0, 2]], clean[0, 0, [0, 2]])
