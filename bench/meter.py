@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 SECTOR = 32  # bytes
@@ -35,7 +36,7 @@ class WriteRace(AssertionError):
 @dataclass
 class Traffic:
     """Memory traffic of one launch, in bytes. ``unique`` counts every byte once, ``sectors`` every 32-byte piece an access
-    touches, times 32."""
+    touches, times 32. ``arguments`` are the bytes of the storages that the launch was given."""
 
     kernel: str
     programs: int = 0
@@ -44,6 +45,7 @@ class Traffic:
     atomic: int = 0
     sectors: int = 0
     unique: int = 0
+    arguments: int = 0
 
     @property
     def requested(self) -> int:
@@ -90,7 +92,13 @@ class Meter:
 
         def launched(executor: Any, *args: Any, **kwargs: Any) -> Any:
             meter._begin(executor, [*args, *kwargs.values()])
-            result = call(executor, *args, **kwargs)
+            try:
+                result = call(executor, *args, **kwargs)
+            except InterpreterError as error:
+                meter._current = None
+                if isinstance(error.__cause__, OutOfBounds):
+                    raise error.__cause__ from None
+                raise
             meter._end()
             return result
 
@@ -122,7 +130,7 @@ class Meter:
     def _begin(self, executor: Any, arguments: list[Any]) -> None:
         spans = sorted({span for argument in arguments for span in _storages(argument)})
         grid = executor.grid if isinstance(executor.grid, tuple) else (0,)
-        traffic = Traffic(executor.fn.__name__, programs=int(np.prod(grid)))
+        traffic = Traffic(executor.fn.__name__, programs=int(np.prod(grid)), arguments=sum(end - start for start, end in spans))
         self.launches.append(traffic)
         self._current = _Launch(traffic, [start for start, _ in spans], [end for _, end in spans])
 
