@@ -6,8 +6,8 @@ Needs ``TRITON_INTERPRET=1``. The figures are exact and the same in every run:
         loss(...)
     print(meter.table())
 
-Every address must lie in the storage of a tensor argument of its launch (``OutOfBounds``); no two programs of a launch may
-store to one address without an atomic operation (``WriteRace``).
+Every address must lie in the storage of a tensor argument of its launch (``OutOfBoundsError``); no two programs of a launch may
+store to one address without an atomic operation (``WriteRaceError``).
 """
 
 from bisect import bisect_right
@@ -25,11 +25,11 @@ from triton.runtime.interpreter import GridExecutor, interpreter_builder
 SECTOR = 32  # bytes
 
 
-class OutOfBounds(AssertionError):
+class OutOfBoundsError(AssertionError):
     """A kernel touched memory that none of its arguments owns."""
 
 
-class WriteRace(AssertionError):
+class WriteRaceError(AssertionError):
     """Two programs of one launch stored to one address."""
 
 
@@ -96,7 +96,7 @@ class Meter:
                 result = call(executor, *args, **kwargs)
             except InterpreterError as error:
                 meter._current = None
-                if isinstance(error.__cause__, OutOfBounds):
+                if isinstance(error.__cause__, OutOfBoundsError):
                     raise error.__cause__ from None
                 raise
             meter._end()
@@ -151,7 +151,9 @@ class Meter:
             first = int(addresses[~inside][0])
             nearest = bisect_right(launch.starts, first) - 1
             behind = first - launch.ends[nearest] if nearest >= 0 else first
-            raise OutOfBounds(f"{traffic.kernel}: {kind} {width} bytes at {first:#x}, {behind} bytes behind the nearest argument")
+            raise OutOfBoundsError(
+                f"{traffic.kernel}: {kind} {width} bytes at {first:#x}, {behind} bytes behind the nearest argument"
+            )
         traffic.sectors += SECTOR * np.union1d(addresses // SECTOR, (addresses + width - 1) // SECTOR).size
         launch.touched.append(_bytes(addresses, width))
         if kind == "stored":
@@ -170,7 +172,7 @@ class Meter:
             address, program = address[order], program[order]
             is_race = (address[1:] == address[:-1]) & (program[1:] != program[:-1])
             if is_race.any():
-                raise WriteRace(f"{launch.traffic.kernel}: {is_race.sum()} bytes stored by more than one program")
+                raise WriteRaceError(f"{launch.traffic.kernel}: {is_race.sum()} bytes stored by more than one program")
 
 
 def _bytes(addresses: np.ndarray, width: int) -> np.ndarray:

@@ -27,8 +27,8 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere and for operations
     that have no kernel (so far those of YOLOX). ``"eager"`` runs sparse PyTorch on any device; it synchronises host and device.
-    ``"triton"`` runs Triton kernels only, on CPU tensors only under ``TRITON_INTERPRET=1``, and raises an error where it cannot.
-    The environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
+    ``"triton"`` runs Triton kernels, on CPU tensors only under ``TRITON_INTERPRET=1``, and raises an error where it cannot. The
+    environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
 
     Raises:
         ValueError: ``name`` is none of these.

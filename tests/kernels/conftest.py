@@ -1,4 +1,4 @@
-"""Tests of what only kernels have. Those that run kernels need Triton's interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels``."""
+"""Tests of what only kernels have. Those that run kernels need the interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels``."""
 
 from collections.abc import Iterator
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.meter import Meter, OutOfBounds, WriteRace
+from bench.meter import Meter, OutOfBoundsError, WriteRaceError
 
 
 @triton.jit
@@ -36,12 +36,12 @@ class TestMeter:
 
     def test_a_reach_past_the_end_is_found(self):
         a, b, out = torch.rand(100), torch.rand(99), torch.empty(100)
-        with Meter(), pytest.raises(OutOfBounds, match="add_kernel"):
+        with Meter(), pytest.raises(OutOfBoundsError, match="add_kernel"):
             add_kernel[(2,)](out, a, b, 100, BLOCK=64)
 
     def test_two_programs_storing_to_one_address_are_found(self):
         out = torch.zeros(1, dtype=torch.int32)
-        with Meter(), pytest.raises(WriteRace, match="everyone_writes_kernel"):
+        with Meter(), pytest.raises(WriteRaceError, match="everyone_writes_kernel"):
             everyone_writes_kernel[(2,)](out, IS_ATOMIC=False)
         with Meter():
             everyone_writes_kernel[(2,)](out, IS_ATOMIC=True)

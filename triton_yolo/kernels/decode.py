@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .boxes import box_columns, box_rows, expectation
-from .launching import FIXED, INTERPRETED, compute_type, on_device, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
 
 
 def decode_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def store_side(ptr, stride, values, offs_a, mask_a, side, R: tl.constexpr, RP: t
     if R != RP:
         mask = mask & (bins < R)[:, None]
     offs = (side * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]
-    tl.store(ptr + offs, values.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offs, rounded(values, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -13,8 +14,20 @@ from triton.runtime.interpreter import InterpretedFunction
 INTERPRETED = isinstance(tl.sum, InterpretedFunction)
 """Whether kernels run in Triton's interpreter, where few programs with large tiles are fast."""
 
+_IS_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
 FIXED: dict[str, bool] = {"enable_fp_fusion": False}
 """No contraction to fused multiply-adds: two kernels that evaluate one formula get the same bits."""
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Cast to a type to store, rounding to the nearest; the interpreter's own cast to bfloat16 truncates."""
+    if _IS_INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(tl.abs(x) < float("inf"), (bits & -0x10000).to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:

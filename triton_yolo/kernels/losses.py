@@ -10,7 +10,7 @@ from torch import Tensor
 from .boxes import cross_entropy_with_logits, expectation, overlap, overlap_derivative, sigmoid
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, compute_type, on_device, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
 
 
 def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -192,7 +192,7 @@ def _class_grad_kernel(
         error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
     scale = cls_gain * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
     offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
-    tl.store(out_ptr + image * out_stride[0] + offs, (error * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .boxes import box_columns, box_rows, overlap, overlap_derivative
-from .launching import FIXED, INTERPRETED, compute_type, on_device, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
 
 
 def overlap_sizes(num_pairs: int) -> tuple[int, int]:
@@ -61,9 +61,9 @@ def _bbox_iou_backward_kernel(
     grad = tl.load(grad_ptr + _element_offsets(index, sizes, grad_stride), mask=mask, other=0.0).to(DTYPE)[:, None]
     offs, mask = index[:, None] * 4 + tl.arange(0, 4)[None, :], mask[:, None]
     x1, y1, x2, y2 = overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND, EPS)
-    tl.store(grad_a_ptr + offs, (box_rows(x1, y1, x2, y2) * grad).to(grad_a_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_a_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * grad, grad_a_ptr.dtype.element_ty), mask=mask)
     x1, y1, x2, y2 = overlap_derivative(bx1, by1, bx2, by2, ax1, ay1, ax2, ay2, KIND, EPS)
-    tl.store(grad_b_ptr + offs, (box_rows(x1, y1, x2, y2) * grad).to(grad_b_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_b_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * grad, grad_b_ptr.dtype.element_ty), mask=mask)
 
 
 @on_device

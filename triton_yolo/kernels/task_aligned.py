@@ -170,9 +170,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _poisoned_distance(
-    dist_ptr, dist_stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr
-):
+def _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
     """Expected distance [n] of one side, and the sum of its logits times 0."""
     logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None]
@@ -192,7 +190,7 @@ def _claim_kernel(
 
     The second claim of an anchor makes it contested and sets its place in ``best`` to 0, which nobody set before.
     """
-    IS_WIDE: tl.constexpr = DTYPE == tl.float64
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
     length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
@@ -230,7 +228,7 @@ def _contest_kernel(
     In float64 the row does not fit beside the overlap: a second launch, ``IS_TIE_BREAK``, lets the rows that have the best
     overlap raise ``target_row`` to their inverted number.
     """
-    IS_WIDE: tl.constexpr = DTYPE == tl.float64
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
     length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
@@ -266,7 +264,7 @@ def _score_kernel(
     writes there; others may read it before or after, and see that it is not theirs either way. Each row's sum of target
     scores and number of positives go to ``row_sum`` and ``row_count`` (N,).
     """
-    IS_WIDE: tl.constexpr = DTYPE == tl.float64
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
     row = offs_g.to(tl.int32)[:, None]
@@ -281,9 +279,7 @@ def _score_kernel(
             anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
             mask = _is_mine(row, info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE)
             overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            metric = _metrics(
-                info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
-            )
+            metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
             key, order = pack(metric, anchor, IS_WIDE)
             best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, 0), order, IS_WIDE)
             start += BLOCK_P
@@ -297,9 +293,7 @@ def _score_kernel(
         mask = _is_mine(row, info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE)
         if tl.max(mask.to(tl.int32)) > 0:
             overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            metric = _metrics(
-                info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
-            )
+            metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
             if K > 0:
                 key, order = pack(metric, anchor, IS_WIDE)
                 mask = is_among(tl.where(metric > 0, key, 0), order, best, best_order, IS_WIDE)
@@ -387,7 +381,7 @@ def _select_topk_kernel(
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program reads BLOCK_G rows (of N = B * G) of the metric twice and writes which are among the K highest."""
-    IS_WIDE: tl.constexpr = DTYPE == tl.float64
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
     image, slot = (offs_g // G).to(tl.int64), (offs_g % G).to(tl.int64)
     is_gt = offs_g < N
