@@ -9,16 +9,16 @@ from .boxes import box_columns, box_rows, expectation
 from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
 
 
-def decode_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
-    """Anchors a program and warps of a decoding kernel.
+def decode_sizes(num_anchors: int, reg_max: int, logits: int = 2048) -> tuple[int, int]:
+    """Anchors a program and warps of a kernel over the box logits, which holds so many ``logits`` of a side at a time.
 
-    One warp holds 2,048 logits of a side, 64 a thread: every load is 16 bytes, the softmax exchanges values between two
-    threads at most, and there are no spills. Twice as many spilled backward in bfloat16.
+    One warp with 64 logits of a side a thread: every load is 16 bytes, the softmax exchanges values between two threads at
+    most, and there are no spills. Twice as many spilled backward in bfloat16.
     """
     bins = triton.next_power_of_2(reg_max)
     if INTERPRETED:
         return min(triton.next_power_of_2(num_anchors), max(1, 2**18 // bins)), 1
-    return max(32, min(128, 2048 // bins)), 1
+    return max(32, min(128, logits // bins)), 1
 
 
 @triton.jit

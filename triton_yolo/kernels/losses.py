@@ -28,12 +28,6 @@ def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int,
     return 256, min(classes, 16), 4
 
 
-def box_grad_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
-    """Anchors a program and warps of the backward pass over the box logits: half of decoding's, for CIoU's derivative."""
-    block_a, num_warps = decode_sizes(num_anchors, reg_max)
-    return (block_a if INTERPRETED else max(32, block_a // 2)), num_warps
-
-
 @triton.jit
 def _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
     """Corners [n] of the true boxes in cells."""
@@ -305,7 +299,7 @@ def yolo11_loss_backward(
         C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip
-    block_a, num_warps = box_grad_sizes(num_anchors, reg_max)
+    block_a, num_warps = decode_sizes(num_anchors, reg_max, 1024)  # CIoU's derivative needs the other registers
     _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
         grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, normaliser,
         gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, batch_size, num_anchors,

@@ -478,7 +478,7 @@ def yolo11_assign(
     boxes = pred_dist.new_empty((batch_size, num_anchors, 4), dtype=dtype)
     target_row = pred_dist.new_empty((batch_size, num_anchors), dtype=torch.int32)
     target_score = torch.empty_like(target_row, dtype=dtype)
-    block_a, num_warps = decode_sizes(num_anchors, reg_max)
+    block_a, num_warps = decode_sizes(num_anchors, reg_max, 1024)  # 2048 spilled in float32 with the logits last
     grid = (triton.cdiv(num_anchors, block_a), batch_size)
     poisons = pred_dist.new_empty(grid[0] * grid[1], dtype=dtype)
     row_sum, row_count = poisons, target_row

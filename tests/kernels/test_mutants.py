@@ -1,0 +1,80 @@
+"""The kernels' tests tested: every planted mistake must make one fail. They run kernels, so ``TRITON_INTERPRET=1``."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from triton_yolo.kernels.launching import INTERPRETED
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Mutant(NamedTuple):
+    path: str
+    old: str
+    new: str
+    test: str
+
+
+LAUNCHES, VALUES = "tests/kernels/test_launches.py", "tests/kernels/test_values.py"
+YOLO11, IOU, STAGES = f"{LAUNCHES}::test_yolo11", f"{LAUNCHES}::test_bbox_iou", f"{LAUNCHES}::test_padded_stages"
+TILES, REPEATS = f"{LAUNCHES}::test_tile_sizes_leave_no_trace_in_the_assignment", f"{LAUNCHES}::test_few_rows"
+
+MUTANTS = {
+    "eps missing from the union": Mutant("boxes", "- inter + EPS\n    result", "- inter\n    result", IOU),
+    "aspect ratio of the wrong box": Mutant("boxes", "wb * ha - wa * hb,", "wa * hb - wb * ha + wa,", IOU),
+    "negative heights not turned": Mutant("boxes", "flip = (ha < 0) != (hb < 0)", "flip = ha != ha", IOU),
+    "a tie's derivative goes to one side": Mutant("boxes", "tl.where(ax1 == bx1, 0.5,", "tl.where(ax1 == bx1, 1.0,", IOU),
+    "infinite logits hidden": Mutant("boxes", "(x + size) * 0.5", "tl.maximum(x, 0.0)", f"{VALUES}::test_no_number_stays_at_its_anchor"),
+    "bins not masked": Mutant("decode", "    if R != RP:\n        logits = tl.where((bins < R)[:, None], logits, float(\"-inf\"))\n", "", f"{LAUNCHES}::test_decode_dfl"),
+    "store not masked": Mutant("decode", "boxes, mask=mask_a[:, None])", "boxes)", f"{LAUNCHES}::test_decode_dfl"),
+    "channel address in 32 bits": Mutant("decode", "(side * R + bins).to(tl.int64)", "(side * R + bins)", f"{VALUES}::test_addresses_past_two_to_the_31"),
+    "class address in 32 bits": Mutant("losses", "offs_c.to(tl.int64)[None, :] * logits_stride[2]", "offs_c[None, :] * logits_stride[2]", f"{VALUES}::test_addresses_past_two_to_the_31"),
+    "level's cells counted from the first level": Mutant("grid", "is_past, anchors - start, index", "is_past, anchors, index", YOLO11),
+    "rectangle starts a cell late": Mutant("grid", "- 0.501), 0)", "+ 0.499), 0)", YOLO11),
+    "rectangle ends a cell early": Mutant("grid", "- 0.499) + 1, 0)", "- 0.499), 0)", YOLO11),
+    "only the first level": Mutant("grid", "before += level_columns * level_rows", "before += 2 * level_columns * level_rows", YOLO11),
+    "ties to the higher index": Mutant("topk", "order = _LAST - index\n", "order = index\n", TILES),
+    "float64 ties to the higher index": Mutant("topk", "tl.max(tl.where(is_top, order, -1), 1)", "tl.min(tl.where(is_top, order, _LAST), 1)", f"{VALUES}::test_float64_metrics_are_compared_in_float64"),
+    "one candidate too many": Mutant("topk", "slot < K, -1 - slot", "slot <= K, -1 - slot", YOLO11),
+    "the list forgets the worst's place": Mutant("topk", "is_worst = best == tl.min(best, 1)[:, None]", "is_worst = best == tl.max(best, 1)[:, None]", TILES),
+    "contested place not cleared": Mutant("task_aligned", "    tl.atomic_and(best_ptr + cell, tl.zeros((BLOCK_G, KP), tl.int64), mask=is_contested, sem=\"relaxed\")\n", "", "tests/kernels"),
+    "conflict unseen": Mutant("task_aligned", "is_contested = is_claim & (earlier >= 0)", "is_contested = is_claim & (earlier > 1000)", YOLO11),
+    "conflict by row only": Mutant("task_aligned", "key, order = pack(overlaps, offs_g", "key, order = pack(overlaps * 0, offs_g", YOLO11),
+    "no tie break in float64": Mutant("task_aligned", "for is_tie_break in (False, True) if", "for is_tie_break in (False,) if", f"{VALUES}::test_equal_overlaps_go_to_the_lower_row_whatever_the_order"),
+    "dropped anchors stay": Mutant("task_aligned", "tl.where(stays, row, -1), mask=is_mine", "tl.where(is_mine, row, -1), mask=is_mine", YOLO11),
+    "no widening": Mutant("task_aligned", "if MIN_SIDE > 0:", "if MIN_SIDE > 100:", YOLO11),
+    "claims race": Mutant("task_aligned", "earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem=\"relaxed\")", "earlier = tl.load(target_row_ptr + cell, mask=is_claim, other=-1)\n    tl.store(target_row_ptr + cell, row, mask=is_claim)", YOLO11),
+    "padding counted": Mutant("task_aligned", "is_gt = is_box & (image >= 0)", "is_gt = is_box & (image >= -9)", YOLO11),
+    "zero metrics are selected": Mutant("topk", "return (key > 0) & result", "return result", STAGES),
+    "DFL target not clamped": Mutant("losses", "R - 1 - 0.01)", "R + 1.0)", YOLO11),
+    "share by the wrong side": Mutant("losses", "_of_side(side, x_share, y_share, x_share, y_share)\n            distance", "_of_side(side, y_share, x_share, y_share, x_share)\n            distance", "tests/kernels"),
+    "background gradient not written": Mutant("losses", "tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a,", "grad, offs_a, is_pos,", YOLO11),
+    "class weight forgotten backward": Mutant("losses", "        error = error * tl.load(weights_ptr + offs_c", "        error = error * tl.load(weights_ptr + 0 * offs_c", YOLO11),
+}  # fmt: skip
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_mistake_is_noticed(name: str, tmp_path: Path):
+    if not INTERPRETED:
+        pytest.skip("runs kernels in Triton's interpreter, which needs TRITON_INTERPRET=1")
+    mutant = MUTANTS[name]
+    for folder in ("triton_yolo", "reference", "tests", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "triton_yolo/kernels" / f"{mutant.path}.py"
+    source = path.read_text()
+    assert source.count(mutant.old) == 1, f"{mutant.path} has {source.count(mutant.old)} times {mutant.old!r}"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    ignored = [f"--ignore=tests/kernels/test_{name}.py" for name in ("compile", "traffic", "mutants")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *ignored, mutant.test],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1, f"survived or did not run:\n{run.stdout[-2000:]}"
