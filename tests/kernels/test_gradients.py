@@ -1,0 +1,44 @@
+"""Gradients of interpreted kernels against difference quotients, in float64 and along random directions."""
+
+import functools
+
+import pytest
+import torch
+
+import triton_yolo as ty
+from tests.kernels.cases import FLAT_SHAPES, SHAPES, STRIDES, make_case
+from triton_yolo import _ops
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+F64 = torch.float64
+gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_decode_dfl(layout):
+    case = make_case(0, dtype=F64, layout=layout)
+    points, strides = ty.make_anchors(SHAPES, STRIDES, dtype=F64)
+    assert gradcheck(lambda d: _ops.decode_dfl(d, points, strides, 5), case.dist.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou"])
+def test_bbox_iou(kind):
+    torch.manual_seed(0)
+    low = torch.rand(2, 30, 2, dtype=F64)
+    a, b = torch.cat([low, low + 0.3 + torch.rand(2, 30, 2, dtype=F64)], -1)
+    assert gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, 1e-7), (a.requires_grad_(), b.requires_grad_()))
+
+
+@pytest.mark.parametrize("reg_max", [1, 5])
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_yolo11_loss(reg_max, has_weights):
+    case = make_case(2, dtype=F64, reg_max=reg_max)
+    weights = torch.tensor([1.0, 2.0, 0.5]) if has_weights else None
+    dist = case.dist.abs() + 0.5
+    levels = (FLAT_SHAPES, STRIDES, reg_max)
+    row, score, total, _, poison = _ops.yolo11_assign(dist, *case[1:], *levels, 10, None, 0.5, 6.0, 0.0)
+    assert (row >= 0).any()
+    # CIoU's weight is a constant for its gradient and not for a difference quotient.
+    tail = (row, score, total.clamp(min=1), poison, *case[3:], weights, *levels, [0.0, 0.5, 1.5], 2)
+    inputs = (dist.requires_grad_(), case.scores.requires_grad_())
+    assert gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *tail)[0], inputs)
