@@ -9,7 +9,7 @@ import torch
 
 from .cases import Case, has_coco, make_case
 from .competitors import COMPETITORS, OURS, Target, label
-from .measure import Trial, machine, spread, time_interleaved, try_alone
+from .measure import Limits, Trial, machine, spread, time_interleaved, try_alone
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
 
@@ -47,8 +47,9 @@ def measure_system(system: str, case: Case, target: Target, arguments: argparse.
         for name, build in COMPETITORS[system].items()
         if name == OURS or (name in arguments.only if arguments.only else not (arguments.quick and "compile" in name))
     }
-    limit = int(arguments.memory_limit * 2**30) if arguments.memory_limit else None
-    trials = {name: try_alone(build, case, target, memory_limit=limit) for name, build in builders.items()}
+    memory_limit = int(arguments.memory_limit * 2**30) if arguments.memory_limit else None
+    limits = Limits(arguments.time_limit, memory_limit, runs=1 if arguments.quick else 3)
+    trials = {name: try_alone(limits, build, case, target) for name, build in builders.items()}
     ours = trials[OURS]
     if ours.loss is None:
         raise SystemExit(f"{system}: {OURS} failed: {ours.failure}")

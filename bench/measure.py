@@ -8,9 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,14 @@ class Trial(NamedTuple):
     failure: str | None = None
 
 
+class Limits(NamedTuple):
+    """Of a trial: seconds, bytes of address space, and runs that measure its memory."""
+
+    seconds: float
+    bytes: int | None
+    runs: int
+
+
 def spread(seconds: list[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     if len(seconds) == 1:
@@ -60,32 +67,39 @@ def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Timing
     return timings
 
 
-def try_alone(build: Callable[..., Step], *args: object, memory_limit: int | None = None) -> Trial:
+def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Trial:
     """Build a step in a process of its own and measure the peak of the memory that one run of it takes beyond its inputs.
 
     On the CPU this is the kernel's high-water mark of the resident set, reset just before a warm run: it counts everything,
-    whatever allocates it, and nothing is sampled; gradients of the predictions are part of it. Linux only. The least of three
-    runs, since gaps in the heap only add. On an accelerator it is the peak of torch's allocator.
+    whatever allocates it, and nothing is sampled; gradients of the predictions are part of it. Linux only. The least of
+    several runs, since gaps in the heap only add. On an accelerator it is the peak of torch's allocator.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_try, memory_limit, build, *args).result()
-        except BrokenProcessPool:
-            return Trial(failure="killed, presumably out of memory")
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try, args=(sender, limits, build, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limits.seconds) else Trial(failure=f"takes more than {limits.seconds} s")
+    except EOFError:
+        return Trial(failure="killed, presumably out of memory")
+    finally:
+        process.kill()
+        process.join()
 
 
-def _try(memory_limit: int | None, build: Callable[..., Step], *args: object) -> Trial:
-    if memory_limit is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: object) -> None:
+    if limits.bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.bytes, limits.bytes))
     try:
         step = build(*args)
-        loss = step.forward().item()
-        _run(step)
-        peaks = [_peak_of_run(step) for _ in range(3)]
-        return Trial(loss, None if None in peaks else min(peaks))
+        loss = step.forward()
+        loss.backward()
+        peaks = [_peak_of_run(step) for _ in range(limits.runs)]
+        sender.send(Trial(loss.item(), None if None in peaks else min(peaks)))
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Trial(failure=f"{type(error).__name__}: {first_line}"[:160])
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        sender.send(Trial(failure=f"{type(error).__name__}: {first_line}"[:160]))
 
 
 def _run(step: Step) -> tuple[float, float]:
