@@ -46,13 +46,13 @@ def yolo11_loss_args(reg_max=8, dtype=F64, weights=None):
     dist = torch.rand(2, 20, 4 * reg_max, dtype=dtype, device=DEVICE)
     scores = torch.randn(2, 20, 3, dtype=dtype, device=DEVICE)
     levels = (shapes, [8.0, 16.0])
-    target_row, target_score, total, _ = _ops.yolo11_assign(
+    target_row, target_score, total, _, poison = _ops.yolo11_assign(
         dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, reg_max, 10, None, 0.5, 6.0, 0.0
     )
     assert (target_row >= 0).any()
     return (
-        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, total.clamp(min=1), gt.labels,
-        gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5], 2,
+        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, total.clamp(min=1), poison,
+        gt.labels, gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5], 2,
     )  # fmt: skip
 
 

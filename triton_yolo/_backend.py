@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -25,9 +25,10 @@ _current = _checked(os.environ.get("TRITON_YOLO_BACKEND", "auto"), "TRITON_YOLO_
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every operation inside the ``with`` block, in the whole process.
 
-    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere. ``"eager"`` runs
-    sparse PyTorch on any device; it synchronises host and device. ``"triton"`` runs Triton kernels, on CPU tensors only under
-    ``TRITON_INTERPRET=1``. The environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
+    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere and for operations
+    that have no kernel (so far those of YOLOX). ``"eager"`` runs sparse PyTorch on any device; it synchronises host and device.
+    ``"triton"`` runs Triton kernels, on CPU tensors only under ``TRITON_INTERPRET=1``, and raises an error where it cannot. The
+    environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -40,16 +41,40 @@ def backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """Return the module with the operations for tensors on ``device``."""
+def implementation(device: torch.device) -> Any:
+    """Return what has the operations for tensors on ``device`` as attributes."""
     from . import eager
 
-    wants_triton = _current == "triton" or (_current == "auto" and device.type in _TRITON_DEVICES)
-    if not wants_triton:
+    if _current == "eager" or (_current == "auto" and device.type not in _TRITON_DEVICES):
         return eager
-    if find_spec("triton_yolo.kernels") is None:
-        raise NotImplementedError(
-            "backend 'triton': this version of triton_yolo has no Triton kernels yet; "
-            "use triton_yolo.backend('eager') or TRITON_YOLO_BACKEND=eager"
+    if device.type == "cpu" and not _is_interpreted():
+        raise RuntimeError(
+            "backend 'triton' runs on CPU tensors only in Triton's interpreter: "
+            "set TRITON_INTERPRET=1 in the environment before Python starts, or use backend 'eager'"
         )
-    raise AssertionError
+    from . import kernels
+
+    return _Kernels(kernels, eager if _current == "auto" else None)
+
+
+def _is_interpreted() -> bool:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(tl.sum, InterpretedFunction)
+
+
+class _Kernels:
+    """The Triton kernels and, for an operation without one, the ``fallback`` if there is any."""
+
+    def __init__(self, kernels: ModuleType, fallback: ModuleType | None) -> None:
+        self._kernels, self._fallback = kernels, fallback
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._kernels.__all__:
+            return getattr(self._kernels, name)
+        if self._fallback is not None:
+            return getattr(self._fallback, name)
+        raise NotImplementedError(
+            f"backend 'triton': {name} has no Triton kernel yet; use triton_yolo.backend('auto') or ('eager')"
+        )

@@ -195,8 +195,11 @@ def yolo11_assign(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Target row and target score of every anchor, from raw logits; the sum of the scores, the number of positives."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Target row and target score of every anchor, from raw logits; the sum of the scores, the number of positives; poison.
+
+    The poison is 0, or NaN if any of ``pred_dist`` is not finite: this is the pass that reads all of it.
+    """
     _checks.rows_in_range(image_index, labels, pred_scores.shape[0], pred_scores.shape[2])
     return implementation(pred_dist.device).yolo11_assign(
         pred_dist, pred_scores, image_index, labels, gt_boxes, feat_shapes, strides, reg_max,
@@ -209,29 +212,30 @@ def _(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(pred_dist)
     return (
-        *_assignment_like(pred_dist, dtype), pred_dist.new_empty((), dtype=dtype), labels.new_empty((), dtype=torch.int64)
+        *_assignment_like(pred_dist, dtype), pred_dist.new_empty((), dtype=dtype),
+        labels.new_empty((), dtype=torch.int64), pred_dist.new_empty((), dtype=dtype),
     )  # fmt: skip
 
 
 @_operator
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms box, cls, dfl (3,), for a given assignment. Only the loss has a gradient."""
     return implementation(pred_dist.device).yolo11_loss(
-        pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
+        pred_dist, pred_scores, target_row, target_score, normaliser, poison, labels, gt_boxes, class_weights,
         feat_shapes, strides, reg_max, gains, batch_size,
     )  # fmt: skip
 
 
 @yolo11_loss.register_fake
 def _(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -261,14 +265,14 @@ def _(
 
 
 def _yolo11_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:5], *inputs[6:9])
+    ctx.options = inputs[9:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolo11_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = yolo11_loss_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * 11
+    return *grads, *[None] * 12
 
 
 yolo11_loss.register_autograd(_yolo11_loss_grad, setup_context=_yolo11_loss_context)

@@ -138,14 +138,14 @@ class YOLO11Loss(nn.Module):
         shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
         gt = _packed(targets, shapes, strides, pred_dist)
         with torch.no_grad():
-            target_row, target_score, score_sum, num_fg = _ops.yolo11_assign(
+            target_row, target_score, score_sum, num_fg, poison = _ops.yolo11_assign(
                 pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
                 self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
             )  # fmt: skip
             normaliser, num_ranks = _mean_over_ranks(score_sum, self.process_group)
         loss, terms = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_score, normaliser, gt.labels, gt.boxes_xyxy, self.class_weights,
-            shapes, strides, self.reg_max, self.gains, batch_size * num_ranks,
+            pred_dist, pred_scores, target_row, target_score, normaliser, poison, gt.labels, gt.boxes_xyxy,
+            self.class_weights, shapes, strides, self.reg_max, self.gains, batch_size * num_ranks,
         )  # fmt: skip
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)

@@ -19,7 +19,7 @@ def yolo11_assign(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, num_classes = pred_scores.shape
     points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
     gt_boxes = gt_boxes.to(points.dtype)
@@ -38,11 +38,12 @@ def yolo11_assign(
     metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
     target_row, target_score = match(rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9)
     shape = (batch_size, num_anchors)
-    return target_row.view(shape), target_score.view(shape), target_score.sum(), (target_row >= 0).sum()
+    poison = 0 * pred_dist.sum(dtype=target_score.dtype)
+    return target_row.view(shape), target_score.view(shape), target_score.sum(), (target_row >= 0).sum(), poison
 
 
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -56,8 +57,7 @@ def yolo11_loss(
     cls = _weighted(per_class, class_weights).sum()
     cls = cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()
 
-    # A non-finite prediction must show in the loss even where no formula reads it.
-    poison = 0 * pred_dist.sum(dtype=pos.scores.dtype)
+    # A non-finite prediction shows in the loss even where no formula reads it: that is what the poison is for.
     box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum() + poison
     if reg_max > 1:
         log_p = F.log_softmax(pos.logits, -1)

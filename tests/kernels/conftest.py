@@ -1,0 +1,34 @@
+"""Tests of what only kernels have. Those that run kernels need the interpreter: ``TRITON_INTERPRET=1 pytest tests/kernels``."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import triton_yolo
+from bench.meter import Meter
+from triton_yolo.kernels import decode, launching, losses, overlap, task_aligned
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Run operations in interpreted kernels."""
+    if not launching.INTERPRETED:
+        pytest.skip("runs kernels in Triton's interpreter, which needs TRITON_INTERPRET=1")
+    # Lanes that are masked out divide by zero.
+    with np.errstate(all="ignore"), triton_yolo.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def shipped_sizes(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch as on a GPU, not with the few large tiles that suit the interpreter."""
+    for module in (decode, losses, overlap, task_aligned):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+
+
+@pytest.fixture
+def meter(shipped_sizes: None) -> Iterator[Meter]:
+    """Measure every launch, and fail at an access out of bounds or a write race."""
+    with Meter() as meter:
+        yield meter

@@ -1,0 +1,45 @@
+"""Every kernel compiles ahead of time. ``python -m bench.resources`` prints the whole table; this is a part of it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Each target once and each type three times; sm_80 and sm_90, the ones with a bar, in two types.
+PARTS = (
+    ("cuda:75", "float16"), ("cuda:80", "bfloat16"), ("cuda:80", "float32"), ("cuda:86", "bfloat16"), ("cuda:89", "float16"),
+    ("cuda:90", "bfloat16"), ("cuda:90", "float32"), ("cuda:100", "bfloat16"), ("cuda:120", "float16"),
+    ("hip:gfx90a", "float16"), ("hip:gfx942", "float32"),
+)  # fmt: skip
+BARRED = ("cuda:80", "cuda:90")
+FULL_WIDTH = ("_decode_dfl_kernel", "_prepare_kernel", "_yolo11_loss_kernel", "_class_grad_kernel")
+CHOSEN = ("decode_dfl", "yolo11_assign", "yolo11_loss")
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from bench.resources import OPERATORS, measure
+target, dtype, *chosen = sys.argv[1:]
+print(json.dumps([asdict(row) for row in measure(target, dtype, {name: OPERATORS[name] for name in chosen or OPERATORS})]))
+"""
+
+
+@pytest.mark.parametrize(("target", "dtype"), PARTS)
+def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
+    """In a process of its own: where the interpreter is on, nothing can be compiled."""
+    chosen = () if (target, dtype) == ("cuda:90", "bfloat16") else CHOSEN
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, target, dtype, *chosen],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.getcwd()},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert len({row["kernel"] for row in rows}) >= 10
+    if target in BARRED:
+        assert [row for row in rows if row["spill"]] == []
+        dense = [row for row in rows if row["kernel"] in FULL_WIDTH and row["operator"] in CHOSEN]
+        assert {row["kernel"] for row in dense} == set(FULL_WIDTH)
+        assert {row["widest_load"] for row in dense} == {128}

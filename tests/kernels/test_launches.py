@@ -1,0 +1,123 @@
+"""Every kernel, launched as on a GPU: inside its memory, free of races, and with the result of the eager path."""
+
+import pytest
+import torch
+
+import triton_yolo as ty
+from tests.kernels.cases import ANCHORS, FLAT_SHAPES, SHAPES, STRIDES, laid_out, make_case, points_and_boxes
+from triton_yolo import eager, kernels
+from triton_yolo.kernels import task_aligned
+
+LAYOUTS = ("first", "last", "split", "spread")
+DTYPES = (torch.float32, torch.float64, torch.float16)
+GAINS = (7.5, 0.5, 1.5)
+
+
+def assert_same(actual, expected, tolerance=2e-6):
+    for have, want in zip(actual, expected, strict=True):
+        assert have.dtype == want.dtype
+        assert have.shape == want.shape
+        if not want.dtype.is_floating_point:
+            assert torch.equal(have, want)
+        else:
+            bound = max(tolerance, 2 * torch.finfo(want.dtype).eps) * max(1.0, want.abs().max().item() if want.numel() else 0)
+            torch.testing.assert_close(have, want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reg_max", [1, 7, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("meter")
+def test_decode_dfl(layout, reg_max, dtype):
+    case = make_case(0, dtype=dtype, layout=layout, reg_max=reg_max)
+    points, strides = ty.make_anchors(SHAPES, STRIDES)
+    for scale in (None, strides):
+        boxes = kernels.decode_dfl(case.dist, points, scale, reg_max)
+        assert_same([boxes], [eager.decode_dfl(case.dist, points, scale, reg_max)])
+        grad = torch.randn(2, 1, 4, dtype=boxes.dtype).expand_as(boxes)
+        expected = eager.decode_dfl_backward(grad, case.dist, scale, reg_max)
+        assert_same([kernels.decode_dfl_backward(grad, case.dist, scale, reg_max)], [expected])
+
+
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("meter")
+def test_bbox_iou(kind, dtype):
+    case = make_case(1, dtype=dtype, num_rows=20)
+    a, b = torch.broadcast_tensors(case.gt_boxes.to(dtype)[:, None], case.gt_boxes.to(dtype).flip(0)[None])
+    assert_same([kernels.bbox_iou(a, b, kind, 1e-7)], [eager.bbox_iou(a, b, kind, 1e-7)])
+    grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)
+    expected = eager.bbox_iou_backward(grad, a, b, kind, 1e-7)
+    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, 1e-7), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("reg_max", "topk2", "min_box_side"), [(5, None, 0.0), (16, 2, 16.0)])
+@pytest.mark.usefixtures("meter")
+def test_yolo11(layout, dtype, reg_max, topk2, min_box_side):
+    case = make_case(2, dtype=dtype, layout=layout, reg_max=reg_max)
+    levels = (FLAT_SHAPES, STRIDES, reg_max)
+    options = (10, topk2, 0.5, 6.0, min_box_side)
+    assignment = eager.yolo11_assign(*case, *levels, *options)
+    assert (assignment[0] >= 0).sum() > 3
+    assert_same(kernels.yolo11_assign(*case, *levels, *options), assignment)
+
+    target_row, target_score, total, _, poison = assignment
+    weights = torch.rand(3) if topk2 else None
+    tail = (case.labels, case.gt_boxes, weights, *levels, GAINS, 2)
+    head = (case.dist, case.scores, target_row, target_score, total.clamp(min=1))
+    assert_same(kernels.yolo11_loss(*head, poison, *tail), eager.yolo11_loss(*head, poison, *tail))
+    grad = torch.tensor(1.5, dtype=target_score.dtype)
+    assert_same(kernels.yolo11_loss_backward(grad, *head, *tail), eager.yolo11_loss_backward(grad, *head, *tail))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("meter")
+def test_padded_stages(layout, dtype):
+    case = make_case(3, dtype=dtype, layout=layout, num_rows=8)
+    points, boxes = points_and_boxes(case, 5)
+    boxes, scores = laid_out(boxes, layout), laid_out(case.scores.sigmoid(), layout)
+    options = (4, 2, 1.0, 6.0, 16.0)
+    row_args = (scores, boxes, points, case.image_index, case.labels, case.gt_boxes, *options, 1e-9)
+    assert_same(kernels.task_aligned_assign(*row_args), eager.task_aligned_assign(*row_args))
+    mask = torch.rand(2, 4) > 0.3
+    args = (scores, boxes, points, case.labels.view(2, 4), case.gt_boxes.view(2, 4, 4), mask, *options[2:])
+    metric, overlaps = eager.align_metric(*args)
+    assert_same(kernels.align_metric(*args), (metric, overlaps))
+    metric = laid_out(metric.to(dtype), layout)
+    for topk, mask_gt in ((3, mask), (2 * ANCHORS, None)):
+        expected = eager.select_topk_candidates(metric, topk, mask_gt)
+        assert_same([kernels.select_topk_candidates(metric, topk, mask_gt)], [expected])
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (4, 8, 1), (16, 32, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("interpreted")
+def test_tile_sizes_leave_no_trace_in_the_assignment(sizes, dtype, monkeypatch):
+    case = make_case(4, dtype=dtype)
+    monkeypatch.setattr(task_aligned, "row_sizes", lambda *_: sizes)
+    args = (*case, FLAT_SHAPES, STRIDES, 5, 4, 2, 0.5, 6.0, 0.0)
+    assert_same(kernels.yolo11_assign(*args), eager.yolo11_assign(*args))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2])
+@pytest.mark.parametrize("topk", [1, 3, 10, 200])
+@pytest.mark.usefixtures("interpreted")
+def test_few_rows(num_rows, topk):
+    case = make_case(5, num_rows=2)
+    case = case._replace(image_index=torch.tensor([1, 0])[:num_rows], labels=case.labels[:num_rows],
+                         gt_boxes=case.gt_boxes[:num_rows])  # fmt: skip
+    args = (*case, FLAT_SHAPES, STRIDES, 5, topk, None, 0.5, 6.0, 0.0)
+    assert_same(kernels.yolo11_assign(*args), eager.yolo11_assign(*args))
+
+
+@pytest.mark.usefixtures("shipped_sizes")
+def test_results_repeat_to_the_bit():
+    case = make_case(6)
+    args = (*case, FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
+    first = kernels.yolo11_assign(*args)
+    torch.full((1000,), torch.nan)
+    for have, want in zip(kernels.yolo11_assign(*args), first, strict=True):
+        assert torch.equal(have, want)

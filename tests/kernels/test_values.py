@@ -1,0 +1,64 @@
+"""Numbers that only a kernel could get wrong: float64 keys, no number, addresses past 2^31."""
+
+import pytest
+import torch
+
+from tests.kernels.cases import FLAT_SHAPES, STRIDES, laid_out, make_case
+from triton_yolo import eager, kernels
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+def test_float64_metrics_are_compared_in_float64():
+    metric = torch.full((1, 2, 6), 0.5, dtype=torch.float64)
+    metric[0, 0] += torch.tensor([0, 1, 3, 2, 3, 1]) * 2.0**-50
+    selected = kernels.select_topk_candidates(metric, 2, None)[0]
+    assert selected[0].tolist() == [False, False, True, False, True, False]
+    assert selected[1].tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_overlaps_go_to_the_lower_row_whatever_the_order(dtype):
+    case = make_case(0, dtype=dtype, num_rows=6)
+    boxes = case.gt_boxes.new_tensor([4.0, 4.0, 30.0, 36.0]).expand(6, 4).contiguous()
+    case = case._replace(image_index=torch.tensor([1, 0, 1, 0, 1, 0]), labels=torch.zeros(6, dtype=torch.int64), gt_boxes=boxes)
+    target_row, *_ = kernels.yolo11_assign(*case, FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
+    assert set(target_row[0].tolist()) == {-1, 1}
+    assert set(target_row[1].tolist()) == {-1, 0}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["dist", "scores"])
+def test_no_number_stays_at_its_anchor(value, which):
+    case = make_case(1)
+    args = (FLAT_SHAPES, STRIDES, 5, 3, None, 0.5, 6.0, 0.0)
+    clean = kernels.yolo11_assign(*case, *args)
+    background = (clean[0][0] < 0).nonzero()[0, 0]
+    getattr(case, which)[0, background, 0] = value
+    have = kernels.yolo11_assign(*case, *args)
+    want = eager.yolo11_assign(*case, *args)
+    assert torch.equal(have[0], want[0])
+    assert have[4].isnan() == (which == "dist")
+    tail = (case.labels, case.gt_boxes, None, *args[:3], (7.5, 0.5, 1.5), 2)
+    loss, terms = kernels.yolo11_loss(case.dist, case.scores, *have[:2], have[2].clamp(min=1), have[4], *tail)
+    assert loss.isnan()
+    assert terms.isnan().tolist() == ([True, False, True] if which == "dist" else [False, True, False])
+
+
+def test_addresses_past_two_to_the_31():
+    """Strides that put the second image 2^31 elements behind the first, and the last channel as far behind that."""
+    case = make_case(2, dtype=torch.float16)
+    far = torch.empty(2**32 + 2**20, dtype=torch.float16)
+
+    def spread(x: torch.Tensor, start: int) -> torch.Tensor:
+        stride_c = 2**31 // (x.shape[2] - 1) + 64
+        return far[start:].as_strided(x.shape, (2**31, 1, stride_c)).copy_(x)
+
+    dist, scores = spread(case.dist, 0), spread(case.scores, 2**19)
+    args = (*case[2:], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
+    near = (laid_out(case.dist, "last"), laid_out(case.scores, "last"))
+    for have, want in zip(kernels.yolo11_assign(dist, scores, *args), kernels.yolo11_assign(*near, *args), strict=True):
+        assert torch.equal(have, want)
+    target_row, target_score, total, _, poison = kernels.yolo11_assign(*near, *args)
+    tail = (target_row, target_score, total.clamp(min=1), poison, *case[3:], None, FLAT_SHAPES, STRIDES, 5, (7.5, 0.5, 1.5), 2)
+    torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), kernels.yolo11_loss(*near, *tail))

@@ -1,0 +1,229 @@
+"""Pure tile functions: the IoU family with its derivative, distributions over bins, sigmoid and softplus. No loads or stores.
+
+They compute in the type of their arguments, float32 or float64. A formula that a fused multiply-add may not change is written
+with plain products (every kernel is launched with contraction off); ``tl.fma`` stands where it is wanted.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+_PI: tl.constexpr = tl.constexpr(math.pi)
+_FOUR_BY_PI2: tl.constexpr = tl.constexpr(4 / math.pi**2)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for 0 <= e <= 1 with a relative error of 2e-7 in float32: the log of 1 + 1e-9 would lose the 1e-9."""
+    if e.dtype == tl.float64:
+        u = 1 + e
+        result = tl.log(u) + (e - (u - 1)) / u
+    else:
+        p = tl.fma(e, 0.005232690833508968, -0.029505228623747826)
+        p = tl.fma(e, p, 0.07822594791650772)
+        p = tl.fma(e, p, -0.13663245737552643)
+        p = tl.fma(e, p, 0.19106008112430573)
+        p = tl.fma(e, p, -0.2484298199415207)
+        p = tl.fma(e, p, 0.3331909775733948)
+        p = tl.fma(e, p, -0.4999949336051941)
+        result = e * tl.fma(e, p, 0.9999999403953552)
+    return result
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x))."""
+    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def cross_entropy_with_logits(x, target):
+    """softplus(x) - x * target; NaN where x is not finite, which (x + |x|) / 2 for max(x, 0) makes of -inf."""
+    size = tl.abs(x)
+    return (x + size) * 0.5 - x * target + _log1p(tl.exp(-size))
+
+
+@triton.jit
+def power(x, EXPONENT: tl.constexpr):
+    """x^EXPONENT for x >= 0; square root and products for 0.5 and small whole exponents."""
+    if EXPONENT == 0:
+        result = tl.full(x.shape, 1, x.dtype)
+    elif EXPONENT == 0.5:
+        result = tl.sqrt(x)
+    elif (EXPONENT == 1) or (EXPONENT == 2) or (EXPONENT == 3):
+        result = x
+        if EXPONENT >= 2:
+            result = result * x
+        if EXPONENT == 3:
+            result = result * x
+    elif EXPONENT == 6:
+        cube = x * x * x
+        result = cube * cube
+    else:
+        result = tl.where(x == 0, 0.0, tl.exp2(EXPONENT * tl.log2(x)))
+    return result
+
+
+@triton.jit
+def expectation(logits, bins, R: tl.constexpr):
+    """Probabilities [R, n] and expected bin [n] of logits [R, n]; with one bin the logit is the value.
+
+    Rows past R must hold -inf.
+    """
+    if R == 1:
+        probs = tl.full(logits.shape, 1, logits.dtype)
+        value = tl.sum(logits, 0)
+    else:
+        e = tl.exp(logits - tl.max(logits, 0)[None, :])
+        total = tl.sum(e, 0)
+        value = tl.sum(e * bins, 0) / total
+        probs = e / total[None, :]
+    return probs, value
+
+
+@triton.jit
+def arctangent(t):
+    """atan(t) for 0 <= t <= 1, to 2e-7 in float32 and to rounding in float64."""
+    if t.dtype == tl.float64:
+        # atan(t) = 2 atan(t / (1 + sqrt(1 + t^2))); after three halvings t < 0.1 and the series is short.
+        t = t / (1 + tl.sqrt(1 + t * t))
+        t = t / (1 + tl.sqrt(1 + t * t))
+        t = t / (1 + tl.sqrt(1 + t * t))
+        s = t * t
+        p = -1 / 15 + s / 17
+        p = 1 / 13 + s * p
+        p = -1 / 11 + s * p
+        p = 1 / 9 + s * p
+        p = -1 / 7 + s * p
+        p = 1 / 5 + s * p
+        p = -1 / 3 + s * p
+        result = 8 * t * (1 + s * p)
+    else:
+        s = t * t
+        p = tl.fma(s, 0.0028498878236860037, -0.016068624332547188)
+        p = tl.fma(s, p, 0.04269151762127876)
+        p = tl.fma(s, p, -0.07504294812679291)
+        p = tl.fma(s, p, 0.10640934109687805)
+        p = tl.fma(s, p, -0.14203645288944244)
+        p = tl.fma(s, p, 0.1999261975288391)
+        p = tl.fma(s, p, -0.3333307206630707)
+        result = t * tl.fma(s, p, 1.0)
+    return result
+
+
+@triton.jit
+def shape_angle(wa, ha, wb, hb):
+    """atan(wb / hb) - atan(wa / ha) as one angle between (ha, wa) and (hb, wb), whatever the signs; 0 if one is (0, 0)."""
+    cross, dot = wb * ha - wa * hb, ha * hb + wa * wb
+    flip = (ha < 0) != (hb < 0)
+    cross, dot = tl.where(flip, -cross, cross), tl.where(flip, -dot, dot)
+    rise, run = tl.abs(cross), tl.abs(dot)
+    is_steep = rise > run
+    longer = tl.where(is_steep, rise, run)
+    angle = arctangent(tl.where(is_steep, run, rise) / tl.where(longer == 0, 1.0, longer))
+    angle = tl.where(is_steep, _PI / 2 - angle, angle)
+    angle = tl.where(dot < 0, _PI - angle, angle)
+    return tl.where(cross < 0, -angle, angle)
+
+
+@triton.jit
+def overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr):
+    """Overlap of boxes a and b of a kind of the IoU family; ``EPS`` where ``reference.bbox_iou`` has it."""
+    wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
+    inter_w = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0)
+    inter_h = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0)
+    inter = inter_w * inter_h
+    union = wa * ha + wb * hb - inter + EPS
+    result = inter / union
+    if KIND != "iou":
+        enclosing_w = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
+        enclosing_h = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
+        if KIND == "giou":
+            enclosing_area = enclosing_w * enclosing_h + EPS
+            result = result - (enclosing_area - union) / enclosing_area
+        else:
+            iou = result
+            diagonal2 = enclosing_w * enclosing_w + enclosing_h * enclosing_h + EPS
+            dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
+            result = iou - (dx * dx + dy * dy) / diagonal2
+            if KIND == "ciou":
+                angle = shape_angle(wa, ha, wb, hb)
+                v = _FOUR_BY_PI2 * (angle * angle)
+                result = result - v / (1 - iou + v + EPS) * v
+    return result
+
+
+@triton.jit
+def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr):
+    """Derivative of ``overlap`` by the four corners of a.
+
+    Where two sides coincide, each gets half of the derivative of their minimum or maximum. CIoU's trade-off weight is a
+    constant. Every kind is symmetric, so the derivative by b is that of (b, a).
+    """
+    wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
+    overlap_w = tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1)
+    overlap_h = tl.minimum(ay2, by2) - tl.maximum(ay1, by1)
+    inter_w, inter_h = tl.maximum(overlap_w, 0), tl.maximum(overlap_h, 0)
+    inter = inter_w * inter_h
+    union = wa * ha + wb * hb - inter + EPS
+
+    # Shares of a's sides in the intersection and, the other way round, in the enclosing box.
+    x1_inner = tl.where(ax1 == bx1, 0.5, tl.where(ax1 > bx1, 1.0, 0.0)).to(union.dtype)
+    y1_inner = tl.where(ay1 == by1, 0.5, tl.where(ay1 > by1, 1.0, 0.0)).to(union.dtype)
+    x2_inner = tl.where(ax2 == bx2, 0.5, tl.where(ax2 < bx2, 1.0, 0.0)).to(union.dtype)
+    y2_inner = tl.where(ay2 == by2, 0.5, tl.where(ay2 < by2, 1.0, 0.0)).to(union.dtype)
+
+    d_union = -inter / (union * union)
+    enclosing_w = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
+    enclosing_h = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
+    if KIND == "giou":
+        enclosing_area = enclosing_w * enclosing_h + EPS
+        d_union = d_union + 1 / enclosing_area
+    d_inter = 1 / union - d_union
+    d_wa, d_ha = d_union * ha, d_union * wa
+    d_overlap_w = tl.where(overlap_w >= 0, d_inter * inter_h, 0.0)
+    d_overlap_h = tl.where(overlap_h >= 0, d_inter * inter_w, 0.0)
+    if KIND == "ciou":
+        angle = shape_angle(wa, ha, wb, hb)
+        v = _FOUR_BY_PI2 * (angle * angle)
+        d_angle = v / (1 - inter / union + v + EPS) * (2 * _FOUR_BY_PI2) * angle
+        radius2 = wa * wa + ha * ha
+        d_wa, d_ha = d_wa + d_angle * ha / radius2, d_ha - d_angle * wa / radius2
+
+    d_x1, d_y1 = -d_wa - d_overlap_w * x1_inner, -d_ha - d_overlap_h * y1_inner
+    d_x2, d_y2 = d_wa + d_overlap_w * x2_inner, d_ha + d_overlap_h * y2_inner
+    if KIND != "iou":
+        if KIND == "giou":
+            d_area = -union / (enclosing_area * enclosing_area)
+            d_enclosing_w, d_enclosing_h = d_area * enclosing_h, d_area * enclosing_w
+        else:
+            diagonal2 = enclosing_w * enclosing_w + enclosing_h * enclosing_h + EPS
+            dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
+            d_diagonal2 = (dx * dx + dy * dy) / (diagonal2 * diagonal2)
+            d_enclosing_w, d_enclosing_h = 2 * enclosing_w * d_diagonal2, 2 * enclosing_h * d_diagonal2
+            d_x1, d_x2 = d_x1 - dx / diagonal2, d_x2 - dx / diagonal2
+            d_y1, d_y2 = d_y1 - dy / diagonal2, d_y2 - dy / diagonal2
+        d_x1, d_y1 = d_x1 - d_enclosing_w * (1 - x1_inner), d_y1 - d_enclosing_h * (1 - y1_inner)
+        d_x2, d_y2 = d_x2 + d_enclosing_w * (1 - x2_inner), d_y2 + d_enclosing_h * (1 - y2_inner)
+    return d_x1, d_y1, d_x2, d_y2
+
+
+@triton.jit
+def box_rows(x1, y1, x2, y2):
+    """Four coordinates [n] as rows [n, 4]."""
+    return tl.reshape(tl.join(tl.join(x1, x2), tl.join(y1, y2)), (x1.shape[0], 4))
+
+
+@triton.jit
+def box_columns(boxes):
+    """Rows [n, 4] as four coordinates [n]."""
+    xs, ys = tl.split(tl.reshape(boxes, (boxes.shape[0], 2, 2)))
+    x1, x2 = tl.split(xs)
+    y1, y2 = tl.split(ys)
+    return x1, y1, x2, y2

@@ -1,0 +1,315 @@
+"""YOLO11's loss for a given assignment, forward and backward, with the one-hot target implied."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .boxes import cross_entropy_with_logits, expectation, overlap, overlap_derivative, sigmoid
+from .decode import decode_sizes, side_distance, side_logits, store_side
+from .grid import cell_centres
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
+
+
+def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
+    """Anchors and classes a tile, and warps, of a pass over the class logits.
+
+    Whichever dimension is contiguous gets enough of the tile for 16 bytes a thread; 4,096 logits a tile are 32 a thread, so
+    that a thread has several loads in flight and the loop over the classes is short.
+    """
+    classes = triton.next_power_of_2(num_classes)
+    if INTERPRETED:
+        block_a = min(triton.next_power_of_2(num_anchors), 2**14)
+        return block_a, min(classes, max(1, 2**20 // block_a)), 1
+    if stride_c == 1:
+        return 32, min(classes, 128), 4
+    return 256, min(classes, 16), 4
+
+
+def box_grad_sizes(num_anchors: int, reg_max: int) -> tuple[int, int]:
+    """Anchors a program and warps of the backward pass over the box logits: half of decoding's, for CIoU's derivative."""
+    block_a, num_warps = decode_sizes(num_anchors, reg_max)
+    return (block_a if INTERPRETED else max(32, block_a // 2)), num_warps
+
+
+@triton.jit
+def _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
+    """Corners [n] of the true boxes in cells."""
+    row = row.to(tl.int64) * gt_stride[0]
+    x1 = tl.load(gt_ptr + row, mask=is_pos, other=0.0).to(DTYPE) / stride
+    y1 = tl.load(gt_ptr + row + gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
+    x2 = tl.load(gt_ptr + row + 2 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
+    y2 = tl.load(gt_ptr + row + 3 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def _of_side(side, left, top, right, bottom):
+    """The values of one of the four sides. Loops over sides are not unrolled: all four at once would spill registers."""
+    return tl.where(side == 0, left, tl.where(side == 1, top, tl.where(side == 2, right, bottom)))
+
+
+@triton.jit
+def _bin_weights(target, bins, R: tl.constexpr):
+    """Weights [R, n] of the two bins around distances [n], 0 for the others: they fall off linearly to the next bin."""
+    target = tl.minimum(tl.maximum(target, 0.0), R - 1 - 0.01)
+    return tl.maximum(1 - tl.abs(bins - target[None, :]), 0.0)
+
+
+@triton.jit
+def _side_loss(
+    dist_ptr, dist_stride, target, share, offs_a, is_pos, side,
+    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Expected distance [n] of one side and its DFL, or with one bin its L1 in shares of the image."""
+    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+    if R == 1:
+        distance = tl.sum(logits, 0)
+        loss = tl.abs(distance - target) * share
+    else:
+        bins = tl.arange(0, RP)[:, None].to(DTYPE)
+        shifted = logits - tl.max(logits, 0)[None, :]
+        e = tl.exp(shifted)
+        total = tl.sum(e, 0)
+        distance = tl.sum(e * bins, 0) / total
+        weights = _bin_weights(target, bins, R)
+        loss = tl.log(total) - tl.sum(tl.where(weights > 0, weights * shifted, 0.0), 0)
+    return distance, loss
+
+
+@triton.jit
+def _yolo11_loss_kernel(
+    partial_ptr, dist_ptr, dist_stride, logits_ptr, logits_stride, target_row_ptr, target_score_ptr,
+    labels_ptr, gt_ptr, gt_stride, weights_ptr, shapes, A, C,
+    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program reads the class logits of BLOCK_A anchors of one image, and the box logits of those that are positive.
+
+    It writes its own sums to ``partial`` (3, programs): box, classification, DFL.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    score = tl.load(target_score_ptr + image * A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
+    is_pos = row >= 0
+    label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+
+    logits_ptr += image * logits_stride[0]
+    # Anchors come first here and last in the box part: tiles of one shape would have to share the layout of 16-byte loads.
+    total = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    start = 0
+    while start < C:
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = mask_a[:, None] & (offs_c < C)[None, :]
+        offs = offs_a.to(tl.int64)[:, None] * logits_stride[1] + offs_c.to(tl.int64)[None, :] * logits_stride[2]
+        logits = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(DTYPE)
+        target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
+        loss = cross_entropy_with_logits(logits, target)
+        if HAS_WEIGHTS:
+            loss = loss * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[None, :]
+        total += tl.where(mask, loss, 0.0)
+        start += BLOCK_C
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    tl.store(partial_ptr + programs + program, tl.sum(total))
+
+    box = tl.zeros((BLOCK_A,), DTYPE)
+    dfl = tl.zeros((BLOCK_A,), DTYPE)
+    if tl.max(row, 0) >= 0:
+        # Two anchors a thread, as in the tensors of one value an anchor; eight, as in a load of 16 bytes, spill registers.
+        offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
+        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
+        gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
+        dist_ptr += image * dist_stride[0]
+        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+        for side in range(4):
+            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            share = _of_side(side, x_share, y_share, x_share, y_share)
+            distance, side_dfl = _side_loss(dist_ptr, dist_stride, target, share, offs_a, is_pos, side, R, RP, DTYPE)
+            left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
+            right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
+            dfl += side_dfl
+        ciou = overlap(x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7)
+        box = tl.where(is_pos, (1 - ciou) * score, 0.0)
+        dfl = tl.where(is_pos, dfl / 4 * score, 0.0)
+    tl.store(partial_ptr + program, tl.sum(box))
+    tl.store(partial_ptr + 2 * programs + program, tl.sum(dfl))
+
+
+@triton.jit
+def _yolo11_total_kernel(
+    loss_ptr, terms_ptr, partial_ptr, poison_ptr, normaliser_ptr, box_gain, cls_gain, dfl_gain, batch_size, programs,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the partial sums in a fixed order and writes the loss and its three terms."""
+    box = tl.zeros((BLOCK,), DTYPE)
+    cls = tl.zeros((BLOCK,), DTYPE)
+    dfl = tl.zeros((BLOCK,), DTYPE)
+    start = 0
+    while start < programs:
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < programs
+        box += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+        cls += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
+        dfl += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
+        start += BLOCK
+    poison = tl.load(poison_ptr)
+    normaliser = tl.load(normaliser_ptr)
+    box_term = box_gain * (tl.sum(box) + poison) / normaliser
+    cls_term = cls_gain * tl.sum(cls) / normaliser
+    dfl_term = dfl_gain * (tl.sum(dfl) + poison) / normaliser
+    tl.store(terms_ptr, box_term)
+    tl.store(terms_ptr + 1, cls_term)
+    tl.store(terms_ptr + 2, dfl_term)
+    tl.store(loss_ptr, batch_size * (box_term + cls_term + dfl_term))
+
+
+@triton.jit
+def _class_grad_kernel(
+    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
+    labels_ptr, weights_ptr, cls_gain, batch_size, A,
+    C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program reads one tile of class logits and writes its gradient."""
+    image = tl.program_id(2).to(tl.int64)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_a = offs_a < A
+    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    score = tl.load(target_score_ptr + image * A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
+    label = tl.load(labels_ptr + row, mask=row >= 0, other=-1).to(tl.int32)
+
+    mask = mask_a[None, :] & (offs_c < C)[:, None]
+    offs = offs_c.to(tl.int64)[:, None] * logits_stride[2] + offs_a.to(tl.int64)[None, :] * logits_stride[1]
+    logits = tl.load(logits_ptr + image * logits_stride[0] + offs, mask=mask, other=0.0).to(DTYPE)
+    error = sigmoid(logits) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
+    if HAS_WEIGHTS:
+        error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
+    scale = cls_gain * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
+    offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
+    tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _side_grad(
+    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
+    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one side's logits: through the distance, and from DFL (or L1)."""
+    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+    bins = tl.arange(0, RP)[:, None].to(DTYPE)
+    probs, distance = expectation(logits, bins, R)
+    if R == 1:
+        error = distance - target
+        sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0))
+        grad = (d_distance + dfl_weight * share * sign)[None, :]
+    else:
+        through = probs * (bins - distance[None, :]) * d_distance[None, :]
+        grad = through + dfl_weight[None, :] * (probs - _bin_weights(target, bins, R))
+    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
+
+
+@triton.jit
+def _box_grad_kernel(
+    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
+    gt_ptr, gt_stride, shapes, box_gain, dfl_gain, batch_size, A,
+    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """A program writes the gradient of the box logits of BLOCK_A anchors of one image, 0 for background.
+
+    It reads the logits of positive anchors only, twice: the CIoU needs all four distances first.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
+    mask_a = offs_a < A
+    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    is_pos = row >= 0
+    out_ptr += image * out_stride[0]
+    if tl.max(row, 0) >= 0:
+        dist_ptr += image * dist_stride[0]
+        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
+        gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
+        left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+        for side in range(4):
+            distance = side_distance(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+            left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
+            right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
+        d_x1, d_y1, d_x2, d_y2 = overlap_derivative(
+            x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
+        )
+        score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
+        weight = score * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
+        box_weight, dfl_weight = box_gain * weight, dfl_gain / 4 * weight
+        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        for side in range(4):
+            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            share = _of_side(side, x_share, y_share, x_share, y_share)
+            d_distance = box_weight * _of_side(side, d_x1, d_y1, -d_x2, -d_y2)
+            _side_grad(
+                out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight,
+                offs_a, mask_a, is_pos, side, R, RP, DTYPE,
+            )  # fmt: skip
+    else:
+        for side in range(4):
+            store_side(out_ptr, out_stride, tl.zeros((RP, BLOCK_A), DTYPE), offs_a, mask_a, side, R, RP)
+
+
+@on_device
+def yolo11_loss(
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    images, num_anchors, num_classes = pred_scores.shape
+    block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
+    grid = (triton.cdiv(num_anchors, block_a), images)
+    dtype = working_dtype(pred_dist.dtype)
+    partial = pred_dist.new_empty((3, grid[0] * grid[1]), dtype=dtype)
+    loss, terms = pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
+    if partial.numel():
+        _yolo11_loss_kernel[grid](
+            partial, pred_dist, pred_dist.stride(), pred_scores, pred_scores.stride(), target_row, target_score,
+            labels, gt_boxes, gt_boxes.stride(), class_weights, tuple(feat_shapes), num_anchors, num_classes,
+            STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max),
+            HAS_WEIGHTS=class_weights is not None, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
+            num_warps=num_warps, **FIXED,
+        )  # fmt: skip
+    _yolo11_total_kernel[(1,)](
+        loss, terms, partial, poison, normaliser, *gains, batch_size, partial.shape[1],
+        DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
+    )  # fmt: skip
+    return loss, terms
+
+
+@on_device
+def yolo11_loss_backward(
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_dist, grad_scores = torch.empty_like(pred_dist), torch.empty_like(pred_scores)
+    images, num_anchors, num_classes = pred_scores.shape
+    if images * num_anchors == 0:
+        return grad_dist, grad_scores
+    box_gain, cls_gain, dfl_gain = gains
+    dtype = compute_type(pred_dist.dtype)
+    block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
+    _class_grad_kernel[(triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), images)](
+        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, normaliser,
+        labels, class_weights, cls_gain, batch_size, num_anchors,
+        C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
+        num_warps=num_warps, **FIXED,
+    )  # fmt: skip
+    block_a, num_warps = box_grad_sizes(num_anchors, reg_max)
+    _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
+        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, normaliser,
+        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, batch_size, num_anchors,
+        STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=dtype, BLOCK_A=block_a,
+        num_warps=num_warps, **FIXED,
+    )  # fmt: skip
+    return grad_dist, grad_scores
