@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench --help``, from the root of the repository."""

@@ -1,0 +1,160 @@
+"""Time and memory of a training step's criterion, forward and backward."""
+
+import ctypes
+import gc
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .competitors import Step
+
+
+class Timing(NamedTuple):
+    """Seconds of every round."""
+
+    forward: list[float]
+    backward: list[float]
+
+    @property
+    def total(self) -> list[float]:
+        return [sum(both) for both in zip(*self, strict=True)]
+
+
+class Trial(NamedTuple):
+    """What one implementation gave in a process of its own: the loss and the bytes it needed, or why there is none."""
+
+    loss: float | None = None
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+
+class Limits(NamedTuple):
+    """Of a trial: seconds, bytes of address space, and runs that measure its memory."""
+
+    seconds: float
+    bytes: int | None
+    runs: int
+
+
+def spread(seconds: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(seconds) == 1:
+        return (seconds[0],) * 3
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return statistics.median(seconds), fifths[0], fifths[3]
+
+
+def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Timing]:
+    """Run every step once a round, each round beginning with another one, so that a busy machine disturbs all alike."""
+    for step in steps.values():
+        _run(step)
+    timings = {name: Timing([], []) for name in steps}
+    for i in range(rounds):
+        names = list(steps)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            forward, backward = _run(steps[name])
+            timings[name].forward.append(forward)
+            timings[name].backward.append(backward)
+    return timings
+
+
+def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Trial:
+    """Build a step in a process of its own and measure the peak of the memory that one run of it takes beyond its inputs.
+
+    On the CPU this is the kernel's high-water mark of the resident set, reset just before a warm run: it counts everything,
+    whatever allocates it, and nothing is sampled; gradients of the predictions are part of it. Linux only. The least of
+    several runs, since gaps in the heap only add. On an accelerator it is the peak of torch's allocator.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try, args=(sender, limits, build, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limits.seconds) else Trial(failure=f"takes more than {limits.seconds} s")
+    except EOFError:
+        return Trial(failure="killed, presumably out of memory")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: object) -> None:
+    if limits.bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.bytes, limits.bytes))
+    try:
+        step = build(*args)
+        loss = step.forward()
+        loss.backward()
+        peaks = [_peak_of_run(step) for _ in range(limits.runs)]
+        sender.send(Trial(loss.item(), None if None in peaks else min(peaks)))
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        sender.send(Trial(failure=f"{type(error).__name__}: {first_line}"[:160]))
+
+
+def _run(step: Step) -> tuple[float, float]:
+    for leaf in step.leaves:
+        leaf.grad = None
+    start = _now(step)
+    loss = step.forward()
+    middle = _now(step)
+    loss.backward()
+    return middle - start, _now(step) - middle
+
+
+def _now(step: Step) -> float:
+    if not _is_on_cpu(step):
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _peak_of_run(step: Step) -> int | None:
+    for leaf in step.leaves:
+        leaf.grad = None
+    gc.collect()
+    if not _is_on_cpu(step):
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        _run(step)
+        return torch.accelerator.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    _run(step)
+    return _status_bytes("VmHWM") - before
+
+
+def _is_on_cpu(step: Step) -> bool:
+    return step.leaves[0].device.type == "cpu"
+
+
+def _status_bytes(key: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), os.uname().machine
+    )
+    found = {"cpu": cpu, "cores": os.cpu_count() or 0, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,134 @@
+"""What ``--data`` names: a Pascal VOC folder, a YOLO data.yaml or a COCO json, read with ``supervision``."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import cv2
+import numpy as np
+import supervision as sv
+import yaml
+from digits import DigitScenes
+from samples import Sample, area
+from torch.utils.data import Dataset
+
+GREY = 114
+
+
+class AnnotatedImages(Dataset[Sample]):
+    """Images of a ``supervision`` data set on a square canvas, kept in memory at that size.
+
+    Training images are mirrored, scaled and moved at random, which depends on the seed, the epoch and the index only.
+    """
+
+    def __init__(self, source: sv.DetectionDataset, imgsz: int, *, is_train: bool, seed: int = 0) -> None:
+        self.classes = tuple(source.classes)
+        self.imgsz, self.is_train, self.seed = imgsz, is_train, seed
+        self.epoch = 0
+        self.samples = [shrink(image, detections, imgsz) for _, image, detections in source]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        if not self.is_train:
+            return place(sample, self.imgsz)
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        scale, shift = np.exp(rng.uniform(-0.4, 0.4)), rng.random(2)
+        return place(sample, self.imgsz, scale=scale, shift=shift, is_mirrored=bool(rng.random() < 0.5))
+
+
+def shrink(image: np.ndarray, detections: sv.Detections, imgsz: int) -> Sample:
+    """The image in RGB with its longer side at ``imgsz``. COCO's crowds are no boxes."""
+    scale = imgsz / max(image.shape[:2])
+    width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
+    image = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), (width, height), interpolation=cv2.INTER_AREA)
+    if len(detections) == 0:
+        return Sample(image, np.empty((0, 4), np.float32), np.empty(0, int))
+    is_box = (detections.box_area > 0) & ~np.asarray(detections.data.get("iscrowd", [False] * len(detections)), bool)
+    return Sample(image, detections.xyxy[is_box] * np.float32(scale), detections.class_id[is_box])
+
+
+def place(
+    sample: Sample,
+    imgsz: int,
+    *,
+    scale: float = 1.0,
+    shift: Collection[float] = (0.5, 0.5),
+    is_mirrored: bool = False,
+    min_visible: float = 0.3,
+) -> Sample:
+    """Draw on a grey square. ``shift`` 0-1 is where the image lies in its room, or what is cut off if it has none."""
+    height, width = sample.image.shape[:2]
+    offset = (imgsz - scale * np.array([width, height])) * np.asarray(shift)
+    matrix = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
+    if is_mirrored:
+        matrix[0] = -matrix[0] + (0, 0, imgsz)
+    image = cv2.warpAffine(sample.image, matrix, (imgsz, imgsz), borderValue=(GREY, GREY, GREY))
+    corners = sample.boxes_xyxy.reshape(-1, 2, 2) * matrix[:, :2].diagonal() + matrix[:, 2]
+    whole = np.concatenate([corners.min(1), corners.max(1)], 1)
+    boxes = whole.clip(0, imgsz)
+    is_visible = area(boxes) > min_visible * area(whole)
+    return Sample(image, boxes[is_visible].astype(np.float32), sample.labels[is_visible])
+
+
+def load_data(path: Path | None, imgsz: int, *, num_scenes: int, seed: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    """Training and validation data; without a path, digits."""
+    if path is None:
+        train = DigitScenes(num_scenes, imgsz, is_train=True, seed=seed)
+        return train, DigitScenes(max(1, num_scenes // 8), imgsz, is_train=False, seed=seed)
+    train, val = read_detections(path, seed)
+    return AnnotatedImages(train, imgsz, is_train=True, seed=seed), AnnotatedImages(val, imgsz, is_train=False)
+
+
+def read_detections(path: Path, seed: int = 0) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
+    """Training and validation part, as the data set splits itself, else 4 to 1 at random."""
+    if path.is_dir():
+        return read_voc(path, seed)
+    if path.suffix in (".yaml", ".yml"):
+        return read_yolo(path, seed)
+    if path.suffix == ".json":
+        return read_coco(path, seed)
+    raise ValueError(f"data must be a Pascal VOC folder, a YOLO .yaml or a COCO .json, got {path}")
+
+
+def read_voc(folder: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
+    """JPEGImages and Annotations, split by ImageSets/Main/train.txt and val.txt if they exist."""
+    whole = sv.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
+    lists = [folder / "ImageSets" / "Main" / f"{part}.txt" for part in ("train", "val")]
+    if not all(names.is_file() for names in lists):
+        return whole.split(0.8, random_state=seed)
+    train, val = (subset(whole, set(names.read_text().split())) for names in lists)
+    return train, val
+
+
+def subset(whole: sv.DetectionDataset, stems: Collection[str]) -> sv.DetectionDataset:
+    paths = [path for path in whole.image_paths if Path(path).stem in stems]
+    return sv.DetectionDataset(whole.classes, paths, {path: whole.annotations[path] for path in paths})
+
+
+def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
+    """A data.yaml with the image folders ``train`` and ``val``; labels lie in the folder ``labels`` beside ``images``."""
+    content = yaml.safe_load(file.read_text())
+    root = file.parent / content.get("path", "")
+
+    def part(name: str) -> sv.DetectionDataset:
+        images = root / content[name]
+        labels = "labels".join(str(images).rsplit("images", 1))
+        return sv.DetectionDataset.from_yolo(str(images), labels, str(file))
+
+    if content.get("val", content["train"]) == content["train"]:
+        return part("train").split(0.8, random_state=seed)
+    return part("train"), part("val")
+
+
+def read_coco(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
+    """A COCO json; images lie beside it, in ``images`` beside it, or in a folder named as the json says (val2017)."""
+    first = json.loads(file.read_text())["images"][0]["file_name"]
+    part = file.stem.removeprefix("instances_")
+    places = [file.parent, file.parent / "images", file.parent.parent / part, file.parent.parent / "images"]
+    for images in places:
+        if (images / first).is_file():
+            return sv.DetectionDataset.from_coco(str(images), str(file)).split(0.8, random_state=seed)
+    raise FileNotFoundError(f"{first} is in none of {', '.join(map(str, places))}")

@@ -1,0 +1,110 @@
+"""Criteria of other projects as black boxes, for the tests and the benchmarks: loaders and the layouts they take."""
+
+import importlib.metadata
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_settings = tempfile.TemporaryDirectory(prefix="peers-")
+
+
+def is_installed(name: str) -> bool:
+    return find_spec(name) is not None
+
+
+def ultralytics_model(config: str, num_classes: int) -> nn.Module:
+    """Build a detector with random weights, e.g. of ``"yolo11n.yaml"``; its ``init_criterion()`` is the peer."""
+    with _contained():
+        from ultralytics.cfg import get_cfg
+        from ultralytics.nn.tasks import DetectionModel
+
+        model = DetectionModel(config, ch=3, nc=num_classes, verbose=False)
+    model.args = get_cfg()
+    return model.train()
+
+
+def ultralytics_preds(pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A)."""
+    features = [pred_dist.new_empty(len(pred_dist), 1, *shape) for shape in feat_shapes]
+    return {"boxes": pred_dist, "scores": pred_scores, "feats": features}
+
+
+def ultralytics_batch(rows: Tensor) -> dict[str, Tensor]:
+    """What the criterion takes as targets, from YOLO rows (N, 6)."""
+    return {"batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
+
+
+def yolox_head(num_classes: int, strides: Sequence[int], *, iou_loss: str = "iou", use_l1: bool = False) -> nn.Module:
+    """Build the head whose ``get_losses`` is the peer. Its layers are not used."""
+    with _contained():
+        from yolox.models import YoloxHead
+
+        head = YoloxHead(num_classes, width=0.125, strides=list(strides))
+    head.iou_loss.loss_type = iou_loss
+    head.use_l1 = use_l1
+    return head
+
+
+def yolox_losses(head: nn.Module, preds: Tensor, feat_shapes: Sequence[tuple[int, int]], labels: Tensor) -> tuple[Any, ...]:
+    """Decode raw (B, A, 5 + C) as the head does and take its losses: loss, iou, obj, cls, l1, positives per box.
+
+    ``labels`` (B, G, 5) are (class, cx, cy, w, h) in pixels, rows of zeros behind the last box.
+    """
+    grids, strides = [], []
+    for (height, width), stride in zip(feat_shapes, head.strides, strict=True):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        grids.append(torch.stack([x, y], -1).reshape(1, -1, 2).to(preds))
+        strides.append(preds.new_full((1, height * width), float(stride)))
+    stride = torch.cat(strides, 1)[..., None]
+    decoded = torch.cat([(preds[..., :2] + torch.cat(grids, 1)) * stride, preds[..., 2:4].exp() * stride, preds[..., 4:]], -1)
+    raw_boxes = list(preds[..., :4].split([s.shape[1] for s in strides], 1)) if head.use_l1 else []
+    x, y = ([grid[..., axis] for grid in grids] for axis in (0, 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch.cuda.amp.autocast\(args...\)` is deprecated", FutureWarning)
+        return head.get_losses(None, x, y, strides, labels, decoded, raw_boxes, preds.dtype)
+
+
+def yolox_labels(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> Tensor:
+    """Padded labels (B, G, 5) in pixels from YOLO rows (N, 6)."""
+    height, width = imgsz
+    per_image = [rows[rows[:, 0] == image, 1:] for image in range(batch_size)]
+    labels = nn.utils.rnn.pad_sequence(per_image, batch_first=True)
+    return labels * labels.new_tensor([1, width, height, width, height])
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Keep a peer's import from the user's settings, the network, the environment (it sets OMP_NUM_THREADS) and torchvision."""
+    os.environ.update(YOLO_CONFIG_DIR=_settings.name, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+    environment = dict(os.environ)
+    is_stub = "torchvision" not in sys.modules
+    if is_stub:
+        sys.modules |= _torchvision_stub()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        if is_stub:
+            del sys.modules["torchvision"], sys.modules["torchvision.ops"]
+
+
+def _torchvision_stub() -> dict[str, ModuleType]:
+    """Stand in for a module that the peers import, though their losses call nothing of it."""
+    stub = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
+    for name, module in stub.items():
+        module.__spec__ = ModuleSpec(name, None)
+    package, ops = stub.values()
+    package.__path__, package.__version__, package.ops = [], importlib.metadata.version("torchvision"), ops
+    ops.nms = None
+    return stub
