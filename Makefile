@@ -2,13 +2,18 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint types mutants peers clean
+.PHONY: train test kernels lint types mutants peers clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
 
 test: $(VENV)/installed  ## Run the tests on the eager backend.
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --ignore tests/kernels $(ARGS)
+
+kernels: $(VENV)/installed  ## Run the Triton kernels in the interpreter, and compile them ahead of time.
+	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(RUN) -m pytest -W ignore::RuntimeWarning \
+		tests/test_stages.py tests/test_assigners.py tests/test_losses.py tests/kernels -k "not yolox and not simota and not crowded and not test_compile" $(ARGS)
+	$(RUN) -m pytest tests/kernels/test_compile.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
