@@ -14,6 +14,11 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import interpreter
+
+    interpreter.prepare()
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
