@@ -11,7 +11,7 @@ test: $(VENV)/installed  ## Run the tests on the eager backend.
 	$(RUN) -m pytest --ignore tests/kernels $(ARGS)
 
 kernels: $(VENV)/installed  ## Run the Triton kernels in the interpreter, and compile them ahead of time.
-	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(RUN) -m pytest -W ignore::RuntimeWarning \
+	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(RUN) -m pytest \
 		tests/test_stages.py tests/test_assigners.py tests/test_losses.py tests/kernels -k "not yolox and not simota and not crowded and not test_compile" $(ARGS)
 	$(RUN) -m pytest tests/kernels/test_compile.py $(ARGS)
 

@@ -7,8 +7,13 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str = "value", tolerance: float | None = None) -> None:
-    """Compare the largest and the RMS error with the tolerance of ``actual``'s type."""
+def assert_close(
+    actual: Tensor, expected: Tensor, what: str = "value", tolerance: float | None = None, size_of_terms: float = 1e-12
+) -> None:
+    """Compare the largest and the RMS error with the tolerance of ``actual``'s type.
+
+    Where the expected values are sums that cancel, ``size_of_terms`` is what rounding is relative to.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     actual_64, expected_64 = actual.detach().double().cpu(), expected.detach().double().cpu()
     undefined = expected_64.isnan()
@@ -17,10 +22,10 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "value", toleranc
     if expected_64.numel() == 0:
         return
     tolerance = TOLERANCE[actual.dtype] if tolerance is None else tolerance
-    scale = expected_64.abs().max().clamp(min=1e-12)
+    scale = expected_64.abs().max().clamp(min=size_of_terms)
     error = (actual_64 - expected_64).abs()
     assert error.max() <= tolerance * scale, f"{what}: largest error {error.max():.3g} of {scale:.3g}"
-    rms = expected_64.square().mean().sqrt().clamp(min=1e-12)
+    rms = expected_64.square().mean().sqrt().clamp(min=size_of_terms)
     assert error.square().mean().sqrt() <= tolerance * rms, f"{what}: RMS error too large"
 
 
