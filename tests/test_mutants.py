@@ -65,7 +65,7 @@ MUTANTS = {
     "equal costs to the higher anchor": Mutant(SIMOTA, "(is_equal & (is_equal.cumsum(1) <= room))", "(is_equal & (is_equal.flip(1).cumsum(1).flip(1) <= room))", SIM),
     "later blocks win ties": Mutant(SIMOTA, "(best < cheapest) |", "(best <= cheapest) |", "tests/test_assigners.py::test_crowded_image_is_cut_into_blocks_without_a_trace"),
     "class target is one": Mutant(YOLOX, "(pos.label_logits * pos.ious).sum()", "pos.label_logits.sum()", LOSSX),
-    "L1 without its small constant or the cell": Mutant(YOLOX, "gt_cell[:, :2] - (points - 0.5)", "gt_cell[:, :2] - points", LOSSX),
+    "L1 without its small constant or the cell": Mutant(YOLOX, "gt_cell[:, :2] - corner", "gt_cell[:, :2] - corner - 0.5", LOSSX),
     "objectness gradient only on positives": Mutant(YOLOX, "    result[..., 4] = working(preds[..., 4]).sigmoid() * scale\n", "", LOSSX),
     "reference: eps in the widths": Mutant("reference/boxes.py", "wa, ha = ax2 - ax1,", "wa, ha = ax2 - ax1 + eps,", REFERENCE),
     "reference: conflict to the higher slot": Mutant("reference/task_aligned.py", "overlaps, dim=1, descending=True, stable=True)[:, :1]", "overlaps.flip(1), dim=1, descending=True, stable=True)[:, :1].neg() + overlaps.shape[1] - 1", REFERENCE),

@@ -68,7 +68,7 @@ def yolox_loss_args(iou_loss="iou", use_l1=True):
     target_row, matched_iou, num_fg = _ops.yolox_assign(*args)
     assert num_fg > 0
     return (
-        args[0].requires_grad_(), target_row, matched_iou, num_fg.double(), gt.labels, gt.boxes_xyxy, gt.boxes_xywh,
+        args[0].requires_grad_(), target_row, matched_iou, num_fg.double(), gt.labels, gt.boxes_xywh,
         shapes, [8.0, 16.0], iou_loss, 5.0, use_l1,
     )  # fmt: skip
 

@@ -324,12 +324,12 @@ def _(
 @_operator
 def yolox_loss(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms iou, obj, cls, l1 (4,), for a given assignment. Only the loss has a gradient."""
     return implementation(preds.device).yolox_loss(
-        preds, target_row, matched_iou, normaliser, labels, gt_boxes, gt_xywh,
+        preds, target_row, matched_iou, normaliser, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, use_l1,
     )  # fmt: skip
 
@@ -337,7 +337,7 @@ def yolox_loss(
 @yolox_loss.register_fake
 def _(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(preds)
@@ -347,11 +347,11 @@ def _(
 @_operator
 def yolox_loss_backward(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
     return implementation(grad.device).yolox_loss_backward(
-        grad, preds, target_row, matched_iou, normaliser, labels, gt_boxes, gt_xywh,
+        grad, preds, target_row, matched_iou, normaliser, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, use_l1,
     )  # fmt: skip
 
@@ -359,20 +359,20 @@ def yolox_loss_backward(
 @yolox_loss_backward.register_fake
 def _(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(preds)
 
 
 def _yolox_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolox_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return yolox_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 11
+    return yolox_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
 
 
 yolox_loss.register_autograd(_yolox_loss_grad, setup_context=_yolox_loss_context)

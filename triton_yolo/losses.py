@@ -221,7 +221,7 @@ class YOLOXLoss(nn.Module):
             normaliser, _ = _mean_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
             num_gt = gt.is_valid(preds.shape[0], self.num_classes).sum()
         loss, terms = _ops.yolox_loss(
-            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xyxy, gt.boxes_xywh,
+            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
             shapes, strides, self.iou_loss, self.iou_gain, self.use_l1,
         )  # fmt: skip
         iou, obj, cls, l1 = terms.unbind()

@@ -36,10 +36,10 @@ def yolox_assign(
 
 def yolox_loss(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    pos = _Positives(preds, target_row, matched_iou, labels, gt_boxes, gt_xywh, feat_shapes, strides)
+    pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
     # A non-finite prediction must show in the loss even where no formula reads it.
@@ -53,11 +53,11 @@ def yolox_loss(
 
 def yolox_loss_backward(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
-    pos = _Positives(preds, target_row, matched_iou, labels, gt_boxes, gt_xywh, feat_shapes, strides)
+    pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     scale = grad / normaliser
 
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
@@ -77,11 +77,11 @@ def yolox_loss_backward(
 
 
 class _Positives:
-    """The positive anchors (M) with what both directions need of them, in pixels."""
+    """The positive anchors (M) with what both directions need of them, in pixels from the corner of their cell."""
 
     def __init__(
-        self, preds: Tensor, target_row: Tensor, matched_iou: Tensor, labels: Tensor, gt_boxes: Tensor,
-        gt_xywh: Tensor, feat_shapes: Sequence[int], strides: Sequence[float],
+        self, preds: Tensor, target_row: Tensor, matched_iou: Tensor, labels: Tensor, gt_xywh: Tensor,
+        feat_shapes: Sequence[int], strides: Sequence[float],
     ) -> None:  # fmt: skip
         points, point_strides = anchor_table(feat_shapes, strides, preds)
         self.images, self.anchors = (target_row >= 0).nonzero().unbind(-1)
@@ -89,8 +89,11 @@ class _Positives:
         self.labels, self.ious = labels[self.rows], matched_iou[self.images, self.anchors]
         self.raw = working(preds[self.images, self.anchors])
         self.label_logits = self.raw.gather(1, 5 + self.labels[:, None]).squeeze(1)
-        self.gt_boxes = gt_boxes.to(points.dtype)[self.rows]
-        points, self.strides = points.T[self.anchors], point_strides[self.anchors][:, None]
-        self.boxes = decode_yolox(self.raw, points, self.strides[:, 0])
-        gt_cell = gt_xywh.to(points.dtype)[self.rows] / self.strides
-        self.l1_targets = torch.cat([gt_cell[:, :2] - (points - 0.5), torch.log(gt_cell[:, 2:] + 1e-8)], -1)
+        corner, self.strides = points.T[self.anchors] - 0.5, point_strides[self.anchors][:, None]
+        gt_xywh = gt_xywh.to(points.dtype)[self.rows]
+        # Boxes from the corner of the cell: far from the origin float32 would round the overlap's derivative to 1e-5.
+        centre, half = gt_xywh[:, :2] - corner * self.strides, gt_xywh[:, 2:] / 2
+        self.gt_boxes = torch.cat([centre - half, centre + half], -1)
+        self.boxes = decode_yolox(self.raw, torch.full_like(corner, 0.5), self.strides[:, 0])
+        gt_cell = gt_xywh / self.strides
+        self.l1_targets = torch.cat([gt_cell[:, :2] - corner, torch.log(gt_cell[:, 2:] + 1e-8)], -1)
