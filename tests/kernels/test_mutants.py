@@ -52,7 +52,7 @@ MUTANTS = {
     "claims race": Mutant("task_aligned", "earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem=\"relaxed\")", "earlier = tl.load(target_row_ptr + cell, mask=is_claim, other=-1)\n    tl.store(target_row_ptr + cell, row, mask=is_claim)", YOLO11),
     "padding counted": Mutant("task_aligned", "is_gt = is_box & (image >= 0)", "is_gt = is_box & (image >= -9)", YOLO11),
     "zero metrics are selected": Mutant("topk", "return (key > 0) & result", "return result", STAGES),
-    "DFL target not clamped": Mutant("losses", "R - 1 - 0.01)", "R + 1.0)", YOLO11),
+    "DFL target not clamped": Mutant("losses", "R - 1 - 0.01, target", "R + 1.0, target", YOLO11),
     "share by the wrong side": Mutant("losses", "_of_side(side, x_share, y_share, x_share, y_share)\n            distance", "_of_side(side, y_share, x_share, y_share, x_share)\n            distance", "tests/kernels"),
     "background gradient not written": Mutant("losses", "tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a,", "grad, offs_a, is_pos,", YOLO11),
     "class weight forgotten backward": Mutant("losses", "        error = error * tl.load(weights_ptr + offs_c", "        error = error * tl.load(weights_ptr + 0 * offs_c", YOLO11),

@@ -48,7 +48,8 @@ def _of_side(side, left, top, right, bottom):
 @triton.jit
 def _bin_weights(target, bins, R: tl.constexpr):
     """Weights [R, n] of the two bins around distances [n], 0 for the others: they fall off linearly to the next bin."""
-    target = tl.minimum(tl.maximum(target, 0.0), R - 1 - 0.01)
+    last = tl.full(target.shape, R - 1 - 0.01, target.dtype)  # a bare constant would be rounded to float32
+    target = tl.minimum(tl.maximum(target, 0.0), last)
     return tl.maximum(1 - tl.abs(bins - target[None, :]), 0.0)
 
 
