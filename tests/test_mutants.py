@@ -41,7 +41,7 @@ MUTANTS = {
     "YOLOX's size not halved in the gradient": Mutant(DECODE, "(high - low) / 2 *", "(high - low) *", "tests/test_stages.py::test_decode_yolox"),
     "candidates on the edge": Mutant(ASSIGN, "points[1])) > eps", "points[1])) >= 0", LOSS11),
     "no widening": Mutant(ASSIGN, "is_short = high - low < min_side", "is_short = high - low < 0", TAL),
-    "alpha and beta swapped": Mutant(ASSIGN, "scores.pow(alpha) * overlaps.pow(beta)", "scores.pow(beta) * overlaps.pow(alpha)", METRIC),
+    "alpha and beta swapped": Mutant(ASSIGN, "power(scores, alpha) * power(overlaps, beta)", "power(scores, beta) * power(overlaps, alpha)", METRIC),
     "zero metrics are claimed": Mutant(ASSIGN, "kept = (metric > 0).nonzero()", "kept = (metric >= 0).nonzero()", TAL),
     "one candidate too many": Mutant(ASSIGN, "by_row[rank < topk]", "by_row[rank <= topk]", TOPK),
     "ties to the higher anchor": Mutant(ASSIGN, "(torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices", "(torch.iinfo(bits.dtype).max - bits).flip(0).sort(stable=True).indices.neg() + len(bits) - 1", TOPK),
