@@ -41,14 +41,17 @@ def test_decode_dfl(layout, reg_max, dtype):
 
 @pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1e-7, 0.25])
 @pytest.mark.usefixtures("meter")
-def test_bbox_iou(kind, dtype):
+def test_bbox_iou(kind, dtype, eps):
     case = make_case(1, dtype=dtype, num_rows=20)
-    a, b = torch.broadcast_tensors(case.gt_boxes.to(dtype)[:, None], case.gt_boxes.to(dtype).flip(0)[None])
-    assert_same([kernels.bbox_iou(a, b, kind, 1e-7)], [eager.bbox_iou(a, b, kind, 1e-7)])
+    boxes = case.gt_boxes.to(dtype)
+    boxes[:3] = boxes[:3, [0, 3, 2, 1]]  # inverted
+    a, b = torch.broadcast_tensors(boxes[:, None], boxes.flip(0)[None])
+    assert_same([kernels.bbox_iou(a, b, kind, eps)], [eager.bbox_iou(a, b, kind, eps)])
     grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)
-    expected = eager.bbox_iou_backward(grad, a, b, kind, 1e-7)
-    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, 1e-7), expected, tolerance=1e-5)
+    expected = eager.bbox_iou_backward(grad, a, b, kind, eps)
+    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, eps), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.meter import Meter
 from tests.kernels.cases import FLAT_SHAPES, STRIDES, laid_out, make_case
 from triton_yolo import eager, kernels
 
@@ -27,6 +28,21 @@ def test_equal_overlaps_go_to_the_lower_row_whatever_the_order(dtype):
     assert set(target_row[1].tolist()) == {-1, 0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contested_anchor_goes_to_the_higher_overlap_in_either_order(dtype):
+    case = make_case(0, dtype=dtype, num_rows=2)
+    boxes = case.gt_boxes.new_tensor([[2.0, 2.0, 24.0, 26.0], [8.0, 12.0, 30.0, 38.0]])
+    case = case._replace(image_index=torch.tensor([0, 0]), labels=torch.tensor([1, 1]))
+    found = []
+    for order in ([0, 1], [1, 0]):
+        args = (*case[:4], boxes[order], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
+        have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
+        assert torch.equal(have[0], want[0])
+        found.append(torch.where(have[0] < 0, -1, torch.tensor([*order, -1])[have[0].long()]))
+    assert torch.equal(*found)
+    assert set(found[0].unique().tolist()) == {-1, 0, 1}
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", ["dist", "scores"])
 def test_no_number_stays_at_its_anchor(value, which):
@@ -45,6 +61,17 @@ def test_no_number_stays_at_its_anchor(value, which):
     assert terms.isnan().tolist() == ([True, False, True] if which == "dist" else [False, True, False])
 
 
+def test_infinite_logit_of_a_positive_shows_in_the_loss():
+    case = make_case(1)
+    levels = (FLAT_SHAPES, STRIDES, 5)
+    row, score, total, _, poison = kernels.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
+    image, anchor = ((row >= 0) & (score > 0)).nonzero()[0]
+    case.scores[image, anchor, case.labels[row[image, anchor]]] = -torch.inf
+    tail = (total.clamp(min=1), poison, case.labels, case.gt_boxes, None, *levels, (7.5, 0.5, 1.5), 2)
+    _, terms = kernels.yolo11_loss(case.dist, case.scores, row, score, *tail)
+    assert terms.isnan().tolist() == [False, True, False]
+
+
 def test_addresses_past_two_to_the_31():
     """Strides that put the second image 2^31 elements behind the first, and the last channel as far behind that."""
     case = make_case(2, dtype=torch.float16)
@@ -57,8 +84,10 @@ def test_addresses_past_two_to_the_31():
     dist, scores = spread(case.dist, 0), spread(case.scores, 2**19)
     args = (*case[2:], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
     near = (laid_out(case.dist, "last"), laid_out(case.scores, "last"))
-    for have, want in zip(kernels.yolo11_assign(dist, scores, *args), kernels.yolo11_assign(*near, *args), strict=True):
-        assert torch.equal(have, want)
-    target_row, target_score, total, _, poison = kernels.yolo11_assign(*near, *args)
-    tail = (target_row, target_score, total.clamp(min=1), poison, *case[3:], None, FLAT_SHAPES, STRIDES, 5, (7.5, 0.5, 1.5), 2)
-    torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), kernels.yolo11_loss(*near, *tail))
+    assignment = kernels.yolo11_assign(*near, *args)
+    tail = (*assignment[:2], assignment[2].clamp(min=1), assignment[4], *case[3:], None, *args[3:6], (7.5, 0.5, 1.5), 2)
+    loss = kernels.yolo11_loss(*near, *tail)
+    with Meter():  # an address that wrapped around must not end the process
+        for have, want in zip(kernels.yolo11_assign(dist, scores, *args), assignment, strict=True):
+            assert torch.equal(have, want)
+        torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), loss)
