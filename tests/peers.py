@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_settings = tempfile.TemporaryDirectory(prefix="peers-")
+_SETTINGS = os.path.join(tempfile.gettempdir(), f"triton-yolo-peers-{os.getuid()}")
 
 
 def is_installed(name: str) -> bool:
@@ -85,7 +85,8 @@ def yolox_labels(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> Tenso
 @contextmanager
 def _contained() -> Iterator[None]:
     """Keep a peer's import from the user's settings, the network, the environment (it sets OMP_NUM_THREADS) and torchvision."""
-    os.environ.update(YOLO_CONFIG_DIR=_settings.name, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+    os.makedirs(_SETTINGS, exist_ok=True)
+    os.environ.update(YOLO_CONFIG_DIR=_SETTINGS, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
     environment = dict(os.environ)
     is_stub = "torchvision" not in sys.modules
     if is_stub:
