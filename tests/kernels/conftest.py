@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import triton_yolo
 from bench.meter import Meter
@@ -11,11 +12,13 @@ from triton_yolo.kernels import decode, launching, losses, overlap, task_aligned
 
 @pytest.fixture
 def interpreted() -> Iterator[None]:
-    """Run operations in interpreted kernels."""
+    """Run operations in interpreted kernels, in fresh memory full of NaN and of the largest integers."""
     if not launching.INTERPRETED:
         pytest.skip("runs kernels in Triton's interpreter, which needs TRITON_INTERPRET=1")
+    torch.use_deterministic_algorithms(True)
     with triton_yolo.backend("triton"):
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -61,6 +61,19 @@ def test_no_number_stays_at_its_anchor(value, which):
     assert terms.isnan().tolist() == ([True, False, True] if which == "dist" else [False, True, False])
 
 
+def test_short_sides_are_widened_for_the_candidate_test():
+    case = make_case(1, reg_max=1, num_rows=1)
+    boxes = torch.tensor([[9.0, 9.0, 14.0, 18.0]])
+    case = case._replace(dist=case.dist.abs() + 0.5, image_index=torch.tensor([0]), gt_boxes=boxes)
+    found = []
+    for min_box_side in (0.0, 8.0, 16.0):
+        args = (*case, FLAT_SHAPES, STRIDES, 1, 10, None, 0.5, 6.0, min_box_side)
+        have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
+        assert torch.equal(have[0], want[0])
+        found.append(int(have[3]))
+    assert found[0] < found[2]
+
+
 def test_infinite_logit_of_a_positive_shows_in_the_loss():
     case = make_case(1)
     levels = (FLAT_SHAPES, STRIDES, 5)
