@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from ._backend import implementation
+from ._precision import working_dtype
 
 
 def _operator(function: Callable[..., Any]) -> Any:
@@ -26,11 +27,6 @@ def _operator(function: Callable[..., Any]) -> Any:
             return function(*args)
 
     return torch.library.custom_op(f"triton_yolo::{function.__name__}", without_autocast, mutates_args=())
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Everything is computed in float32, or in float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _assignment_like(preds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,7 +44,7 @@ def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None,
 
 @decode_dfl.register_fake
 def _(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
-    return pred_dist.new_empty((*pred_dist.shape[:2], 4), dtype=working_dtype(pred_dist))
+    return pred_dist.new_empty((*pred_dist.shape[:2], 4), dtype=working_dtype(pred_dist.dtype))
 
 
 @_operator
@@ -80,7 +76,7 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
 
 @decode_yolox.register_fake
 def _(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
-    return preds.new_empty((*preds.shape[:2], 4), dtype=working_dtype(preds))
+    return preds.new_empty((*preds.shape[:2], 4), dtype=working_dtype(preds.dtype))
 
 
 @_operator
@@ -115,7 +111,7 @@ def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
 
 @bbox_iou.register_fake
 def _(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
-    return a.new_empty(a.shape[:-1], dtype=torch.promote_types(working_dtype(a), working_dtype(b)))
+    return a.new_empty(a.shape[:-1], dtype=torch.promote_types(working_dtype(a.dtype), working_dtype(b.dtype)))
 
 
 @_operator
@@ -157,7 +153,7 @@ def _(
     alpha: float, beta: float, min_box_side: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (*labels.shape, scores.shape[1])
-    return scores.new_empty(shape, dtype=working_dtype(boxes)), scores.new_empty(shape, dtype=working_dtype(boxes))
+    return scores.new_empty(shape, dtype=working_dtype(boxes.dtype)), scores.new_empty(shape, dtype=working_dtype(boxes.dtype))
 
 
 @_operator
@@ -187,7 +183,7 @@ def _(
     scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _assignment_like(scores, working_dtype(boxes))
+    return _assignment_like(scores, working_dtype(boxes.dtype))
 
 
 @_operator
@@ -213,7 +209,7 @@ def _(
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = working_dtype(pred_dist)
+    dtype = working_dtype(pred_dist.dtype)
     return (
         *_assignment_like(pred_dist, dtype), pred_dist.new_empty((), dtype=dtype),
         labels.new_empty((), dtype=torch.int64), pred_dist.new_empty((), dtype=dtype),
@@ -239,7 +235,7 @@ def _(
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = working_dtype(pred_dist)
+    dtype = working_dtype(pred_dist.dtype)
     return pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
 
 
@@ -298,7 +294,7 @@ def _(
     cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
     image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _assignment_like(cls_logits, working_dtype(boxes))
+    return _assignment_like(cls_logits, working_dtype(boxes.dtype))
 
 
 @_operator
@@ -318,7 +314,7 @@ def _(
     preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *_assignment_like(preds, working_dtype(preds)), labels.new_empty((), dtype=torch.int64)
+    return *_assignment_like(preds, working_dtype(preds.dtype)), labels.new_empty((), dtype=torch.int64)
 
 
 @_operator
@@ -340,7 +336,7 @@ def _(
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = working_dtype(preds)
+    dtype = working_dtype(preds.dtype)
     return preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._precision import working
 
 
 class Targets(NamedTuple):
@@ -43,7 +44,7 @@ class Targets(NamedTuple):
         """
         _checks.tensor("targets", rows, ("N", 6))
         height, width = (imgsz, imgsz) if isinstance(imgsz, int) else _pair(imgsz)
-        rows = _working(rows)
+        rows = working(rows)
         image_index, labels, cx, cy, w, h = rows.unbind(-1)
         boxes = torch.stack([cx * width, cy * height, w * width, h * height], -1)
         return cls._from_xywh(image_index.long(), labels.long(), boxes)
@@ -73,7 +74,7 @@ class Targets(NamedTuple):
             low, high = boxes.split(2, -1)
             image_index = torch.where((high > (low if box_format == "xyxy" else 0.0)).all(-1), image_index, -1)
         make = cls._from_xyxy if box_format == "xyxy" else cls._from_xywh
-        return make(image_index.reshape(-1), labels.reshape(-1).long(), _working(boxes).reshape(-1, 4))
+        return make(image_index.reshape(-1), labels.reshape(-1).long(), working(boxes).reshape(-1, 4))
 
     @classmethod
     def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> "Targets":
@@ -92,7 +93,7 @@ class Targets(NamedTuple):
         counts = [len(target["boxes"]) for target in targets]
         image_index = torch.cat([torch.full((n,), image, device=device) for image, n in enumerate(counts)])
         labels = torch.cat([target["labels"] for target in targets])
-        return cls._from_xyxy(image_index, labels.long(), torch.cat([_working(t["boxes"]) for t in targets]))
+        return cls._from_xyxy(image_index, labels.long(), torch.cat([working(t["boxes"]) for t in targets]))
 
     def validate(self, batch_size: int, num_classes: int) -> None:
         """Raise a ValueError if an image index or a label is out of range. Synchronises."""
@@ -116,10 +117,6 @@ class Targets(NamedTuple):
     def _from_xyxy(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
         low, high = boxes.split(2, -1)
         return cls(image_index, labels, boxes, torch.cat([(low + high) / 2, high - low], -1))
-
-
-def _working(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _pair(imgsz: Sequence[int]) -> tuple[int, int]:

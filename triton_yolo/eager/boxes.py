@@ -5,10 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def working(x: Tensor) -> Tensor:
-    """Everything is computed in float32, or in float64 for float64."""
-    return x if x.dtype == torch.float64 else x.float()
+from .._precision import working
 
 
 def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:

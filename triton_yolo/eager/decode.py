@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .boxes import working
+from .._precision import working
 
 
 def expectation(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .._precision import working_dtype
 from ..anchors import make_anchors
 from ..targets import Targets
 
 
 def anchor_table(feat_shapes: Sequence[int], strides: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
     """Anchor points in cells (2, A) and their strides (A,), in the type that ``like`` is computed in. Not to be written to."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return _anchor_table(tuple(feat_shapes), tuple(strides), dtype, like.device)
+    return _anchor_table(tuple(feat_shapes), tuple(strides), working_dtype(like.dtype), like.device)
 
 
 @lru_cache(maxsize=32)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .boxes import bbox_iou, working
+from .._precision import working
+from .boxes import bbox_iou
 from .pairs import point_pairs, valid_rows
 from .task_aligned import is_inside
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .boxes import bbox_iou, working
+from .._precision import working
+from .boxes import bbox_iou
 from .pairs import point_pairs, valid_rows
 
 _BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache

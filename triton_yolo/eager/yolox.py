@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import bbox_iou, bbox_iou_derivative, working
+from .._precision import working
+from .boxes import bbox_iou, bbox_iou_derivative
 from .decode import decode_yolox, yolox_raw_grad
 from .memory import untouched_zeros_like
 from .pairs import anchor_table, grid_pairs

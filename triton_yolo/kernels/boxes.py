@@ -1,4 +1,4 @@
-"""Pure tile functions: the IoU family with its derivative, distributions over bins, sigmoid and softplus. No loads or stores.
+"""Pure tile functions: the IoU family with its derivative, distributions over bins, sigmoid and cross entropy. No loads or stores.
 
 They compute in the type of their arguments, float32 or float64. A formula that a fused multiply-add may not change is written
 with plain products (every kernel is launched with contraction off); ``tl.fma`` stands where it is wanted.
@@ -34,12 +34,6 @@ def _log1p(e):
         p = tl.fma(e, p, -0.4999949336051941)
         result = e * tl.fma(e, p, 0.9999999403953552)
     return result
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x))."""
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._precision import working_dtype
 from .boxes import box_columns, box_rows, expectation
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
 
 
 def decode_sizes(num_anchors: int, reg_max: int, logits: int = 2048) -> tuple[int, int]:

@@ -35,10 +35,6 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def on_device(operation: Callable[..., Any]) -> Callable[..., Any]:
     """Launch on the device of the first argument, which need not be the current one."""
 

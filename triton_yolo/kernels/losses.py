@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._precision import working_dtype
 from .boxes import cross_entropy_with_logits, expectation, overlap, overlap_derivative, sigmoid
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
 
 
 def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._precision import working_dtype
 from .boxes import box_columns, box_rows, overlap, overlap_derivative
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
 
 
 def overlap_sizes(num_pairs: int) -> tuple[int, int]:

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._precision import working_dtype
 from .boxes import box_columns, box_rows, expectation, overlap, power, sigmoid
 from .decode import decode_sizes, side_logits
 from .grid import cell_centres, rectangle_cells, rectangle_size
-from .launching import FIXED, INTERPRETED, compute_type, on_device, working_dtype
+from .launching import FIXED, INTERPRETED, compute_type, on_device
 from .topk import empty_list, is_among, keep_best, pack, unpack_index
 
 CONTESTED: tl.constexpr = tl.constexpr(1 << 30)

@@ -1,0 +1,12 @@
+"""Everything is computed in float32, or in float64 for float64."""
+
+import torch
+from torch import Tensor
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def working(x: Tensor) -> Tensor:
+    return x.to(working_dtype(x.dtype))
