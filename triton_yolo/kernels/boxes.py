@@ -1,4 +1,4 @@
-"""Pure tile functions: the IoU family with its derivative, distributions over bins, sigmoid and cross entropy. No loads or stores.
+"""Pure tile functions: the IoU family with its derivative, distributions over bins, sigmoid, cross entropy. No loads or stores.
 
 They compute in the type of their arguments, float32 or float64. A formula that a fused multiply-add may not change is written
 with plain products (every kernel is launched with contraction off); ``tl.fma`` stands where it is wanted.
