@@ -130,6 +130,12 @@ def _rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty(count, dtype=torch.int64), _empty(count, dtype=torch.int64), _empty(count, 4)
 
 
+def _unpack_rows(dtype: torch.dtype, layout: str) -> None:
+    from triton_yolo import kernels
+
+    kernels.unpack_rows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
+
+
 def _assign(topk2: int | None, min_box_side: float) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
         from triton_yolo import kernels
@@ -150,9 +156,9 @@ def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.
         working = torch.float64 if dtype == torch.float64 else torch.float32
         target_row, target_score = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
         one, (_, labels, boxes) = _empty(dtype=working), _rows(ROWS)
-        tail = (labels, boxes, _empty(num_classes) if has_weights else None, SHAPES, STRIDES, reg_max, (7.5, 0.5, 1.5), BATCH)
-        kernels.yolo11_loss(dist, scores, target_row, target_score, one, one, *tail)
-        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, one, *tail)
+        tail = (labels, boxes, _empty(num_classes) if has_weights else None, SHAPES, STRIDES, reg_max, (7.5, 0.5, 1.5))
+        kernels.yolo11_loss(dist, scores, target_row, target_score, one, 1, *tail)
+        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, one, 1, *tail)
 
     return operator
 
@@ -183,6 +189,7 @@ OPERATORS: dict[str, Operator] = {
     "decode_dfl, R=32": (_decode(32, has_strides=False), LAYOUTS[:1]),
     "decode_dfl, R=1": (_decode(1, has_strides=False), LAYOUTS[:1]),
     **{f"bbox_iou, {kind}": (_bbox_iou(kind), LAYOUTS[-1:]) for kind in ("iou", "giou", "diou", "ciou")},
+    "unpack_rows": (_unpack_rows, LAYOUTS[:1]),
     "yolo11_assign": (_assign(topk2=None, min_box_side=0.0), LAYOUTS),
     "yolo11_assign, topk2": (_assign(topk2=1, min_box_side=16.0), LAYOUTS[:1]),
     "yolo11_loss": (_loss(16, CLASSES, has_weights=False), LAYOUTS),

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reference
 import triton_yolo as ty
 from tests.conftest import DEVICE
+from tests.gradients import held_weight, held_weight_of_loss
 from tests.test_losses import small_yolo11, small_yolox
 from triton_yolo import _ops
 
@@ -46,13 +47,13 @@ def yolo11_loss_args(reg_max=8, dtype=F64, weights=None):
     dist = torch.rand(2, 20, 4 * reg_max, dtype=dtype, device=DEVICE)
     scores = torch.randn(2, 20, 3, dtype=dtype, device=DEVICE)
     levels = (shapes, [8.0, 16.0])
-    target_row, target_score, total, _, poison = _ops.yolo11_assign(
+    target_row, target_score, total, _ = _ops.yolo11_assign(
         dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, reg_max, 10, None, 0.5, 6.0, 0.0
     )
     assert (target_row >= 0).any()
     return (
-        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, total.clamp(min=1), poison,
-        gt.labels, gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5], 2,
+        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, total, 1,
+        gt.labels, gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5],
     )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def metric_args():
 
 
 CASES = {
+    "unpack_rows": lambda: (torch.rand(3, 6, device=DEVICE), 64.0, 32.0),
     "decode_dfl": decode_args,
     "decode_yolox": lambda: decode_args()[:3],
     "bbox_iou": lambda: box_args("ciou"),
@@ -133,10 +135,11 @@ def test_gradcheck_decode_yolox():
     assert torch.autograd.gradcheck(lambda p: _ops.decode_yolox(p, points, strides), preds)
 
 
-@pytest.mark.parametrize("kind", ["iou", "giou", "diou"])
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
 def test_gradcheck_bbox_iou(kind):
     a, b, _, eps = box_args(kind)
-    assert torch.autograd.gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, eps), (a, b))
+    correction = held_weight(a, b) if kind == "ciou" else lambda a, b: 0
+    assert torch.autograd.gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, eps) + correction(a, b), (a, b))
 
 
 @pytest.mark.parametrize("reg_max", [1, 8])
@@ -144,9 +147,9 @@ def test_gradcheck_bbox_iou(kind):
 def test_gradcheck_yolo11_loss(reg_max, has_weights):
     weights = torch.tensor([1.0, 2.0, 0.5], device=DEVICE) if has_weights else None
     dist, scores, *rest = yolo11_loss_args(reg_max, weights=weights)
-    gains = [0.0, 0.5, 1.5]  # CIoU's weight is a constant for its gradient and not for a difference quotient
-    rest[-2] = gains
-    assert torch.autograd.gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *rest)[0], (dist, scores))
+    row, score, score_sum, _, _, gt_boxes, _, *levels, gains = rest
+    correction = held_weight_of_loss(dist, row, score, score_sum, gt_boxes, *levels, gains[0])
+    assert torch.autograd.gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *rest)[0] + correction(d), (dist, scores))
 
 
 @pytest.mark.parametrize("iou_loss", ["iou", "giou"])

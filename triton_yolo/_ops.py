@@ -34,6 +34,24 @@ def _assignment_like(preds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return preds.new_empty(shape, dtype=torch.int32), preds.new_empty(shape, dtype=dtype)
 
 
+# ---- targets
+
+
+@_operator
+def unpack_rows(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image index, label, box as corners and as centre and size in pixels, of rows (N, 6) in the YOLO convention."""
+    return implementation(rows.device).unpack_rows(rows, width, height)
+
+
+@unpack_rows.register_fake
+def _(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    integers, boxes = (
+        rows.new_empty(len(rows), dtype=torch.int64),
+        rows.new_empty((len(rows), 4), dtype=working_dtype(rows.dtype)),
+    )
+    return integers, torch.empty_like(integers), boxes, torch.empty_like(boxes)
+
+
 # ---- decoding
 
 
@@ -191,10 +209,10 @@ def yolo11_assign(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Target row and target score of every anchor, from raw logits; the sum of the scores, the number of positives; poison.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Target row and target score of every anchor, from raw logits; the sum of the scores; the number of positives.
 
-    The poison is 0, or NaN if any of ``pred_dist`` is not finite: this is the pass that reads all of it.
+    The sum is NaN if any of ``pred_dist`` is not finite: this is the pass that reads all of it.
     """
     _checks.rows_in_range(image_index, labels, pred_scores.shape[0], pred_scores.shape[2])
     return implementation(pred_dist.device).yolo11_assign(
@@ -208,32 +226,33 @@ def _(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(pred_dist.dtype)
-    return (
-        *_assignment_like(pred_dist, dtype), pred_dist.new_empty((), dtype=dtype),
-        labels.new_empty((), dtype=torch.int64), pred_dist.new_empty((), dtype=dtype),
-    )  # fmt: skip
+    row, score = _assignment_like(pred_dist, dtype)
+    return row, score, pred_dist.new_empty((), dtype=dtype), labels.new_empty((), dtype=torch.int64)
 
 
 @_operator
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss () and its weighted terms box, cls, dfl (3,), for a given assignment. Only the loss has a gradient."""
+    """The loss () and its weighted terms box, cls, dfl (3,), for a given assignment. Only the loss has a gradient.
+
+    ``score_sum`` is that of all ranks together.
+    """
     return implementation(pred_dist.device).yolo11_loss(
-        pred_dist, pred_scores, target_row, target_score, normaliser, poison, labels, gt_boxes, class_weights,
-        feat_shapes, strides, reg_max, gains, batch_size,
+        pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, labels, gt_boxes, class_weights,
+        feat_shapes, strides, reg_max, gains,
     )  # fmt: skip
 
 
 @yolo11_loss.register_fake
 def _(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(pred_dist.dtype)
     return pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
@@ -241,34 +260,35 @@ def _(
 
 @_operator
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
+    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return implementation(grad.device).yolo11_loss_backward(
-        grad, pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
-        feat_shapes, strides, reg_max, gains, batch_size,
+        grad, pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, labels, gt_boxes, class_weights,
+        feat_shapes, strides, reg_max, gains,
     )  # fmt: skip
 
 
 @yolo11_loss_backward.register_fake
 def _(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
+    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(pred_dist), torch.empty_like(pred_scores)
 
 
 def _yolo11_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *inputs[6:9])
-    ctx.options = inputs[9:]
+    ctx.num_ranks, ctx.options = inputs[5], inputs[9:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolo11_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = yolo11_loss_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * 12
+    saved = ctx.saved_tensors
+    grads = yolo11_loss_backward(grad, *saved[:5], ctx.num_ranks, *saved[5:], *ctx.options)
+    return *grads, *[None] * 11
 
 
 yolo11_loss.register_autograd(_yolo11_loss_grad, setup_context=_yolo11_loss_context)

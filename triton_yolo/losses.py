@@ -138,14 +138,14 @@ class YOLO11Loss(nn.Module):
         shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
         gt = _packed(targets, shapes, strides, pred_dist)
         with torch.no_grad():
-            target_row, target_score, score_sum, num_fg, poison = _ops.yolo11_assign(
+            target_row, target_score, score_sum, num_fg = _ops.yolo11_assign(
                 pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
                 self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
             )  # fmt: skip
-            normaliser, num_ranks = _mean_over_ranks(score_sum, self.process_group)
+            score_sum, num_ranks = _sum_over_ranks(score_sum, self.process_group)
         loss, terms = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_score, normaliser, poison, gt.labels, gt.boxes_xyxy,
-            self.class_weights, shapes, strides, self.reg_max, self.gains, batch_size * num_ranks,
+            pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, gt.labels, gt.boxes_xyxy,
+            self.class_weights, shapes, strides, self.reg_max, self.gains,
         )  # fmt: skip
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
@@ -218,7 +218,8 @@ class YOLOXLoss(nn.Module):
                 preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
-            normaliser, _ = _mean_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
+            total_fg, num_ranks = _sum_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
+            normaliser = total_fg.clamp(min=1) / num_ranks
             num_gt = gt.is_valid(preds.shape[0], self.num_classes).sum()
         loss, terms = _ops.yolox_loss(
             preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
@@ -238,10 +239,10 @@ def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], 
     return targets
 
 
-def _mean_over_ranks(total: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The mean over the ranks of a normaliser that is at least 1 for all of them together; the number of ranks."""
+def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The sum over the ranks; the number of ranks."""
     if group is None:
-        return total.clamp(min=1), 1
-    total = total.clone()
-    dist.all_reduce(total, group=group)
-    return total.clamp(min=1) / group.size(), group.size()
+        return x, 1
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x, group.size()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _ops
 from ._precision import working
 
 
@@ -44,10 +44,7 @@ class Targets(NamedTuple):
         """
         _checks.tensor("targets", rows, ("N", 6))
         height, width = (imgsz, imgsz) if isinstance(imgsz, int) else _pair(imgsz)
-        rows = working(rows)
-        image_index, labels, cx, cy, w, h = rows.unbind(-1)
-        boxes = torch.stack([cx * width, cy * height, w * width, h * height], -1)
-        return cls._from_xywh(image_index.long(), labels.long(), boxes)
+        return cls(*_ops.unpack_rows(rows.detach(), width, height))
 
     @classmethod
     def from_padded(cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy") -> "Targets":

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from tests.gradients import held_weight, held_weight_of_loss
 from tests.kernels.cases import FLAT_SHAPES, SHAPES, STRIDES, make_case
 from triton_yolo import _ops
 
@@ -21,12 +22,14 @@ def test_decode_dfl(layout):
     assert gradcheck(lambda d: _ops.decode_dfl(d, points, strides, 5), case.dist.requires_grad_())
 
 
-@pytest.mark.parametrize("kind", ["iou", "giou", "diou"])
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
 def test_bbox_iou(kind):
     torch.manual_seed(0)
     low = torch.rand(2, 30, 2, dtype=F64)
     a, b = torch.cat([low, low + 0.3 + torch.rand(2, 30, 2, dtype=F64)], -1)
-    assert gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, 1e-7), (a.requires_grad_(), b.requires_grad_()))
+    correction = held_weight(a, b) if kind == "ciou" else lambda a, b: 0
+    inputs = (a.requires_grad_(), b.requires_grad_())
+    assert gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, 1e-7) + correction(a, b), inputs)
 
 
 @pytest.mark.parametrize("reg_max", [1, 5])
@@ -36,9 +39,9 @@ def test_yolo11_loss(reg_max, has_weights):
     weights = torch.tensor([1.0, 2.0, 0.5]) if has_weights else None
     dist = case.dist.abs() + 0.5
     levels = (FLAT_SHAPES, STRIDES, reg_max)
-    row, score, total, _, poison = _ops.yolo11_assign(dist, *case[1:], *levels, 10, None, 0.5, 6.0, 0.0)
+    row, score, total, _ = _ops.yolo11_assign(dist, *case[1:], *levels, 10, None, 0.5, 6.0, 0.0)
     assert (row >= 0).any()
-    # CIoU's weight is a constant for its gradient and not for a difference quotient.
-    tail = (row, score, total.clamp(min=1), poison, *case[3:], weights, *levels, [0.0, 0.5, 1.5], 2)
+    tail = (row, score, total, 1, *case[3:], weights, *levels, [7.5, 0.5, 1.5])
+    correction = held_weight_of_loss(dist, row, score, total, case.gt_boxes, *levels, 7.5)
     inputs = (dist.requires_grad_(), case.scores.requires_grad_())
-    assert gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *tail)[0], inputs)
+    assert gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *tail)[0] + correction(d), inputs)

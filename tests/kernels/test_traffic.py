@@ -6,7 +6,7 @@ import torch
 import triton_yolo as ty
 
 RATIO = 1.25
-MAX_LAUNCHES = (7, 2)  # forward, where clamping the normaliser is an eighth; backward
+MAX_LAUNCHES = (8, 2)  # forward, from raw rows to the loss; backward
 
 
 def coco_like_rows(batch_size: int, boxes_an_image: int, num_classes: int) -> torch.Tensor:
@@ -30,9 +30,9 @@ def test_criterion_moves_few_bytes_in_few_launches(meter, dtype, layout):
     preds = [torch.randn(batch_size, channels, num_anchors).to(dtype) for channels in (4 * reg_max, num_classes)]
     preds = [x if layout == "first" else x.transpose(1, 2).contiguous().transpose(1, 2) for x in preds]
     dist, scores = (x.transpose(1, 2).requires_grad_() for x in preds)
-    targets = ty.Targets.from_yolo(coco_like_rows(batch_size, 7, num_classes), imgsz)
+    rows = coco_like_rows(batch_size, 7, num_classes)
 
-    out = ty.YOLO11Loss(num_classes)(dist, scores, shapes, targets)
+    out = ty.YOLO11Loss(num_classes)(dist, scores, shapes, rows)
     num_forward = len(meter.launches)
     out.loss.backward()
 

@@ -54,11 +54,11 @@ def test_no_number_stays_at_its_anchor(value, which):
     have = kernels.yolo11_assign(*case, *args)
     want = eager.yolo11_assign(*case, *args)
     assert torch.equal(have[0], want[0])
-    assert have[4].isnan() == (which == "dist")
-    tail = (case.labels, case.gt_boxes, None, *args[:3], (7.5, 0.5, 1.5), 2)
-    loss, terms = kernels.yolo11_loss(case.dist, case.scores, *have[:2], have[2].clamp(min=1), have[4], *tail)
+    assert have[2].isnan() == (which == "dist")
+    tail = (case.labels, case.gt_boxes, None, *args[:3], (7.5, 0.5, 1.5))
+    loss, terms = kernels.yolo11_loss(case.dist, case.scores, *have[:3], 1, *tail)
     assert loss.isnan()
-    assert terms.isnan().tolist() == ([True, False, True] if which == "dist" else [False, True, False])
+    assert terms.isnan().tolist() == ([True, True, True] if which == "dist" else [False, True, False])
 
 
 def test_short_sides_are_widened_for_the_candidate_test():
@@ -77,10 +77,10 @@ def test_short_sides_are_widened_for_the_candidate_test():
 def test_infinite_logit_of_a_positive_shows_in_the_loss():
     case = make_case(1)
     levels = (FLAT_SHAPES, STRIDES, 5)
-    row, score, total, _, poison = kernels.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
+    row, score, total, _ = kernels.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
     image, anchor = ((row >= 0) & (score > 0)).nonzero()[0]
     case.scores[image, anchor, case.labels[row[image, anchor]]] = -torch.inf
-    tail = (total.clamp(min=1), poison, case.labels, case.gt_boxes, None, *levels, (7.5, 0.5, 1.5), 2)
+    tail = (total, 1, case.labels, case.gt_boxes, None, *levels, (7.5, 0.5, 1.5))
     _, terms = kernels.yolo11_loss(case.dist, case.scores, row, score, *tail)
     assert terms.isnan().tolist() == [False, True, False]
 
@@ -98,7 +98,7 @@ def test_addresses_past_two_to_the_31():
     args = (*case[2:], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
     near = (laid_out(case.dist, "last"), laid_out(case.scores, "last"))
     assignment = kernels.yolo11_assign(*near, *args)
-    tail = (*assignment[:2], assignment[2].clamp(min=1), assignment[4], *case[3:], None, *args[3:6], (7.5, 0.5, 1.5), 2)
+    tail = (*assignment[:3], 1, *case[3:], None, *args[3:6], (7.5, 0.5, 1.5))
     loss = kernels.yolo11_loss(*near, *tail)
     with Meter():  # an address that wrapped around must not end the process
         for have, want in zip(kernels.yolo11_assign(dist, scores, *args), assignment, strict=True):

@@ -20,7 +20,7 @@ def yolo11_assign(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, num_classes = pred_scores.shape
     points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
     gt_boxes = gt_boxes.to(points.dtype)
@@ -39,14 +39,15 @@ def yolo11_assign(
     metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
     target_row, target_score = match(rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9)
     shape = (batch_size, num_anchors)
-    poison = 0 * pred_dist.sum(dtype=target_score.dtype)
-    return target_row.view(shape), target_score.view(shape), target_score.sum(), (target_row >= 0).sum(), poison
+    # A logit that is not finite shows in the loss even where no formula reads it.
+    score_sum = target_score.sum() + 0 * pred_dist.sum(dtype=target_score.dtype)
+    return target_row.view(shape), target_score.view(shape), score_sum, (target_row >= 0).sum()
 
 
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
@@ -58,29 +59,28 @@ def yolo11_loss(
     cls = _weighted(per_class, class_weights).sum()
     cls = cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()
 
-    # A non-finite prediction shows in the loss even where no formula reads it: that is what the poison is for.
-    box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum() + poison
+    box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum()
     if reg_max > 1:
         log_p = F.log_softmax(pos.logits, -1)
         low, weight_low, weight_high = pos.soft_bins()
         side = -(log_p.gather(-1, low).squeeze(-1) * weight_low + log_p.gather(-1, low + 1).squeeze(-1) * weight_high)
     else:
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
-    dfl = (side.mean(-1) * pos.scores).sum() + poison
+    dfl = (side.mean(-1) * pos.scores).sum()
 
-    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser
-    return batch_size * items.sum(), items
+    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) * num_ranks / score_sum.clamp(min=1)
+    return len(pred_dist) * num_ranks * items.sum(), items
 
 
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
+    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of both predictions, in their layout, for the gradient () of the loss."""
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
-    scale = grad * batch_size / normaliser
+    scale = grad * (len(pred_dist) * num_ranks**2) / score_sum.clamp(min=1)
 
     grad_scores = torch.empty_like(pred_scores)
     slope = _weighted((cls_gain * scale).expand(pred_scores.shape[2]), class_weights)

@@ -76,6 +76,18 @@ def _side_loss(
 
 
 @triton.jit
+def _normaliser(score_sum_ptr, num_ranks, DTYPE: tl.constexpr):
+    score_sum = tl.load(score_sum_ptr).to(DTYPE)
+    return tl.where(score_sum < 1, 1.0, score_sum) / num_ranks  # NaN stays NaN
+
+
+@triton.jit
+def _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE: tl.constexpr):
+    """What every gradient of a sum over anchors is multiplied by."""
+    return tl.load(grad_ptr).to(DTYPE) * batch_size * num_ranks / _normaliser(score_sum_ptr, num_ranks, DTYPE)
+
+
+@triton.jit
 def _yolo11_loss_kernel(
     partial_ptr, dist_ptr, dist_stride, logits_ptr, logits_stride, target_row_ptr, target_score_ptr,
     labels_ptr, gt_ptr, gt_stride, weights_ptr, shapes, A, C,
@@ -139,7 +151,7 @@ def _yolo11_loss_kernel(
 
 @triton.jit
 def _yolo11_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, poison_ptr, normaliser_ptr, box_gain, cls_gain, dfl_gain, batch_size, programs,
+    loss_ptr, terms_ptr, partial_ptr, score_sum_ptr, box_gain, cls_gain, dfl_gain, batch_size, num_ranks, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program adds up the partial sums in a fixed order and writes the loss and its three terms."""
@@ -154,21 +166,20 @@ def _yolo11_total_kernel(
         cls += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
         dfl += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
         start += BLOCK
-    poison = tl.load(poison_ptr)
-    normaliser = tl.load(normaliser_ptr)
-    box_term = box_gain * (tl.sum(box) + poison) / normaliser
+    normaliser = _normaliser(score_sum_ptr, num_ranks, DTYPE)
+    box_term = box_gain * tl.sum(box) / normaliser
     cls_term = cls_gain * tl.sum(cls) / normaliser
-    dfl_term = dfl_gain * (tl.sum(dfl) + poison) / normaliser
+    dfl_term = dfl_gain * tl.sum(dfl) / normaliser
     tl.store(terms_ptr, box_term)
     tl.store(terms_ptr + 1, cls_term)
     tl.store(terms_ptr + 2, dfl_term)
-    tl.store(loss_ptr, batch_size * (box_term + cls_term + dfl_term))
+    tl.store(loss_ptr, batch_size * num_ranks * (box_term + cls_term + dfl_term))
 
 
 @triton.jit
 def _class_grad_kernel(
-    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
-    labels_ptr, weights_ptr, cls_gain, batch_size, A,
+    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
+    labels_ptr, weights_ptr, cls_gain, batch_size, num_ranks, A,
     C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads one tile of class logits and writes its gradient."""
@@ -186,7 +197,7 @@ def _class_grad_kernel(
     error = sigmoid(logits) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
     if HAS_WEIGHTS:
         error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
-    scale = cls_gain * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
+    scale = cls_gain * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
     offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
     tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
 
@@ -212,8 +223,8 @@ def _side_grad(
 
 @triton.jit
 def _box_grad_kernel(
-    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
-    gt_ptr, gt_stride, shapes, box_gain, dfl_gain, batch_size, A,
+    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
+    gt_ptr, gt_stride, shapes, box_gain, dfl_gain, batch_size, num_ranks, A,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of the box logits of BLOCK_A anchors of one image, 0 for background.
@@ -239,7 +250,7 @@ def _box_grad_kernel(
             x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
         )
         score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
-        weight = score * (tl.load(grad_ptr).to(DTYPE) * batch_size / tl.load(normaliser_ptr).to(DTYPE))
+        weight = score * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
         box_weight, dfl_weight = box_gain * weight, dfl_gain / 4 * weight
         x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
         for side in range(4):
@@ -257,9 +268,9 @@ def _box_grad_kernel(
 
 @on_device
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, poison: Tensor,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     images, num_anchors, num_classes = pred_scores.shape
     block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
@@ -276,7 +287,7 @@ def yolo11_loss(
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
     _yolo11_total_kernel[(1,)](
-        loss, terms, partial, poison, normaliser, *gains, batch_size, partial.shape[1],
+        loss, terms, partial, score_sum, *gains, images, num_ranks, partial.shape[1],
         DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
     )  # fmt: skip
     return loss, terms
@@ -284,9 +295,9 @@ def yolo11_loss(
 
 @on_device
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float], batch_size: int,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
+    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_dist, grad_scores = torch.empty_like(pred_dist), torch.empty_like(pred_scores)
     images, num_anchors, num_classes = pred_scores.shape
@@ -296,15 +307,15 @@ def yolo11_loss_backward(
     dtype = compute_type(pred_dist.dtype)
     block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
     _class_grad_kernel[(triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), images)](
-        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, normaliser,
-        labels, class_weights, cls_gain, batch_size, num_anchors,
+        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, score_sum,
+        labels, class_weights, cls_gain, images, num_ranks, num_anchors,
         C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip
     block_a, num_warps = decode_sizes(num_anchors, reg_max, 1024)  # CIoU's derivative needs the other registers
     _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
-        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, normaliser,
-        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, batch_size, num_anchors,
+        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, score_sum,
+        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, images, num_ranks, num_anchors,
         STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=dtype, BLOCK_A=block_a,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip

@@ -331,10 +331,10 @@ def _score_kernel(
 
 @triton.jit
 def _sum_kernel(
-    score_sum_ptr, num_fg_ptr, poison_out_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs,
+    score_sum_ptr, num_fg_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows' sums and counts, and the poison, in a fixed order."""
+    """One program adds up the rows' sums and counts in a fixed order; ``poison`` makes the sum NaN."""
     score_sum = tl.zeros((BLOCK,), DTYPE)
     num_fg = tl.zeros((BLOCK,), tl.int64)
     poison = tl.zeros((BLOCK,), DTYPE)
@@ -349,9 +349,8 @@ def _sum_kernel(
         offs = start + tl.arange(0, BLOCK)
         poison += tl.load(poison_ptr + offs, mask=offs < programs, other=0.0)
         start += BLOCK
-    tl.store(score_sum_ptr, tl.sum(score_sum))
+    tl.store(score_sum_ptr, tl.sum(score_sum) + tl.sum(poison))
     tl.store(num_fg_ptr, tl.sum(num_fg))
-    tl.store(poison_out_ptr, tl.sum(poison))
 
 
 @triton.jit
@@ -473,7 +472,7 @@ def yolo11_assign(
     pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, _ = pred_scores.shape
     dtype, triton_dtype = working_dtype(pred_dist.dtype), compute_type(pred_dist.dtype)
     boxes = pred_dist.new_empty((batch_size, num_anchors, 4), dtype=dtype)
@@ -493,13 +492,12 @@ def yolo11_assign(
             target_row, target_score, pred_scores, boxes, boxes, _rows(image_index, labels, gt_boxes),
             tuple(feat_shapes), tuple(strides), True, topk, topk2, alpha, beta, min_box_side, 1e-9,
         )  # fmt: skip
-    score_sum, poison = poisons.new_empty(()), poisons.new_empty(())
-    num_fg = labels.new_empty((), dtype=torch.int64)
+    score_sum, num_fg = poisons.new_empty(()), labels.new_empty((), dtype=torch.int64)
     _sum_kernel[(1,)](
-        score_sum, num_fg, poison, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons),
+        score_sum, num_fg, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons),
         DTYPE=triton_dtype, BLOCK=1024, num_warps=4, **FIXED,
     )  # fmt: skip
-    return target_row, target_score, score_sum, num_fg, poison
+    return target_row, target_score, score_sum, num_fg
 
 
 def _assign(

@@ -1,0 +1,47 @@
+"""CIoU as its gradient sees it: the trade-off weight is a constant there, and changes in a difference quotient."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import reference
+
+EPS = 1e-7
+
+
+def weight_and_v(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """CIoU's trade-off weight and its measure of unlike aspect ratios, for boxes (..., 4)."""
+    (wa, ha), (wb, hb) = ((x[..., 2] - x[..., 0], x[..., 3] - x[..., 1] + EPS) for x in (a, b))
+    v = 4 / math.pi**2 * (torch.atan(wb / hb) - torch.atan(wa / ha)) ** 2
+    return v / (1 - reference.bbox_iou(a, b, kind="iou", eps=EPS) + v + EPS), v
+
+
+def held_weight(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What to add to the CIoU of other boxes to give them the weight of ``a`` and ``b``. It is 0 there, and has no gradient."""
+    held, _ = weight_and_v(a.detach(), b.detach())
+
+    def correction(a: Tensor, b: Tensor) -> Tensor:
+        weight, v = weight_and_v(a.detach(), b.detach())
+        return (weight - held) * v
+
+    return correction
+
+
+def held_weight_of_loss(
+    dist: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, gt_boxes: Tensor,
+    shapes: Sequence[int], strides: Sequence[float], reg_max: int, box_gain: float,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """The same for the YOLO11 loss as a function of ``dist``, for a given assignment."""
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    points, point_strides = reference.make_anchors(pairs, strides, dtype=dist.dtype, device=dist.device)
+    is_pos = target_row >= 0
+    target = gt_boxes.to(dist.dtype)[target_row[is_pos].long()] / point_strides.expand_as(is_pos)[is_pos][:, None]
+
+    def boxes(dist: Tensor) -> Tensor:
+        return reference.decode_dfl(dist.detach(), points, reg_max=reg_max)[is_pos]
+
+    correction = held_weight(boxes(dist), target)
+    scale = box_gain * len(dist) / score_sum.clamp(min=1)
+    return lambda dist: -(correction(boxes(dist), target) * target_score[is_pos]).sum() * scale
