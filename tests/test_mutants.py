@@ -52,6 +52,7 @@ MUTANTS = {
     "largest overlap not applied": Mutant(ASSIGN, "metric * max_overlap[rows] /", "metric /", TAL),
     "grid starts a cell late": Mutant(PAIRS, "- 0.501).ceil()", "+ 0.499).ceil()", LOSS11),
     "grid ends a cell early": Mutant(PAIRS, "- 0.499).floor() + 1)", "- 0.499).floor())", LOSS11),
+    "parts cut through images": Mutant(PAIRS, "(per_image.cumsum(0) - per_image, _PART, rounding_mode=\"floor\")[images]", "((num_pairs[rows].cumsum(0)).double(), _PART, rounding_mode=\"floor\")", "tests/test_losses.py::test_crowded_batch_is_cut_by_images_without_a_trace"),
     "DFL target not clamped below the last bin": Mutant(YOLO11, "- 1 - 0.01)", "- 1)", LOSS11),
     "DFL weights swapped": Mutant(YOLO11, "low + 1 - distances, distances - low", "distances - low, low + 1 - distances", LOSS11),
     "L1 by the wrong side of the image": Mutant(YOLO11, "new_tensor([width, height, width, height])", "new_tensor([height, width, height, width])", LOSS11),
