@@ -33,6 +33,14 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     return model.train()
 
 
+def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: float) -> nn.Module:
+    """The assigner of the detection criterion, without its widening of small boxes."""
+    with _contained():
+        from ultralytics.utils.tal import TaskAlignedAssigner
+
+        return TaskAlignedAssigner(topk=topk, num_classes=num_classes, alpha=alpha, beta=beta)
+
+
 def ultralytics_preds(pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A)."""
     features = [pred_dist.new_empty(len(pred_dist), 1, *shape) for shape in feat_shapes]
