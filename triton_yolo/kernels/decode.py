@@ -157,19 +157,30 @@ def channel_sizes(num_anchors: int, num_channels: int, stride_c: int) -> tuple[i
         block_a = min(max(triton.next_power_of_2(num_anchors), 32), 2**14)
         return block_a, min(channels, max(1, 2**20 // block_a)), 1
     if stride_c == 1:
-        return 64, min(channels, 32), 4
+        return 32, min(channels, 32), 4
     return 256, min(channels, 8), 4
 
 
 @triton.jit
 def load_raw_boxes(ptr, stride, offs_a, mask_a, DTYPE: tl.constexpr):
     """(dx, dy, log w, log h) [n] of anchors of one image; ``stride`` is (image, anchor, channel)."""
+    # One channel after the other: 3 * stride can pass 2^31.
     ptr += offs_a.to(tl.int64) * stride[1]
     dx = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
-    dy = tl.load(ptr + stride[2], mask=mask_a, other=0.0).to(DTYPE)
-    log_w = tl.load(ptr + 2 * stride[2], mask=mask_a, other=0.0).to(DTYPE)
-    log_h = tl.load(ptr + 3 * stride[2], mask=mask_a, other=0.0).to(DTYPE)
+    ptr += stride[2]
+    dy = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    ptr += stride[2]
+    log_w = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    ptr += stride[2]
+    log_h = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
     return dx, dy, log_w, log_h
+
+
+@triton.jit
+def store_raw_boxes(ptr, stride, raw, offs_a, mask_a):
+    offs = offs_a.to(tl.int64)[:, None] * stride[1] + tl.arange(0, 4).to(tl.int64)[None, :] * stride[2]
+    boxes = rounded(box_rows(raw[0], raw[1], raw[2], raw[3]), ptr.dtype.element_ty)
+    tl.store(ptr + offs, boxes, mask=mask_a[:, None])
 
 
 @triton.jit
@@ -185,14 +196,6 @@ def raw_grad(corners, raw, stride):
     """Gradient of raw boxes from that of their corners."""
     x1, y1, x2, y2 = corners[0] * stride, corners[1] * stride, corners[2] * stride, corners[3] * stride
     return x1 + x2, y1 + y2, (x2 - x1) / 2 * tl.exp(raw[2]), (y2 - y1) / 2 * tl.exp(raw[3])
-
-
-@triton.jit
-def box_channels(offs_c, box):
-    """Four values [n] as the first of channels [n, c]; 0 in the others."""
-    offs_c = offs_c[None, :]
-    result = tl.where(offs_c == 0, box[0][:, None], tl.where(offs_c == 1, box[1][:, None], 0.0))
-    return tl.where(offs_c == 2, box[2][:, None], tl.where(offs_c == 3, box[3][:, None], result))
 
 
 @triton.jit
@@ -225,14 +228,14 @@ def _decode_yolox_backward_kernel(
     raw = load_raw_boxes(preds_ptr + image * preds_stride[0], preds_stride, offs_a, mask_a, DTYPE)
     corners = load_raw_boxes(grad_ptr + image * grad_stride[0], grad_stride, offs_a, mask_a, DTYPE)
     stride = tl.load(strides_ptr + offs_a * strides_stride, mask=mask_a, other=0.0).to(DTYPE)
-    box = raw_grad(corners, raw, stride)
     out_ptr += image * out_stride[0]
-    start = 0
+    store_raw_boxes(out_ptr, out_stride, raw_grad(corners, raw, stride), offs_a, mask_a)
+    start = 4
     while start < CHANNELS:
         offs_c = start + tl.arange(0, BLOCK_C)
         offs = offs_a.to(tl.int64)[:, None] * out_stride[1] + offs_c.to(tl.int64)[None, :] * out_stride[2]
         mask = mask_a[:, None] & (offs_c < CHANNELS)[None, :]
-        tl.store(out_ptr + offs, rounded(box_channels(offs_c, box), out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + offs, tl.zeros((BLOCK_A, BLOCK_C), out_ptr.dtype.element_ty), mask=mask)
         start += BLOCK_C
 
 

@@ -141,8 +141,8 @@ def _prepare_kernel(
     if IS_GRID:
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
         boxes = raw_corners(raw, x - 0.5, y - 0.5, stride)
-    offs = cell[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(boxes_ptr + offs, box_rows(boxes[0], boxes[1], boxes[2], boxes[3]), mask=mask_a[:, None])
+    corners = boxes_ptr + cell[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(corners, box_rows(boxes[0], boxes[1], boxes[2], boxes[3]), mask=mask_a[:, None])
 
     cls_ptr += image * cls_stride[0]
     cost = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)

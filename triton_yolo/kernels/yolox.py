@@ -13,18 +13,16 @@ from torch import Tensor
 
 from .._precision import working_dtype
 from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, sigmoid
-from .decode import box_channels, channel_sizes, load_raw_boxes, raw_corners, raw_grad
+from .decode import channel_sizes, load_raw_boxes, raw_corners, raw_grad, store_raw_boxes
 from .grid import cell_centres
 from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
 
 
-def positive_sizes(num_anchors: int, num_classes: int) -> tuple[int, int, int]:
+def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
     """Anchors and classes a tile, and warps, of a pass over the positives: small tiles, of which most have none."""
-    classes = triton.next_power_of_2(num_classes)
-    if INTERPRETED:
-        block_a = min(triton.next_power_of_2(num_anchors), 2**14)
-        return block_a, min(classes, max(1, 2**20 // block_a)), 1
-    return 128, min(classes, 16), 4
+    if INTERPRETED or stride_c == 1:
+        return channel_sizes(num_anchors, num_classes, stride_c)
+    return 128, min(triton.next_power_of_2(num_classes), 16), 4
 
 
 # ---- tiles
@@ -64,7 +62,8 @@ def _sign(x):
 
 @triton.jit
 def _yolox_loss_kernel(
-    partial_ptr, preds_ptr, preds_stride, target_row_ptr, matched_iou_ptr, labels_ptr, gt_ptr, gt_stride, shapes, A, C,
+    partial_ptr, raw_ptr, obj_ptr, cls_ptr, preds_stride, target_row_ptr, matched_iou_ptr, labels_ptr, gt_ptr, gt_stride,
+    shapes, A, C,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads the objectness of BLOCK_A anchors of one image, and everything of those that are positive.
@@ -78,9 +77,8 @@ def _yolox_loss_kernel(
     mask_a = offs_a < A
     row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    preds_ptr += image * preds_stride[0]
-    offs = offs_a.to(tl.int64) * preds_stride[1]
-    obj_logits = tl.load(preds_ptr + offs + 4 * preds_stride[2], mask=mask_a, other=0.0).to(DTYPE)
+    offs = image * preds_stride[0] + offs_a.to(tl.int64) * preds_stride[1]
+    obj_logits = tl.load(obj_ptr + offs, mask=mask_a, other=0.0).to(DTYPE)
     obj = tl.where(mask_a, cross_entropy_with_logits(obj_logits, is_pos.to(DTYPE)), 0.0)
 
     box = tl.zeros((BLOCK_A,), DTYPE)
@@ -88,8 +86,8 @@ def _yolox_loss_kernel(
     cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     if tl.max(row) >= 0:
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        raw = load_raw_boxes(preds_ptr, preds_stride, offs_a, is_pos, DTYPE)
-        gt, target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
+        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
+        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
         x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
         iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
         if KIND == "iou":
@@ -97,8 +95,8 @@ def _yolox_loss_kernel(
         else:
             box = 1 - tl.where(iou > 1, 1.0, tl.where(iou < -1, -1.0, iou))
         box = tl.where(is_pos, box, 0.0).to(DTYPE)
-        l1 = tl.abs(raw[0] - target[0]) + tl.abs(raw[1] - target[1])
-        l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - target[2]) + tl.abs(raw[3] - target[3]), 0.0).to(DTYPE)
+        l1 = tl.abs(raw[0] - raw_target[0]) + tl.abs(raw[1] - raw_target[1])
+        l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - raw_target[2]) + tl.abs(raw[3] - raw_target[3]), 0.0).to(DTYPE)
 
         label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
         score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
@@ -106,10 +104,10 @@ def _yolox_loss_kernel(
         while start < C:
             offs_c = start + tl.arange(0, BLOCK_C)
             mask = is_pos[:, None] & (offs_c < C)[None, :]
-            offs_cls = offs[:, None] + (5 + offs_c).to(tl.int64)[None, :] * preds_stride[2]
-            logits = tl.load(preds_ptr + offs_cls, mask=mask, other=0.0).to(DTYPE)
-            target_score = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
-            cls += tl.where(mask, cross_entropy_with_logits(logits, target_score), 0.0)
+            logits_ptr = cls_ptr + offs[:, None] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
+            logits = tl.load(logits_ptr, mask=mask, other=0.0).to(DTYPE)
+            target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
+            cls += tl.where(mask, cross_entropy_with_logits(logits, target), 0.0)
             start += BLOCK_C
     tl.store(partial_ptr + program, tl.sum(box))
     tl.store(partial_ptr + programs + program, tl.sum(obj))
@@ -153,7 +151,7 @@ def _yolox_total_kernel(
 
 @triton.jit
 def _yolox_grad_kernel(
-    out_ptr, out_stride, grad_ptr, preds_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
+    out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
     gt_ptr, gt_stride, shapes, num_ranks, iou_gain, l1_gain, A, CHANNELS,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -163,15 +161,16 @@ def _yolox_grad_kernel(
     mask_a = offs_a < A
     row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    preds_ptr += image * preds_stride[0]
+    scale = tl.load(grad_ptr).to(DTYPE) / _normaliser(counts_ptr, num_ranks, DTYPE)
+    out_ptr += image * out_stride[0]
     d_x = tl.zeros((BLOCK_A,), DTYPE)
     d_y = tl.zeros((BLOCK_A,), DTYPE)
     d_w = tl.zeros((BLOCK_A,), DTYPE)
     d_h = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        raw = load_raw_boxes(preds_ptr, preds_stride, offs_a, is_pos, DTYPE)
-        gt, target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
+        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
+        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
         x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
         iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
         corners = overlap_derivative(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
@@ -183,26 +182,28 @@ def _yolox_grad_kernel(
         corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
         d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
         is_l1 = l1_gain > 0
-        d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - target[0]), 0.0), 0.0).to(DTYPE)
-        d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - target[1]), 0.0), 0.0).to(DTYPE)
-        d_w = tl.where(is_pos, d_w + tl.where(is_l1, _sign(raw[2] - target[2]), 0.0), 0.0).to(DTYPE)
-        d_h = tl.where(is_pos, d_h + tl.where(is_l1, _sign(raw[3] - target[3]), 0.0), 0.0).to(DTYPE)
+        d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
+        d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
+        d_w = tl.where(is_pos, d_w + tl.where(is_l1, _sign(raw[2] - raw_target[2]), 0.0), 0.0).to(DTYPE)
+        d_h = tl.where(is_pos, d_h + tl.where(is_l1, _sign(raw[3] - raw_target[3]), 0.0), 0.0).to(DTYPE)
+
+    store_raw_boxes(out_ptr, out_stride, (d_x * scale, d_y * scale, d_w * scale, d_h * scale), offs_a, mask_a)
 
     label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
     score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
-    scale = tl.load(grad_ptr).to(DTYPE) / _normaliser(counts_ptr, num_ranks, DTYPE)
-    out_ptr += image * out_stride[0]
-    start = 0
+    raw_ptr += image * preds_stride[0]
+    start = 4
     while start < CHANNELS:
         offs_c = start + tl.arange(0, BLOCK_C)
         channel = offs_c[None, :]
-        is_logit = (channel == 4) | ((channel > 4) & (channel < CHANNELS) & is_pos[:, None])
         mask = mask_a[:, None] & (channel < CHANNELS)
+        is_obj = (channel == 4) & mask
+        is_logit = is_obj | (is_pos[:, None] & mask)
         offs = offs_a.to(tl.int64)[:, None] * preds_stride[1] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
-        logits = tl.load(preds_ptr + offs, mask=mask & is_logit, other=0.0).to(DTYPE)
-        target_score = tl.where(channel == 4, is_pos.to(DTYPE)[:, None], 0.0)
-        target_score = tl.where(channel == 5 + label[:, None], score[:, None], target_score)
-        result = tl.where(is_logit, sigmoid(logits) - target_score, box_channels(offs_c, (d_x, d_y, d_w, d_h)))
+        logits = tl.load(raw_ptr + offs, mask=is_logit, other=0.0).to(DTYPE)
+        target = tl.where(channel == 5 + label[:, None], score[:, None], 0.0)
+        target = tl.where(is_obj, is_pos.to(DTYPE)[:, None], target)
+        result = tl.where(is_logit, sigmoid(logits) - target, 0.0)
         offs = offs_a.to(tl.int64)[:, None] * out_stride[1] + offs_c.to(tl.int64)[None, :] * out_stride[2]
         tl.store(out_ptr + offs, rounded(result * scale, out_ptr.dtype.element_ty), mask=mask)
         start += BLOCK_C
@@ -218,14 +219,14 @@ def yolox_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, num_channels = preds.shape
     dtype = working_dtype(preds.dtype)
-    block_a, block_c, num_warps = positive_sizes(num_anchors, num_channels - 5)
+    block_a, block_c, num_warps = positive_sizes(num_anchors, num_channels - 5, preds.stride(2))
     grid = (triton.cdiv(num_anchors, block_a), batch_size)
     partial = preds.new_empty((4, grid[0] * grid[1]), dtype=dtype)
     loss, terms = preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
     if partial.numel():
         _yolox_loss_kernel[grid](
-            partial, preds, preds.stride(), target_row, matched_iou, labels, gt_xywh, gt_xywh.stride(), tuple(feat_shapes),
-            num_anchors, num_channels - 5,
+            partial, preds, preds[..., 4], preds[..., 5:], preds.stride(), target_row, matched_iou,
+            labels, gt_xywh, gt_xywh.stride(), tuple(feat_shapes), num_anchors, num_channels - 5,
             STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
