@@ -40,6 +40,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--amp", action="store_true", help="mixed precision: bfloat16 on CPU, float16 on GPU")
+    parser.add_argument(
+        "--double", action="store_true", help="train in float64: two losses can be compared beyond its rounding"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile of model and loss")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
@@ -92,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """Train in place. Returns the loss and its terms at every step, of the whole batch."""
     group = dist.group.WORLD if num_ranks() > 1 else None
+    model.to(torch.float64 if options.double else torch.float32)
     criterion = make_criterion(options.loss, model.num_classes, options.reg_max, group)
     step_loss = make_step(model, criterion, device, is_mixed=options.amp, is_compiled=options.compile)
     loader = make_loader(data, options, device)
@@ -129,12 +133,13 @@ def make_step(
     """Forward pass and loss of a batch; the gradients of several processes are averaged in its backward."""
     if num_ranks() > 1:
         model = DistributedDataParallel(model)
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    dtype = next(model.parameters()).dtype
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
 
     def forward(images: Tensor, targets: Tensor) -> LossOutput:
-        with torch.autocast(device.type, dtype, enabled=is_mixed):
-            outputs = model(images / 255)
-        return criterion(*(x.transpose(1, 2) for x in outputs), feature_shapes(images), targets)
+        with torch.autocast(device.type, half, enabled=is_mixed):
+            outputs = model(images.to(dtype) / 255)
+        return criterion(*(x.transpose(1, 2) for x in outputs), feature_shapes(images), targets.to(dtype))
 
     if is_compiled:
         forward = torch.compile(forward)
@@ -177,7 +182,7 @@ def report(
     model: Detector, data: Dataset[Sample], curves: dict[str, list[float]], output: Path, device: torch.device
 ) -> dict[str, Any]:
     """Write the pictures; return mean average precision."""
-    model.eval()
+    model.eval().float()
     output.mkdir(parents=True, exist_ok=True)
     shown = [data[index] for index in range(min(6, len(data)))]
     draw_loss(output / "loss.png", curves)

@@ -27,10 +27,19 @@ def widen(boxes: Tensor, min_side: float) -> Tensor:
     )
 
 
-def find_candidates(anchor_points: Tensor, gt_bboxes: Tensor, *, min_box_side: float = 0.0, eps: float = 1e-9) -> Tensor:
-    """Which anchor points (A, 2) lie inside which boxes (B, G, 4) by more than ``eps``: bool (B, G, A)."""
+def is_gt(gt_bboxes: Tensor, mask_gt: Tensor) -> Tensor:
+    """Which slots (B, G) hold a ground truth."""
+    return mask_gt.reshape(gt_bboxes.shape[:2]).bool() & is_box(gt_bboxes)
+
+
+def find_candidates(
+    anchor_points: Tensor, gt_bboxes: Tensor, mask_gt: Tensor, *, min_box_side: float = 0.0, eps: float = 1e-9
+) -> Tensor:
+    """Which anchor points (A, 2) lie inside which ground truths (B, G, 4) by more than ``eps``: bool (B, G, A)."""
+    anchor_points, gt_bboxes = working_precision(anchor_points), working_precision(gt_bboxes)
     boxes = widen(gt_bboxes, min_box_side)[:, :, None, :]
-    return torch.cat([anchor_points - boxes[..., :2], boxes[..., 2:] - anchor_points], -1).amin(-1) > eps
+    inside = torch.cat([anchor_points - boxes[..., :2], boxes[..., 2:] - anchor_points], -1).amin(-1) > eps
+    return inside & is_gt(gt_bboxes, mask_gt)[..., None]
 
 
 def align_metric(
@@ -51,12 +60,10 @@ def align_metric(
     gt_bboxes = working_precision(gt_bboxes)
     boxes = working_precision(pred_bboxes)
     scores = working_precision(pred_scores)
-    candidates = find_candidates(working_precision(anchor_points), gt_bboxes, min_box_side=min_box_side, eps=eps)
-    is_gt = mask_gt.reshape(batch_size, num_gt).bool() & is_box(gt_bboxes)
-    candidates = candidates & is_gt[..., None]
+    candidates = find_candidates(anchor_points, gt_bboxes, mask_gt, min_box_side=min_box_side, eps=eps)
     ciou = bbox_iou(gt_bboxes[:, :, None], boxes[:, None], kind="ciou")
     overlaps = torch.where(candidates & (ciou > 0), ciou, torch.zeros_like(ciou))
-    labels = gt_labels.reshape(batch_size, num_gt, 1).long() * is_gt[..., None]
+    labels = gt_labels.reshape(batch_size, num_gt, 1).long() * is_gt(gt_bboxes, mask_gt)[..., None]
     labels = labels.expand(-1, -1, scores.shape[1])
     score = scores.transpose(1, 2).gather(1, labels)
     metric = score.pow(alpha) * overlaps.pow(beta)
@@ -70,12 +77,12 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = N
     return selected if mask_gt is None else selected & mask_gt.reshape(metric.shape[:2]).bool()[..., None]
 
 
-def resolve_conflicts(claims: Tensor, overlaps: Tensor) -> Tensor:
-    """Leave every contested anchor to the highest overlap of its image, equal ones to the lower slot: bool (B, G, A)."""
+def resolve_conflicts(claims: Tensor, overlaps: Tensor, candidates: Tensor) -> Tensor:
+    """Leave every contested anchor to the highest overlap among its candidates, ties to the lower slot: bool (B, G, A)."""
     if claims.shape[1] == 0:
         return claims
     is_contested = claims.sum(1, keepdim=True) > 1
-    winner = torch.argsort(overlaps, dim=1, descending=True, stable=True)[:, :1]
+    winner = torch.argsort(overlaps.where(candidates, -1), dim=1, descending=True, stable=True)[:, :1]
     is_winner = torch.zeros_like(claims).scatter(1, winner, True)
     return torch.where(is_contested, is_winner, claims)
 
@@ -109,7 +116,8 @@ def task_aligned_assign(
         pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt,
         alpha=alpha, beta=beta, min_box_side=min_box_side, eps=eps,
     )  # fmt: skip
-    positives = resolve_conflicts(select_topk_candidates(metric, topk), overlaps)
+    candidates = find_candidates(anc_points, gt_bboxes, mask_gt, min_box_side=min_box_side, eps=eps)
+    positives = resolve_conflicts(select_topk_candidates(metric, topk), overlaps, candidates)
     if topk2 is not None:
         positives = select_topk_candidates(metric * positives, topk2)
     scores = normalised_scores(positives, metric, overlaps, eps=eps)

@@ -60,5 +60,5 @@ def is_assignment_decided(metric: Tensor, overlaps: Tensor, topk: int, topk2: in
         return False
     if topk2 is None:
         return True
-    left = metric * reference.resolve_conflicts(claims, overlaps)
+    left = metric * reference.resolve_conflicts(claims, overlaps, (metric > 0) | (overlaps > 0))
     return is_decided(left.flatten(0, 1), topk2)

@@ -15,7 +15,7 @@ task_aligned_options = st.fixed_dictionaries(
         "topk": st.sampled_from([1, 2, 5, 13, 500]),
         "topk2": st.sampled_from([None, 1, 3]),
         "alpha": st.sampled_from([0.5, 1.0]),
-        "beta": st.sampled_from([1.0, 6.0]),
+        "beta": st.sampled_from([0.0, 1.0, 6.0]),
         "min_box_side": st.sampled_from([0.0, 16.0]),
     }
 )

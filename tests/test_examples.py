@@ -198,9 +198,11 @@ def test_l1_joins_at_the_end() -> None:
 
 @pytest.mark.parametrize("loss", ["yolo11", "yolox"])
 def test_the_reference_gives_the_same_curve(loss: str) -> None:
-    ours = curves("--loss", loss, "--epochs", "3")
-    plain = curves("--loss", f"reference-{loss}", "--epochs", "3")
-    assert len(ours["loss"]) == 12
+    # In float32 the rounding alone grows by a factor of ten every few steps once the learning rate is high.
+    options = ("--epochs", "13", "--double")
+    ours = curves("--loss", loss, *options)
+    plain = curves("--loss", f"reference-{loss}", *options)
+    assert len(ours["loss"]) == 52
     for name, curve in plain.items():
         assert ours[name] == pytest.approx(curve, rel=1e-4, abs=1e-6), name
 

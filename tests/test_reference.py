@@ -91,10 +91,10 @@ def test_dfl_interpolates_between_two_bins():
 def test_candidates_lie_strictly_inside():
     points = torch.tensor([[4.0, 4.0], [12.0, 4.0], [20.0, 4.0]])
     boxes = torch.tensor([[[4.0, 0.0, 12.5, 8.0], [0.0, 3.0, 3.0, 5.0]]])
-    found = ref.task_aligned.find_candidates(points, boxes)
+    found = ref.task_aligned.find_candidates(points, boxes, torch.ones(1, 2))
     assert found.tolist() == [[[False, True, False], [False, False, False]]]
     # The second box, 3 wide about 1.5, is widened to 6 in both directions: -1.5 to 4.5, 1 to 7.
-    found = ref.task_aligned.find_candidates(points, boxes, min_box_side=6.0)
+    found = ref.task_aligned.find_candidates(points, boxes, torch.ones(1, 2), min_box_side=6.0)
     assert found.tolist() == [[[False, True, False], [True, False, False]]]
 
 
@@ -127,7 +127,13 @@ def test_contested_anchor_goes_to_the_highest_overlap_of_all():
     claims = torch.tensor([[[1, 1, 1], [1, 1, 0], [0, 0, 0]]]).bool()
     overlaps = torch.tensor([[[0.3, 0.6, 0.2], [0.5, 0.6, 0.9], [0.7, 0.1, 0.0]]])
     # Anchor 0: slot 2, which did not claim it. Anchor 1: a tie, the lower slot. Anchor 2: not contested.
-    assert ref.task_aligned.resolve_conflicts(claims, overlaps).int().tolist() == [[[0, 1, 1], [0, 0, 0], [1, 0, 0]]]
+    candidates = torch.ones_like(claims)
+    left = ref.task_aligned.resolve_conflicts(claims, overlaps, candidates)
+    assert left.int().tolist() == [[[0, 1, 1], [0, 0, 0], [1, 0, 0]]]
+    # Claimed with overlap 0, as happens with beta = 0: slot 0, the lowest of the equal ones, is no candidate.
+    claims, candidates = (torch.tensor([[[0], [1], [1]]]).bool() for _ in range(2))
+    left = ref.task_aligned.resolve_conflicts(claims, torch.zeros(1, 3, 1), candidates)
+    assert left.int().tolist() == [[[0], [1], [0]]]
 
 
 def test_target_score_scales_the_metric_to_the_best_overlap():

@@ -13,7 +13,7 @@ from .task_aligned import is_inside
 
 INFEASIBLE_COST = 1e6
 MAX_DYNAMIC_K = 10
-_BLOCK = 1 << 17  # pairs at a time: they stay in the processor's cache, and crowded images do not grow the memory
+_BLOCK = 1 << 14  # pairs at a time: they stay in the processor's cache, and crowded images do not grow the memory
 
 
 class Regions(NamedTuple):
@@ -77,12 +77,16 @@ class _Members(NamedTuple):
     anchors: Tensor
     number: Tensor
     first: Tensor
-    cls_logits: Tensor
     table: Tensor
 
     @property
     def boxes(self) -> Tensor:
         return self.table[:4]
+
+    def take(self, index: Tensor) -> "_Members":
+        images = self.images[index]
+        number = images.bincount(minlength=len(self.number))
+        return _Members(images, self.anchors[index], number, number.cumsum(0) - number, self.table[:, index])
 
 
 def simota_assign(
@@ -126,31 +130,11 @@ def match(
     takes_part = regions.takes_part(rows, batch_size)
     members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
     rows = rows.take(members.number[rows.images] > 0)
+    winner, contested = _claim(rows, members, cls_logits, regions)
+    contested = contested.nonzero().squeeze(1)
+    winner[contested] = _cheapest_rows(rows, members.take(contested), cls_logits, regions)
 
-    num_claims = torch.zeros_like(members.images)
-    nobody = len(rows.ids)
-    winner = torch.full_like(members.images, nobody)
-    cheapest = torch.full_like(members.table[0], torch.inf)
-    cheapest_row = torch.full_like(members.images, nobody)
-    for block in _row_blocks(members.number[rows.images]):
-        is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, regions)
-        nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
-        claimed = pairs[nth, column]
-        num_claims.index_add_(0, claimed, torch.ones_like(claimed))
-        winner[claimed] = nth + block.start
-
-        # Only a strictly cheaper row displaces one from an earlier block, so equal costs go to the lower slot.
-        nth, column = is_pair.nonzero().unbind(-1)
-        pairs, cost = pairs[nth, column], cost[nth, column]
-        best = torch.full_like(cheapest, torch.inf).scatter_reduce_(0, pairs, cost, "amin")
-        is_best = cost == best[pairs]
-        best_row = torch.full_like(cheapest_row, nobody)
-        best_row.scatter_reduce_(0, pairs[is_best], nth[is_best] + block.start, "amin")
-        is_cheaper = (best < cheapest) | (cheapest_row == nobody)
-        cheapest, cheapest_row = best.where(is_cheaper, cheapest), best_row.where(is_cheaper, cheapest_row)
-    winner = cheapest_row.where(num_claims > 1, winner)
-
-    positive = (winner < nobody).nonzero().squeeze(1)
+    positive = (winner >= 0).nonzero().squeeze(1)
     at, winner = (members.images[positive], members.anchors[positive]), winner[positive]
     target_row = torch.full_like(takes_part, -1, dtype=torch.int32)
     target_row[at] = rows.ids[winner].int()
@@ -159,19 +143,54 @@ def match(
     return target_row, matched_iou
 
 
+def _claim(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+    """A row (M,) that takes each member, -1 if none does, and whether several do."""
+    winner = torch.full_like(members.images, -1)
+    num_claims = torch.zeros_like(members.images)
+    for block in _row_blocks(members.number[rows.images]):
+        is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, cls_logits, regions)
+        nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
+        claimed = pairs[nth, column]
+        num_claims.index_add_(0, claimed, torch.ones_like(claimed))
+        winner[claimed] = nth + block.start
+    return winner, num_claims > 1
+
+
+def _cheapest_rows(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> Tensor:
+    """The row (M,) of all of its image to which each member costs least."""
+    (index,) = (members.number[rows.images] > 0).nonzero(as_tuple=True)
+    rows = rows.take(index)
+    cheapest = torch.full_like(members.table[0], torch.inf)
+    result = torch.full_like(members.images, -1)
+    for block in _row_blocks(members.number[rows.images]):
+        is_pair, pairs, cost, _ = _pair_costs(rows.take(block), members, cls_logits, regions)
+        nth, column = is_pair.nonzero().unbind(-1)
+        pairs, cost = pairs[nth, column], cost[nth, column]
+        best = torch.full_like(cheapest, torch.inf).scatter_reduce_(0, pairs, cost, "amin")
+        is_best = cost == best[pairs]
+        best_row = torch.full_like(result, len(index)).scatter_reduce_(0, pairs[is_best], nth[is_best] + block.start, "amin")
+        # Only a strictly cheaper row displaces one from an earlier block, so equal costs go to the lower slot.
+        is_cheaper = (best < cheapest) | ((result < 0) & (best_row < len(index)))
+        cheapest, result = best.where(is_cheaper, cheapest), best_row.where(is_cheaper, result)
+    return index[result]
+
+
 def _gather_members(
     cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions, takes_part: Tensor
 ) -> _Members:
     images, anchors = takes_part.nonzero().unbind(-1)
     count = takes_part.sum(1)
-    cls, obj_probs = working(cls_logits[images, anchors]), working(obj_logits[images, anchors]).sigmoid()
-    background_cost = -_log_not(_joint_probability(cls, obj_probs[:, None])).sum(-1)
+    obj_probs = working(obj_logits[images, anchors]).sigmoid()
+    background_cost = torch.empty_like(obj_probs)
+    for chunk in torch.arange(len(images), device=images.device).split(max(1, _BLOCK // cls_logits.shape[2])):
+        cls = working(cls_logits[images[chunk], anchors[chunk]])
+        background_cost[chunk] = -_log_not(_joint_probability(cls, obj_probs[chunk, None])).sum(-1)
     rest = torch.stack([regions.strides[anchors], obj_probs, background_cost])
     table = torch.cat([working(boxes_at(images, anchors)).T, regions.points[:, anchors], rest])
-    return _Members(images, anchors, count, count.cumsum(0) - count, cls, table)
+    return _Members(images, anchors, count, count.cumsum(0) - count, table)
 
 
-def _pair_costs(rows: _Rows, members: _Members, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pair_costs(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows (n,) against the members of their images, padded to (n, P): is it a pair, its member, cost and IoU."""
     count = members.number[rows.images][:, None]
     position = torch.arange(int(count.max()), device=count.device)
@@ -181,7 +200,8 @@ def _pair_costs(rows: _Rows, members: _Members, regions: Regions) -> tuple[Tenso
     boxes, points, (strides, obj_probs, background_cost) = table[:4], table[4:6], table[6:]
 
     ious = _iou(rows.boxes[..., None], boxes).where(is_pair, 0)
-    probs = _joint_probability(members.cls_logits[pairs, rows.labels[:, None]], obj_probs)
+    label_logits = cls_logits[rows.images[:, None], members.anchors[pairs], rows.labels[:, None]]
+    probs = _joint_probability(working(label_logits), obj_probs)
     # BCE against the one-hot class differs from that against no class by two terms.
     cost = background_cost + _log_not(probs) - probs.log().clamp(min=-100)
     cost = cost + 3.0 * -torch.log(ious + 1e-8)

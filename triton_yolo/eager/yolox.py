@@ -72,8 +72,8 @@ def yolox_loss_backward(
         grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets)
 
     result = untouched_zeros_like(preds)
-    result[..., 4] = working(preds[..., 4]).sigmoid() * scale
-    result[pos.images, pos.anchors] = (grad_pos * scale).to(result.dtype)
+    result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)
+    result[pos.images, pos.anchors] = grad_pos.mul_(scale).to(result.dtype)
     return result
 
 
