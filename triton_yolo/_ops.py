@@ -324,7 +324,7 @@ def yolox_assign(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Target row and matched IoU of every anchor, from raw predictions; counts (3,) int64.
 
-    The counts are the positives, the ground truths, and the anchors with a prediction that is not finite.
+    The counts are the positives, the ground truths, and 1 if a prediction is not finite, else 0.
     """
     _checks.rows_in_range(image_index, labels, preds.shape[0], preds.shape[2] - 5)
     return implementation(preds.device).yolox_assign(
@@ -347,8 +347,8 @@ def yolox_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms iou, obj, cls, l1 for a given assignment; only the loss has a gradient.
 
-    The fifth of the terms (5,) is positives per ground truth. ``counts`` are those of all ranks together. An anchor with a
-    prediction that is not finite makes the loss, its terms and its gradients NaN.
+    The fifth of the terms (5,) is positives per ground truth. ``counts`` are those of all ranks together. A prediction
+    that is not finite makes the loss, its terms and its gradients NaN.
     """
     return implementation(preds.device).yolox_loss(
         preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,

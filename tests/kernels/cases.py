@@ -73,7 +73,7 @@ class YOLOXCase(NamedTuple):
 
 
 def make_yolox_case(seed: int, *, dtype=torch.float32, layout="first", num_classes=3, batch_size=2, num_rows=14) -> YOLOXCase:
-    """Many anchors are alike, and so are some rows; a box reaches over the edge so far that its centre has no anchor near."""
+    """Many anchors are alike, some rows too; anchors lie on the edge of centre regions, and one region has none."""
     generator = torch.Generator().manual_seed(seed)
     preds = torch.randn(batch_size, X_ANCHORS, 5 + num_classes, generator=generator)
     preds[..., 4:] = preds[..., 4:].round()
@@ -81,6 +81,7 @@ def make_yolox_case(seed: int, *, dtype=torch.float32, layout="first", num_class
     image_index = torch.randint(-1, batch_size, (num_rows,), generator=generator)
     labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
     boxes = torch.rand(num_rows, 4, generator=generator) * torch.tensor([128.0, 144.0, 60.0, 60.0])
+    boxes[::2, :2] = 8 * (boxes[::2, :2] / 8).round()
     boxes[:1] = torch.tensor([-40.0, 40.0, 96.0, 50.0])
     image_index[:1] = 0
     twins = num_rows // 4

@@ -23,6 +23,11 @@ class Mutant(NamedTuple):
 
 LAUNCHES, VALUES = "tests/kernels/test_launches.py", "tests/kernels/test_values.py"
 YOLO11, IOU, STAGES = f"{LAUNCHES}::test_yolo11", f"{LAUNCHES}::test_bbox_iou", f"{LAUNCHES}::test_padded_stages"
+YOLOX, SIMOTA, DECODE_X = (
+    f"{LAUNCHES}::test_yolox",
+    f"{LAUNCHES}::test_simota_with_points_in_any_order",
+    f"{LAUNCHES}::test_decode_yolox",
+)
 TILES, REPEATS = f"{LAUNCHES}::test_tile_sizes_leave_no_trace_in_the_assignment", f"{LAUNCHES}::test_few_rows"
 
 MUTANTS = {
@@ -55,6 +60,45 @@ MUTANTS = {
     "DFL target not clamped": Mutant("losses", "R - 1 - 0.01, target", "R + 1.0, target", YOLO11),
     "share by the wrong side": Mutant("losses", "_of_side(side, x_share, y_share, x_share, y_share)\n            distance", "_of_side(side, y_share, x_share, y_share, x_share)\n            distance", "tests/kernels"),
     "background gradient not written": Mutant("losses", "tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a,", "grad, offs_a, is_pos,", YOLO11),
+    "log of one minus p as it stands": Mutant("boxes", "tl.where(p <= 0.5, -_log1p(p / rest), tl.log(rest))", "tl.log(rest)", f"{VALUES}::test_log_of_one_minus_a_probability"),
+    "keys of negative values not turned": Mutant("topk", "bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits = bits", YOLOX),
+    "float64 keys of negative values not turned": Mutant("topk", "key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)", "key = bits", YOLOX),
+    "rank counts equal keys": Mutant("topk", "is_better = other > own\n", "is_better = other >= own\n", YOLOX),
+    "a rectangle that does not reach": Mutant("grid", "middle - REACH * STRIDE)", "middle - STRIDE)", YOLOX),
+    "size not halved in the gradient of raw boxes": Mutant("decode", "(y2 - y1) / 2 * tl.exp(raw[3])", "(y2 - y1) * tl.exp(raw[3])", DECODE_X),
+    "no exponential in the gradient of raw boxes": Mutant("decode", "(x2 - x1) / 2 * tl.exp(raw[2])", "(x2 - x1) / 2", DECODE_X),
+    "gradient of other channels not written": Mutant("decode", "    start = 4\n    while start < CHANNELS:", "    start = 5\n    while start < CHANNELS:", DECODE_X),
+    "centre region includes its edge": Mutant("simota", "(tl.abs(y - centre[1]) < reach)", "(tl.abs(y - centre[1]) <= reach)", YOLOX),
+    "inside the box is enough": Mutant("simota", "is_feasible = in_centre & in_box", "is_feasible = in_box", YOLOX),
+    "only the centre region takes part": Mutant("simota", "takes_part = in_centre | in_box", "takes_part = in_centre", f"{VALUES}::test_anchors_in_the_box_take_part_in_the_paper_mode"),
+    "infeasible pairs cost nothing": Mutant("simota", "tl.where(is_feasible, cost, cost + _INFEASIBLE_COST)", "cost", YOLOX),
+    "logarithms not clamped": Mutant("simota", "tl.where(logs < -100, -100.0, logs)", "tl.where(logs < -1000, -1000.0, logs)", f"{VALUES}::test_logarithms_of_the_cost_are_clamped"),
+    "cost without the class": Mutant("simota", "- _clamped(tl.log(probs))", "", YOLOX),
+    "cost without the other classes": Mutant("simota", "cost = cost + _clamped(log_not(probs))", "cost = _clamped(log_not(probs))", YOLOX),
+    "an undefined cost is no pair": Mutant("simota", "tl.where(cost < float(\"inf\"), cost, float(\"inf\")).to(DTYPE)", "cost", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
+    "overlap weighs once": Mutant("simota", "cost + 3 * -tl.log(", "cost + 1 * -tl.log(", YOLOX),
+    "k at least two": Mutant("simota", "tl.maximum(total.to(tl.int32), 1)", "tl.maximum(total.to(tl.int32), 2)", YOLOX),
+    "k rounded": Mutant("simota", "total.to(tl.int32)", "(total + 0.5).to(tl.int32)", YOLOX),
+    "k from three overlaps": Mutant("simota", "largest, largest_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST)", "largest, largest_order = empty_list(BLOCK_G, 3, _LIST)", YOLOX),
+    "k from feasible pairs": Mutant("simota", "key = tl.where(mask & (iou > 0), key, NONE)", "key = tl.where(mask & (iou > 0) & (cost < 1e5), key, NONE)", YOLOX),
+    "conflict to the dearest": Mutant("simota", "cell, -cost, offs_g", "cell, cost, offs_g", YOLOX),
+    "conflict among feasible rows only": Mutant("simota", "contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask,", "contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask & (cost < 1e5),", YOLOX),
+    "members of other images": Mutant("simota", "tl.load(words_ptr + image * num_words + word, mask", "tl.load(words_ptr + 0 * image * num_words + word, mask", YOLOX),
+    "words not cleared": Mutant("simota", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words - 1)", YOLOX),
+    "padding counted as ground truth": Mutant("simota", "tl.sum(info[2].to(tl.int64))", "tl.sum((offs_g < N).to(tl.int64))", YOLOX),
+    "poison unseen": Mutant("simota", "        cls_poison += logits * 0.0\n", "", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
+    "conflict ties to the higher row in float64": Mutant("simota", "for is_tie_break in (False, True) if dtype", "for is_tie_break in (False,) if dtype", YOLOX),
+    "class target is one": Mutant("yolox", "target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)", "target = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)", YOLOX),
+    "classes of background": Mutant("yolox", "cls += tl.where(mask, cross", "cls += tl.where((offs_c < C)[None, :], cross", YOLOX),
+    "L1 always on": Mutant("yolox", "tl.where(l1_gain > 0, tl.sum(l1), 0.0)", "tl.sum(l1)", YOLOX),
+    "L1 without gradient": Mutant("yolox", "tl.where(is_l1, _sign(raw[3] - raw_target[3]), 0.0)", "0.0", YOLOX),
+    "L1 target without the cell": Mutant("yolox", "gt_x / stride - x,", "gt_x / stride,", YOLOX),
+    "IoU not squared": Mutant("yolox", "box = 1 - iou * iou", "box = 1 - iou", YOLOX),
+    "gradient of IoU, not of its square": Mutant("yolox", "slope = -2 * iou", "slope = 0 * iou - 1", YOLOX),
+    "number of ranks forgotten": Mutant("yolox", "positives / num_ranks)", "positives)", YOLOX),
+    "objectness gradient only on positives": Mutant("yolox", "is_logit = is_obj | (is_pos", "is_logit = (is_obj & is_pos[:, None]) | (is_pos", YOLOX),
+    "class gradient off by a channel": Mutant("yolox", "channel == 5 + label[:, None]", "channel == 4 + label[:, None]", YOLOX),
+    "loss finite after a prediction that is not": Mutant("yolox", "tl.where(tl.load(counts_ptr + 2) > 0, float(\"nan\"), positives / num_ranks)", "positives / num_ranks", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
     "class weight forgotten backward": Mutant("losses", "        error = error * tl.load(weights_ptr + offs_c", "        error = error * tl.load(weights_ptr + 0 * offs_c", YOLO11),
 }  # fmt: skip
 

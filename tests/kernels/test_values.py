@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+import triton_yolo as ty
 from bench.meter import Meter
+from tests.kernels import cases
 from tests.kernels.cases import FLAT_SHAPES, STRIDES, X_LEVELS, far_memory, laid_out, make_case, make_yolox_case
 from triton_yolo import eager, kernels
 from triton_yolo.kernels.boxes import log_not
@@ -192,12 +194,38 @@ def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
     have, want = kernels.yolox_assign(*case, *args), eager.yolox_assign(*case, *args)
     assert torch.equal(have[0], want[0])
     assert torch.equal(have[2], want[2])
-    assert have[2][2] == 3
+    assert have[2][2] == 1
     assert torch.equal(have[0][1 - image], clean[0][1 - image])
     args = (case.preds, *have, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, False)
     loss, terms = kernels.yolox_loss(*args)
     assert loss.isnan()
     assert terms.isnan().tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("is_right_class", [True, False])
+def test_logarithms_of_the_cost_are_clamped(is_right_class):
+    """One logarithm of 0 costs 100, less than twenty of 1e-6."""
+    case = overlapping_pair(torch.float32, num_classes=40)
+    case = case._replace(image_index=torch.tensor([0, -1]), labels=torch.zeros(2, dtype=torch.int64))
+    case.preds[..., 2:4], case.preds[..., 4], case.preds[..., 5:] = -60.0, 20.0, 14.0  # no IoU: classes decide, and k is 1
+    at = 7 * 16 + 7
+    case.preds[0, at, 6:] = -20.0
+    case.preds[0, at, 5 if is_right_class else 6] = -400.0 if is_right_class else 400.0
+    target_row, *_ = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    assert (target_row >= 0).nonzero().tolist() == [[0, at]]
+    case.preds[0, at, 5:] = 14.0
+    assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+
+
+def test_anchors_in_the_box_take_part_in_the_paper_mode():
+    case = overlapping_pair(torch.float32)
+    case = case._replace(image_index=torch.tensor([0, -1]))
+    points, strides = ty.make_anchors(cases.X_SHAPES, cases.X_STRIDES)
+    box = case.gt_xywh[0]
+    case.preds[..., :2] = (box[:2] / strides[:, None] - points + 0.5)[None]
+    case.preds[..., 2:4] = (box[2:] / strides[:, None]).log()[None]
+    counts = [kernels.yolox_assign(*case, *X_LEVELS, mode, 0.6)[2][0].item() for mode in ("center", "box_and_center")]
+    assert counts == [2, 10]
 
 
 @pytest.mark.parametrize("size", [100.0, -200.0])

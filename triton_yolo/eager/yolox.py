@@ -34,8 +34,8 @@ def yolox_assign(
     regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
     target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh)
     num_gt = Targets(image_index, labels, gt_boxes, gt_xywh).is_valid(len(preds), preds.shape[2] - 5).sum()
-    num_broken = (0 * preds.sum(-1, dtype=matched_iou.dtype)).isnan().sum()
-    return target_row, matched_iou, torch.stack([(target_row >= 0).sum(), num_gt, num_broken])
+    is_broken = (0 * preds.sum(dtype=matched_iou.dtype)).isnan()
+    return target_row, matched_iou, torch.stack([(target_row >= 0).sum(), num_gt, is_broken.long()])
 
 
 def yolox_loss(

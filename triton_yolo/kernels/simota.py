@@ -126,7 +126,7 @@ def _prepare_kernel(
     """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
 
     It writes their boxes, decoded if ``IS_GRID``, and the ``table`` of two (B, A), the cost of no class and the objectness
-    probability; to ``broken`` (programs,) how many have a prediction that is not finite. The first also clears ``counts``.
+    probability; to ``broken`` (programs,) 1 if a prediction is not finite, else 0. The first also clears ``counts``.
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -164,7 +164,7 @@ def _prepare_kernel(
     word = tl.program_id(0) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)
     tl.store(words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(broken_ptr + program, tl.sum((poison != 0).to(tl.int32)))
+    tl.store(broken_ptr + program, (tl.sum(poison) != 0).to(tl.int32))
     if program == 0:
         tl.store(counts_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
 
@@ -302,7 +302,7 @@ def _settle_kernel(
     tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
     tl.atomic_add(counts_ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
     broken = tl.load(broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
-    tl.atomic_add(counts_ptr + 2, broken.to(tl.int64), sem="relaxed")
+    tl.atomic_max(counts_ptr + 2, broken.to(tl.int64), sem="relaxed")
 
 
 # ---- operations
@@ -332,7 +332,7 @@ def _assign(
     raw: Tensor, obj_logits: Tensor, cls_logits: Tensor, anchors: tuple[Any, Any, tuple[int, ...], tuple[float, ...], bool],
     rows: tuple[Any, Any], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Row and IoU of every anchor; how many positives, ground truths and anchors with a prediction that is not finite."""
+    """Row and IoU of every anchor; numbers of positives and ground truths, 1 if a prediction is not finite."""
     batch_size, num_anchors, num_classes = cls_logits.shape
     points, points_stride, shapes, strides, is_grid = anchors
     (gt, gt_stride), num_rows = rows, len(rows[0][0])

@@ -1,7 +1,7 @@
 """YOLOX's loss for a given assignment, forward and backward, with the one-hot target implied.
 
-``counts`` (3,) are the numbers of positives, of ground truths and of anchors with a prediction that is not finite, over all
-ranks. Such an anchor anywhere makes the normaliser NaN, and with it the loss and every gradient.
+``counts`` (3,) are the numbers of positives, of ground truths and of ranks with a prediction that is not finite. Such a
+prediction makes the normaliser NaN, and with it the loss and every gradient.
 """
 
 from collections.abc import Sequence
