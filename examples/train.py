@@ -171,7 +171,7 @@ def batches(loader: DataLoader[Batch], epochs: int, steps: int) -> Iterator[Batc
                 return
 
 
-def schedule(progress: float, warm_up: float = 0.05) -> float:
+def schedule(progress: float, warm_up: float = 0.1) -> float:
     """Share of the highest learning rate: linear warm-up, then half a cosine."""
     if progress < warm_up:
         return 0.01 + 0.99 * progress / warm_up

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
@@ -198,6 +199,17 @@ def test_model_and_criterion_compile_as_one_graph(system):
         torch.testing.assert_close(a, b)
     for p, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("system", ["yolo11", "yolox"])
+def test_another_number_of_boxes_needs_no_new_compile(system):
+    criterion, *preds, shapes, rows = small_yolo11() if system == "yolo11" else small_yolox()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    for count in (2, 3, 4, 5, 8):
+        more = rows[torch.arange(count, device=DEVICE) % len(rows)]
+        torch.testing.assert_close(compiled(*preds, shapes, more).loss, criterion(*preds, shapes, more).loss)
+    assert counter.frame_count == 2  # for the first number of boxes and for any
 
 
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])

@@ -45,10 +45,9 @@ def unpack_rows(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tens
 
 @unpack_rows.register_fake
 def _(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    integers, boxes = (
-        rows.new_empty(len(rows), dtype=torch.int64),
-        rows.new_empty((len(rows), 4), dtype=working_dtype(rows.dtype)),
-    )
+    num_rows = rows.shape[0]  # len() would make a constant of it, and every number of rows a new compile
+    integers = rows.new_empty(num_rows, dtype=torch.int64)
+    boxes = rows.new_empty((num_rows, 4), dtype=working_dtype(rows.dtype))
     return integers, torch.empty_like(integers), boxes, torch.empty_like(boxes)
 
 
