@@ -48,7 +48,7 @@ MUTANTS = {
     "float64 ties to the higher index": Mutant("topk", "tl.max(tl.where(is_top, order, -1), 1)", "tl.min(tl.where(is_top, order, _LAST), 1)", f"{VALUES}::test_float64_metrics_are_compared_in_float64"),
     "one candidate too many": Mutant("topk", "slot < K, -1 - slot", "slot <= K, -1 - slot", YOLO11),
     "the list forgets the worst's place": Mutant("topk", "is_worst = best == tl.min(best, 1)[:, None]", "is_worst = best == tl.max(best, 1)[:, None]", TILES),
-    "contested place not cleared": Mutant("rows", "    tl.atomic_xchg(best_ptr + cell, tl.full(cell.shape, NONE, tl.int64), mask=is_contested, sem=\"relaxed\")\n", "", YOLO11),
+    "contested place not cleared": Mutant("rows", "    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, _LOWEST, tl.int64), mask=is_contested, sem=\"relaxed\")\n", "", YOLO11),
     "conflict unseen": Mutant("rows", "is_contested = is_claim & (earlier >= 0)", "is_contested = is_claim & (earlier > 1000)", YOLO11),
     "conflict by row only": Mutant("rows", "key, order = pack(value, offs_g", "key, order = pack(value * 0, offs_g", f"{VALUES}::test_contested_anchor_goes_to_the_higher_overlap_in_either_order"),
     "no tie break in float64": Mutant("task_aligned", "for is_tie_break in (False, True) if", "for is_tie_break in (False,) if", f"{VALUES}::test_equal_overlaps_go_to_the_lower_row_whatever_the_order"),

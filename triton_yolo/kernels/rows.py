@@ -16,6 +16,7 @@ from .launching import INTERPRETED
 from .topk import NONE, pack, unpack_index
 
 CONTESTED: tl.constexpr = tl.constexpr(1 << 30)
+_LOWEST: tl.constexpr = tl.constexpr(-(1 << 63))
 
 
 def row_sizes(num_rows: int, num_anchors: int) -> tuple[int, int, int]:
@@ -84,7 +85,8 @@ def claim(target_row_ptr, best_ptr, first_cell, anchor, offs_g, is_claim):
     earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed")
     is_contested = is_claim & (earlier >= 0)
     tl.atomic_max(target_row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_contested, sem="relaxed")
-    tl.atomic_xchg(best_ptr + cell, tl.full(cell.shape, NONE, tl.int64), mask=is_contested, sem="relaxed")
+    # A minimum, since Triton 3.7 has no exchange for gfx942.
+    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, _LOWEST, tl.int64), mask=is_contested, sem="relaxed")
 
 
 @triton.jit
