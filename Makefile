@@ -12,8 +12,9 @@ test: $(VENV)/installed  ## Run the tests on the eager backend.
 
 kernels: $(VENV)/installed  ## Run the Triton kernels in the interpreter, and compile them ahead of time.
 	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(RUN) -m pytest \
-		--ignore tests/kernels/test_compile.py -k "not yolox and not simota and not crowded" \
-		tests/test_stages.py tests/test_assigners.py tests/test_losses.py::test_yolo11_loss tests/kernels $(ARGS)
+		--ignore tests/kernels/test_compile.py tests/test_stages.py tests/test_assigners.py \
+		tests/test_losses.py::test_yolo11_loss tests/test_losses.py::test_yolox_loss \
+		tests/test_losses.py::test_yolox_loss_in_other_types tests/kernels $(ARGS)
 	$(RUN) -m pytest tests/kernels/test_compile.py $(ARGS)
 
 lint: $(VENV)/installed

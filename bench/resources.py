@@ -183,6 +183,47 @@ def _stages(dtype: torch.dtype, layout: str) -> None:
     kernels.select_topk_candidates(metric.to(dtype), 13, mask)
 
 
+def _decode_yolox(dtype: torch.dtype, layout: str) -> None:
+    from triton_yolo import kernels
+
+    preds, points, strides = _preds(dtype, layout, 5 + CLASSES), _empty(ANCHORS, 2), _empty(ANCHORS)
+    kernels.decode_yolox_backward(kernels.decode_yolox(preds, points, strides), preds, strides)
+
+
+def _simota_assign(dtype: torch.dtype, layout: str) -> None:
+    from triton_yolo import kernels
+
+    scores, objectness, boxes = _preds(dtype, layout, CLASSES), _empty(BATCH, ANCHORS, dtype=dtype), _preds(dtype, layout, 4)
+    rows = (*_rows(BATCH * SLOTS), _empty(BATCH * SLOTS, 4))
+    kernels.simota_assign(scores, objectness, boxes, _empty(ANCHORS, 2), _empty(ANCHORS), *rows, "center", 1.5)
+
+
+def _yolox_assign(candidates: str, radius: float) -> Callable[[torch.dtype, str], Any]:
+    def operator(dtype: torch.dtype, layout: str) -> None:
+        from triton_yolo import kernels
+
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = (*(_empty(ROWS, dtype=torch.int64) for _ in range(2)), *(_empty(ROWS, 4, dtype=working) for _ in range(2)))
+        kernels.yolox_assign(_preds(dtype, layout, 5 + CLASSES), *rows, SHAPES, STRIDES, candidates, radius)
+
+    return operator
+
+
+def _yolox_loss(num_classes: int, iou_loss: str) -> Callable[[torch.dtype, str], Any]:
+    def operator(dtype: torch.dtype, layout: str) -> None:
+        from triton_yolo import kernels
+
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        preds, counts, one = _preds(dtype, layout, 5 + num_classes), _empty(3, dtype=torch.int64), _empty(dtype=working)
+        target_row, matched_iou = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
+        gt = (_empty(ROWS, dtype=torch.int64), _empty(ROWS, 4, dtype=working))
+        args = (preds, target_row, matched_iou, counts, 1, *gt, SHAPES, STRIDES, iou_loss, 5.0, False)
+        kernels.yolox_loss(*args)
+        kernels.yolox_loss_backward(one, *args)
+
+    return operator
+
+
 OPERATORS: dict[str, Operator] = {
     "decode_dfl": (_decode(16, has_strides=True), LAYOUTS),
     "decode_dfl, R=7": (_decode(7, has_strides=False), LAYOUTS[:1]),
@@ -198,6 +239,13 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_loss, R=32": (_loss(32, 1203, has_weights=False), LAYOUTS[:1]),
     "task_aligned_assign": (_task_aligned_assign, LAYOUTS[-1:]),
     "align_metric, top-k": (_stages, LAYOUTS[-1:]),
+    "decode_yolox": (_decode_yolox, LAYOUTS),
+    "simota_assign": (_simota_assign, LAYOUTS[-1:]),
+    "yolox_assign": (_yolox_assign("center", 1.5), LAYOUTS),
+    "yolox_assign, box": (_yolox_assign("box_and_center", 2.5), LAYOUTS[:1]),
+    "yolox_loss": (_yolox_loss(CLASSES, "iou"), LAYOUTS),
+    "yolox_loss, GIoU": (_yolox_loss(CLASSES, "giou"), LAYOUTS[:1]),
+    "yolox_loss, C=1": (_yolox_loss(1, "iou"), LAYOUTS[:1]),
 }
 
 

@@ -67,10 +67,10 @@ def yolox_assign_args(dtype=torch.float32):
 def yolox_loss_args(iou_loss="iou", use_l1=True):
     _, shapes, gt = gt_args()
     args = yolox_assign_args(F64)
-    target_row, matched_iou, num_fg = _ops.yolox_assign(*args)
-    assert num_fg > 0
+    target_row, matched_iou, counts = _ops.yolox_assign(*args)
+    assert counts[0] > 0
     return (
-        args[0].requires_grad_(), target_row, matched_iou, num_fg.double(), gt.labels, gt.boxes_xywh,
+        args[0].requires_grad_(), target_row, matched_iou, counts, 1, gt.labels, gt.boxes_xywh,
         shapes, [8.0, 16.0], iou_loss, 5.0, use_l1,
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ _current = _checked(os.environ.get("TRITON_YOLO_BACKEND", "auto"), "TRITON_YOLO_
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation of every operation inside the ``with`` block, in the whole process.
 
-    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere and for operations
-    that have no kernel (so far those of YOLOX). ``"eager"`` runs sparse PyTorch on any device; it synchronises host and device.
-    ``"triton"`` runs Triton kernels, on CPU tensors only under ``TRITON_INTERPRET=1``, and raises an error where it cannot. The
-    environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
+    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere. ``"eager"`` runs
+    sparse PyTorch on any device; it synchronises host and device. ``"triton"`` runs Triton kernels, on CPU tensors only under
+    ``TRITON_INTERPRET=1``, and raises an error where it cannot. The environment variable ``TRITON_YOLO_BACKEND`` sets the
+    default for a process.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -54,7 +53,7 @@ def implementation(device: torch.device) -> Any:
         )
     from . import kernels
 
-    return _Kernels(kernels, eager if _current == "auto" else None)
+    return kernels
 
 
 def _is_interpreted() -> bool:
@@ -62,19 +61,3 @@ def _is_interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(tl.sum, InterpretedFunction)
-
-
-class _Kernels:
-    """The Triton kernels and, for an operation without one, the ``fallback`` if there is any."""
-
-    def __init__(self, kernels: ModuleType, fallback: ModuleType | None) -> None:
-        self._kernels, self._fallback = kernels, fallback
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._kernels.__all__:
-            return getattr(self._kernels, name)
-        if self._fallback is not None:
-            return getattr(self._fallback, name)
-        raise NotImplementedError(
-            f"backend 'triton': {name} has no Triton kernel yet; use triton_yolo.backend('auto') or ('eager')"
-        )

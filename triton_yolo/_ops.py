@@ -321,7 +321,10 @@ def yolox_assign(
     preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Target row and matched IoU of every anchor, from raw predictions; the number of positives."""
+    """Target row and matched IoU of every anchor, from raw predictions; counts (3,) int64.
+
+    The counts are the positives, the ground truths, and 1 if a prediction is not finite, else 0.
+    """
     _checks.rows_in_range(image_index, labels, preds.shape[0], preds.shape[2] - 5)
     return implementation(preds.device).yolox_assign(
         preds, image_index, labels, gt_boxes, gt_xywh, feat_shapes, strides, candidates, radius
@@ -333,47 +336,49 @@ def _(
     preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *_assignment_like(preds, working_dtype(preds.dtype)), labels.new_empty((), dtype=torch.int64)
+    return *_assignment_like(preds, working_dtype(preds.dtype)), preds.new_empty(3, dtype=torch.int64)
 
 
 @_operator
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss () and its weighted terms iou, obj, cls, l1 (4,), for a given assignment. Only the loss has a gradient."""
+    """The loss () and its weighted terms iou, obj, cls, l1 for a given assignment; only the loss has a gradient.
+
+    The fifth of the terms (5,) is positives per ground truth. ``counts`` are those of all ranks together. A prediction
+    that is not finite makes the loss, its terms and its gradients NaN.
+    """
     return implementation(preds.device).yolox_loss(
-        preds, target_row, matched_iou, normaliser, labels, gt_xywh,
+        preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, use_l1,
     )  # fmt: skip
 
 
 @yolox_loss.register_fake
 def _(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(preds.dtype)
-    return preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
+    return preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
 
 
 @_operator
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
     return implementation(grad.device).yolox_loss_backward(
-        grad, preds, target_row, matched_iou, normaliser, labels, gt_xywh,
+        grad, preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, use_l1,
     )  # fmt: skip
 
 
 @yolox_loss_backward.register_fake
 def _(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
@@ -381,13 +386,14 @@ def _(
 
 
 def _yolox_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:4], *inputs[5:7])
+    ctx.num_ranks, ctx.options = inputs[4], inputs[7:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolox_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return yolox_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
+    saved = ctx.saved_tensors
+    return yolox_loss_backward(grad, *saved[:4], ctx.num_ranks, *saved[4:], *ctx.options), *[None] * 11
 
 
 yolox_loss.register_autograd(_yolox_loss_grad, setup_context=_yolox_loss_context)

@@ -214,19 +214,16 @@ class YOLOXLoss(nn.Module):
         shapes, strides = _checks.levels(feat_shapes, self.strides, preds.shape[1])
         gt = _packed(targets, shapes, strides, preds)
         with torch.no_grad():
-            target_row, matched_iou, num_fg = _ops.yolox_assign(
+            target_row, matched_iou, counts = _ops.yolox_assign(
                 preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
-            total_fg, num_ranks = _sum_over_ranks(num_fg.to(matched_iou.dtype), self.process_group)
-            normaliser = total_fg.clamp(min=1) / num_ranks
-            num_gt = gt.is_valid(preds.shape[0], self.num_classes).sum()
+            counts, num_ranks = _sum_over_ranks(counts, self.process_group)
         loss, terms = _ops.yolox_loss(
-            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
+            preds, target_row, matched_iou, counts, num_ranks, gt.labels, gt.boxes_xywh,
             shapes, strides, self.iou_loss, self.iou_gain, self.use_l1,
         )  # fmt: skip
-        iou, obj, cls, l1 = terms.unbind()
-        return YOLOXLossOutput(loss, iou, obj, cls, l1, num_fg / num_gt.clamp(min=1))
+        return YOLOXLossOutput(loss, *terms.unbind())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"

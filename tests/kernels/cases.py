@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,11 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return spread[..., 0]
 
 
+def far_memory() -> Tensor:
+    """2^32 numbers and some more; the system provides the pages that are used."""
+    return torch.from_numpy(np.empty(2**32 + 2**20, dtype=np.float16))
+
+
 def make_case(seed: int, *, dtype=torch.float32, layout="first", reg_max=5, num_classes=3, batch_size=2, num_rows=7) -> Case:
     generator = torch.Generator().manual_seed(seed)
     dist = torch.randn(batch_size, ANCHORS, 4 * reg_max, generator=generator)
@@ -51,3 +57,36 @@ def points_and_boxes(case: Case, reg_max: int) -> tuple[Tensor, Tensor]:
     """Anchor points and predicted boxes, in pixels."""
     points, strides = ty.make_anchors(SHAPES, STRIDES)
     return points * strides[:, None], ty.decode_dfl(case.dist, points, reg_max=reg_max, strides=strides)
+
+
+X_SHAPES, X_STRIDES = [(18, 16), (9, 8)], (8.0, 16.0)
+X_LEVELS = ([18, 16, 9, 8], X_STRIDES)
+X_ANCHORS = 360
+
+
+class YOLOXCase(NamedTuple):
+    preds: Tensor
+    image_index: Tensor
+    labels: Tensor
+    gt_boxes: Tensor
+    gt_xywh: Tensor
+
+
+def make_yolox_case(seed: int, *, dtype=torch.float32, layout="first", num_classes=3, batch_size=2, num_rows=14) -> YOLOXCase:
+    """Many anchors are alike, some rows too; anchors lie on the edge of centre regions, and one region has none."""
+    generator = torch.Generator().manual_seed(seed)
+    preds = torch.randn(batch_size, X_ANCHORS, 5 + num_classes, generator=generator)
+    preds[..., 4:] = preds[..., 4:].round()
+    preds[:, ::3, :4] = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    image_index = torch.randint(-1, batch_size, (num_rows,), generator=generator)
+    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
+    boxes = torch.rand(num_rows, 4, generator=generator) * torch.tensor([128.0, 144.0, 60.0, 60.0])
+    boxes[::2, :2] = 8 * (boxes[::2, :2] / 8).round()
+    boxes[:1] = torch.tensor([-40.0, 40.0, 96.0, 50.0])
+    image_index[:1] = 0
+    twins = num_rows // 4
+    for x in (boxes, labels, image_index):
+        x[num_rows - twins :] = x[:twins].clone()
+    boxes = boxes.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
+    return YOLOXCase(laid_out(preds.to(dtype), layout), image_index, labels, corners, boxes)

@@ -7,7 +7,7 @@ import torch
 
 import triton_yolo
 from bench.meter import Meter
-from triton_yolo.kernels import decode, launching, losses, overlap, targets, task_aligned
+from triton_yolo.kernels import decode, launching, losses, overlap, rows, targets, yolox
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def interpreted() -> Iterator[None]:
 @pytest.fixture
 def shipped_sizes(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch as on a GPU, not with the few large tiles that suit the interpreter."""
-    for module in (decode, losses, overlap, targets, task_aligned):
+    for module in (decode, losses, overlap, rows, targets, yolox):
         monkeypatch.setattr(module, "INTERPRETED", False)
 
 

@@ -7,7 +7,16 @@ import torch
 
 import triton_yolo as ty
 from tests.gradients import held_weight, held_weight_of_loss
-from tests.kernels.cases import FLAT_SHAPES, SHAPES, STRIDES, make_case
+from tests.kernels.cases import (
+    FLAT_SHAPES,
+    SHAPES,
+    STRIDES,
+    X_LEVELS,
+    X_SHAPES,
+    X_STRIDES,
+    make_case,
+    make_yolox_case,
+)  # fmt: skip
 from triton_yolo import _ops
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -45,3 +54,21 @@ def test_yolo11_loss(reg_max, has_weights):
     correction = held_weight_of_loss(dist, row, score, total, case.gt_boxes, *levels, 7.5)
     inputs = (dist.requires_grad_(), case.scores.requires_grad_())
     assert gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *tail)[0] + correction(d), inputs)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_decode_yolox(layout):
+    case = make_yolox_case(0, dtype=F64, layout=layout)
+    points, strides = ty.make_anchors(X_SHAPES, X_STRIDES, dtype=F64)
+    assert gradcheck(lambda p: _ops.decode_yolox(p, points, strides), case.preds.requires_grad_())
+
+
+@pytest.mark.parametrize("iou_loss", ["iou", "giou"])
+@pytest.mark.parametrize("use_l1", [True, False])
+def test_yolox_loss(iou_loss, use_l1):
+    case = make_yolox_case(1, dtype=F64)
+    preds = case.preds + 0.1 * torch.rand_like(case.preds)  # off the boxes' corners, where the overlap has a kink
+    assignment = _ops.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5)
+    assert assignment[2][0] > 0
+    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, use_l1)
+    assert gradcheck(lambda p: _ops.yolox_loss(p, *tail)[0], preds.requires_grad_())

@@ -4,13 +4,26 @@ import pytest
 import torch
 
 import triton_yolo as ty
-from tests.kernels.cases import ANCHORS, FLAT_SHAPES, SHAPES, STRIDES, laid_out, make_case, points_and_boxes
+from tests.kernels.cases import (
+    ANCHORS,
+    FLAT_SHAPES,
+    SHAPES,
+    STRIDES,
+    X_LEVELS,
+    X_SHAPES,
+    X_STRIDES,
+    laid_out,
+    make_case,
+    make_yolox_case,
+    points_and_boxes,
+)  # fmt: skip
 from triton_yolo import eager, kernels
-from triton_yolo.kernels import task_aligned
+from triton_yolo.kernels import simota, task_aligned
 
 LAYOUTS = ("first", "last", "split", "spread")
 DTYPES = (torch.float32, torch.float64, torch.float16)
 GAINS = (7.5, 0.5, 1.5)
+CENTER, PAPER = ("center", 1.5), ("box_and_center", 2.5)
 
 
 def assert_same(actual, expected, tolerance=2e-6):
@@ -135,4 +148,96 @@ def test_results_repeat_to_the_bit():
     first = kernels.yolo11_assign(*args)
     torch.full((1000,), torch.nan)
     for have, want in zip(kernels.yolo11_assign(*args), first, strict=True):
+        assert torch.equal(have, want)
+
+
+# ---- YOLOX
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("meter")
+def test_decode_yolox(layout, dtype):
+    preds = make_yolox_case(0, dtype=dtype, layout=layout, num_classes=21).preds
+    points, strides = ty.make_anchors(X_SHAPES, X_STRIDES)
+    boxes = kernels.decode_yolox(preds, points, strides)
+    assert_same([boxes], [eager.decode_yolox(preds, points, strides)])
+    grad = torch.randn(2, 1, 4, dtype=boxes.dtype).expand_as(boxes)
+    assert_same([kernels.decode_yolox_backward(grad, preds, strides)], [eager.decode_yolox_backward(grad, preds, strides)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mode", "iou_loss", "use_l1"), [(CENTER, "iou", False), (PAPER, "giou", True)])
+@pytest.mark.usefixtures("meter")
+def test_yolox(layout, dtype, mode, iou_loss, use_l1):
+    case = make_yolox_case(1, dtype=dtype, layout=layout, num_classes=3 if use_l1 else 37)
+    assignment = eager.yolox_assign(*case, *X_LEVELS, *mode)
+    assert assignment[2][0] > 10
+    assert_same(kernels.yolox_assign(*case, *X_LEVELS, *mode), assignment)
+    args = (case.preds, *assignment, 3, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, use_l1)
+    assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
+    grad = torch.tensor(1.5, dtype=assignment[1].dtype)
+    assert_same([kernels.yolox_loss_backward(grad, *args)], [eager.yolox_loss_backward(grad, *args)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", [CENTER, PAPER])
+@pytest.mark.usefixtures("meter")
+def test_simota_with_points_in_any_order(layout, dtype, mode):
+    case = make_yolox_case(2, dtype=dtype, layout=layout)
+    points, strides = ty.make_anchors(X_SHAPES, X_STRIDES)
+    boxes = eager.decode_yolox(case.preds, points, strides)
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    points, strides = laid_out((points * strides[:, None] + 0.25)[None, order], layout)[0], strides[order]
+    logits = laid_out(case.preds[:, order, 5:], layout)
+    args = (logits, case.preds[:, order, 4], laid_out(boxes[:, order].to(dtype), layout), points, strides, *case[1:], *mode)
+    assert_same(kernels.simota_assign(*args), eager.simota_assign(*args))
+
+
+@pytest.mark.parametrize("sizes", [(1, 32, 1), (4, 64, 1), (16, 512, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", [CENTER, PAPER])
+@pytest.mark.usefixtures("interpreted")
+def test_tile_sizes_leave_no_trace_in_yolox_assignment(sizes, dtype, mode, monkeypatch):
+    case = make_yolox_case(3, dtype=dtype)
+    monkeypatch.setattr(simota, "row_sizes", lambda *_: sizes)
+    args = (*case, *X_LEVELS, *mode)
+    assert_same(kernels.yolox_assign(*args), eager.yolox_assign(*args))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2])
+@pytest.mark.usefixtures("shipped_sizes")
+def test_few_rows_of_yolox(num_rows):
+    case = make_yolox_case(4)
+    case = case._replace(image_index=torch.tensor([1, 0])[:num_rows], labels=case.labels[:num_rows],
+                         gt_boxes=case.gt_boxes[4:][:num_rows], gt_xywh=case.gt_xywh[4:][:num_rows])  # fmt: skip
+    args = (*case, *X_LEVELS, *CENTER)
+    want = eager.yolox_assign(*args)
+    assert_same(kernels.yolox_assign(*args), want)
+    args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+    assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
+    assert_same([kernels.yolox_loss_backward(torch.ones(()), *args)], [eager.yolox_loss_backward(torch.ones(()), *args)])
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_yolox_with_more_boxes_than_anchors():
+    case = make_yolox_case(5, num_rows=400)
+    args = (*case, *X_LEVELS, *CENTER)
+    assert_same(kernels.yolox_assign(*args), eager.yolox_assign(*args))
+
+
+@pytest.mark.usefixtures("shipped_sizes")
+def test_yolox_results_repeat_to_the_bit():
+    case = make_yolox_case(6)
+
+    def run():
+        assignment = kernels.yolox_assign(*case, *X_LEVELS, *CENTER)
+        args = (case.preds, *assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+        return *assignment, *kernels.yolox_loss(*args), kernels.yolox_loss_backward(torch.ones(()), *args)
+
+    first = run()
+    torch.full((1000,), torch.nan)
+    for have, want in zip(run(), first, strict=True):
         assert torch.equal(have, want)

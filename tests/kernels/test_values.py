@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+import triton_yolo as ty
 from bench.meter import Meter
-from tests.kernels.cases import FLAT_SHAPES, STRIDES, laid_out, make_case
+from tests.kernels import cases
+from tests.kernels.cases import FLAT_SHAPES, STRIDES, X_LEVELS, far_memory, laid_out, make_case, make_yolox_case
 from triton_yolo import eager, kernels
+from triton_yolo.kernels.boxes import log_not
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -88,7 +93,7 @@ def test_infinite_logit_of_a_positive_shows_in_the_loss():
 def test_addresses_past_two_to_the_31():
     """Strides that put the second image 2^31 elements behind the first, and the last channel as far behind that."""
     case = make_case(2, dtype=torch.float16)
-    far = torch.empty(2**32 + 2**20, dtype=torch.float16)
+    far = far_memory()
 
     def spread(x: torch.Tensor, start: int) -> torch.Tensor:
         stride_c = 2**31 // (x.shape[2] - 1) + 64
@@ -104,3 +109,151 @@ def test_addresses_past_two_to_the_31():
         for have, want in zip(kernels.yolo11_assign(dist, scores, *args), assignment, strict=True):
             assert torch.equal(have, want)
         torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), loss)
+
+
+# ---- YOLOX
+
+
+@triton.jit
+def log_not_kernel(out_ptr, p_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, log_not(tl.load(p_ptr + offs)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_log_of_one_minus_a_probability(dtype, tolerance):
+    p = torch.cat([torch.logspace(-30, 0, 3000, dtype=dtype), torch.linspace(0, 1, 1096, dtype=dtype)])
+    out = torch.empty_like(p)
+    log_not_kernel[(1,)](out, p, BLOCK=4096)
+    want = torch.log1p(-p.double())
+    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=0)
+    assert want.isinf().any()
+
+
+def overlapping_pair(dtype, num_classes=1):
+    """Two boxes of image 0 whose regions share anchors, and predictions that are all alike."""
+    case = make_yolox_case(0, dtype=dtype, num_rows=2, batch_size=1, num_classes=num_classes)
+    boxes = case.gt_xywh.new_tensor([[60.0, 60.0, 40.0, 40.0], [68.0, 64.0, 40.0, 40.0]])
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
+    preds = torch.zeros_like(case.preds)
+    preds[..., 2:4] = 1.5
+    return case._replace(preds=preds, image_index=torch.tensor([0, 0]), labels=torch.zeros(2, dtype=torch.int64),
+                         gt_boxes=corners, gt_xywh=boxes)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contested_anchor_goes_to_the_cheaper_row_in_either_order(dtype):
+    case = overlapping_pair(dtype)
+    found = []
+    for order in ([0, 1], [1, 0]):
+        args = (*case[:3], case.gt_boxes[order], case.gt_xywh[order], *X_LEVELS, "center", 2.5)
+        have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
+        assert torch.equal(have[0], want[0])
+        found.append(torch.where(have[0] < 0, -1, torch.tensor([*order, -1])[have[0].long()]))
+    assert torch.equal(*found)
+    assert set(found[0].unique().tolist()) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_costs_go_to_the_lower_row_and_anchor(dtype):
+    case = overlapping_pair(dtype)
+    boxes = torch.tensor([[68.0, 60.0, 68.0, 60.0], [60.0, 64.0, 24.0, 24.0], [60.0, 64.0, 24.0, 24.0]], dtype=dtype)
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
+    case.preds[..., 2:4] = -60.0  # boxes of no size: no IoU, so that k is 1 and all costs are equal
+    case = case._replace(image_index=torch.zeros(3).long(), labels=torch.zeros(3).long(), gt_boxes=corners, gt_xywh=boxes)
+    have = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    want = eager.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    assert torch.equal(have[0], want[0])
+    assert set(have[0].unique().tolist()) == {-1, 0, 1}
+
+
+def test_an_anchor_can_go_to_a_row_that_did_not_claim_it():
+    case = overlapping_pair(torch.float32, num_classes=2)
+    boxes, corners = case.gt_xywh[:1].expand(3, -1), case.gt_boxes[:1].expand(3, -1)
+    case.preds[..., 2:4], case.preds[..., 5:] = -60.0, -5.0  # no IoU: classes decide, and everyone takes one anchor
+    liked_by_all, best_of_row_0 = 7 * 16 + 7, 7 * 16 + 8
+    case.preds[0, liked_by_all, 5:] = torch.tensor([2.0, 1.0])
+    case.preds[0, best_of_row_0, 5] = 4.0
+    labels = torch.tensor([0, 1, 1])
+    case = case._replace(image_index=torch.zeros(3).long(), labels=labels, gt_boxes=corners, gt_xywh=boxes)
+    args = (*case, *X_LEVELS, "center", 1.5)
+    target_row, _, counts = kernels.yolox_assign(*args)
+    assert torch.equal(target_row, eager.yolox_assign(*args)[0])
+    assert (target_row[0, liked_by_all], target_row[0, best_of_row_0], counts[0]) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channel", [0, 2, 4, 6])
+def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
+    case = make_yolox_case(1)
+    args = (*X_LEVELS, "center", 1.5)
+    clean = kernels.yolox_assign(*case, *args)
+    (image, anchor) = (clean[0] >= 0).nonzero()[3]
+    case.preds[image, anchor, channel] = value
+    case.preds[image, 300:302, channel] = value
+    have, want = kernels.yolox_assign(*case, *args), eager.yolox_assign(*case, *args)
+    assert torch.equal(have[0], want[0])
+    assert torch.equal(have[2], want[2])
+    assert have[2][2] == 1
+    assert torch.equal(have[0][1 - image], clean[0][1 - image])
+    args = (case.preds, *have, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, False)
+    loss, terms = kernels.yolox_loss(*args)
+    assert loss.isnan()
+    assert terms.isnan().tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("is_right_class", [True, False])
+def test_logarithms_of_the_cost_are_clamped(is_right_class):
+    """One logarithm of 0 costs 100, less than twenty of 1e-6."""
+    case = overlapping_pair(torch.float32, num_classes=40)
+    case = case._replace(image_index=torch.tensor([0, -1]), labels=torch.zeros(2, dtype=torch.int64))
+    case.preds[..., 2:4], case.preds[..., 4], case.preds[..., 5:] = -60.0, 20.0, 14.0  # no IoU: classes decide, and k is 1
+    at = 7 * 16 + 7
+    case.preds[0, at, 6:] = -20.0
+    case.preds[0, at, 5 if is_right_class else 6] = -400.0 if is_right_class else 400.0
+    target_row, *_ = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    assert (target_row >= 0).nonzero().tolist() == [[0, at]]
+    case.preds[0, at, 5:] = 14.0
+    assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+
+
+def test_anchors_in_the_box_take_part_in_the_paper_mode():
+    case = overlapping_pair(torch.float32)
+    case = case._replace(image_index=torch.tensor([0, -1]))
+    points, strides = ty.make_anchors(cases.X_SHAPES, cases.X_STRIDES)
+    box = case.gt_xywh[0]
+    case.preds[..., :2] = (box[:2] / strides[:, None] - points + 0.5)[None]
+    case.preds[..., 2:4] = (box[2:] / strides[:, None]).log()[None]
+    counts = [kernels.yolox_assign(*case, *X_LEVELS, mode, 0.6)[2][0].item() for mode in ("center", "box_and_center")]
+    assert counts == [2, 10]
+
+
+@pytest.mark.parametrize("size", [100.0, -200.0])
+def test_boxes_of_yolox_without_bounds_or_size(size):
+    case = make_yolox_case(2)
+    case.preds[:, ::2, 2:4] = size
+    args = (*case, *X_LEVELS, "center", 1.5)
+    have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
+    assert torch.equal(have[0], want[0])
+    loss_args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, False)
+    torch.testing.assert_close(kernels.yolox_loss(*loss_args), eager.yolox_loss(*loss_args))
+    have, want = (f(torch.ones(()), *loss_args) for f in (kernels.yolox_loss_backward, eager.yolox_loss_backward))
+    torch.testing.assert_close(have, want, equal_nan=True, rtol=0, atol=1e-6)
+
+
+def test_addresses_of_yolox_past_two_to_the_31():
+    case = make_yolox_case(2, dtype=torch.float16)
+    far = far_memory()
+    stride_c = 2**31 // (case.preds.shape[2] - 1) + 64
+    preds = far.as_strided(case.preds.shape, (2**31, 1, stride_c)).copy_(case.preds)
+    near = laid_out(case.preds, "last")
+    assignment = kernels.yolox_assign(near, *case[1:], *X_LEVELS, "center", 1.5)
+    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+    points, strides = torch.rand(preds.shape[1], 2), torch.rand(preds.shape[1])
+    with Meter():  # an address that wrapped around must not end the process
+        for have, want in zip(kernels.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5), assignment, strict=True):
+            assert torch.equal(have, want)
+        torch.testing.assert_close(kernels.yolox_loss(preds, *tail), kernels.yolox_loss(near, *tail))
+        grad = torch.ones(())
+        assert torch.equal(kernels.yolox_loss_backward(grad, preds, *tail), kernels.yolox_loss_backward(grad, near, *tail))
+        assert torch.equal(kernels.decode_yolox(preds, points, strides), kernels.decode_yolox(near, points, strides))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._precision import working
+from ..targets import Targets
 from .boxes import bbox_iou, bbox_iou_derivative
 from .decode import decode_yolox, yolox_raw_grad
 from .memory import untouched_zeros_like
@@ -32,34 +33,33 @@ def yolox_assign(
 
     regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
     target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh)
-    return target_row, matched_iou, (target_row >= 0).sum()
+    num_gt = Targets(image_index, labels, gt_boxes, gt_xywh).is_valid(len(preds), preds.shape[2] - 5).sum()
+    is_broken = (0 * preds.sum(dtype=matched_iou.dtype)).isnan()
+    return target_row, matched_iou, torch.stack([(target_row >= 0).sum(), num_gt, is_broken.long()])
 
 
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
-    # A non-finite prediction must show in the loss even where no formula reads it.
-    poison = 0 * preds.sum(dtype=overlap.dtype)
-    obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum() + poison
+    obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum()
     cls = F.softplus(pos.raw[:, 5:], threshold=40).sum() - (pos.label_logits * pos.ious).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum() if use_l1 else torch.zeros_like(iou)
-    items = torch.stack([iou_gain * iou, obj, cls, l1]) / normaliser
-    return items.sum(), items
+    items = torch.stack([iou_gain * iou, obj, cls, l1]) / _normaliser(counts, num_ranks, iou.dtype)
+    return items.sum(), torch.cat([items, counts[:1].to(items.dtype) / counts[1:2].clamp(min=1)])
 
 
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
-    scale = grad / normaliser
+    scale = grad / _normaliser(counts, num_ranks, grad.dtype)
 
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
     slope = -2 * overlap if iou_loss == "iou" else -((overlap >= -1) & (overlap <= 1)).to(overlap.dtype)
@@ -75,6 +75,11 @@ def yolox_loss_backward(
     result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)
     result[pos.images, pos.anchors] = grad_pos.mul_(scale).to(result.dtype)
     return result
+
+
+def _normaliser(counts: Tensor, num_ranks: int, dtype: torch.dtype) -> Tensor:
+    """Mean over the ranks of the number of positives; NaN if a prediction is not finite, even where no formula reads it."""
+    return (counts[0].clamp(min=1).to(dtype) / num_ranks).where(counts[2] == 0, torch.nan)
 
 
 class _Positives:

@@ -37,6 +37,13 @@ def _log1p(e):
 
 
 @triton.jit
+def log_not(p):
+    """log(1 - p) for 0 <= p <= 1 with the relative error of ``_log1p``."""
+    rest = 1 - p
+    return tl.where(p <= 0.5, -_log1p(p / rest), tl.log(rest))
+
+
+@triton.jit
 def cross_entropy_with_logits(x, target):
     """softplus(x) - x * target; NaN where x is not finite, which (x + |x|) / 2 for max(x, 0) makes of -inf."""
     size = tl.abs(x)

@@ -32,19 +32,28 @@ def cell_span(low, high, size, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def rectangle_size(x1, y1, x2, y2, shapes, STRIDES: tl.constexpr):
-    """Number of cells of all levels in the rectangles [n] given in pixels."""
+def _reaching_span(low, high, size, STRIDE: tl.constexpr, REACH: tl.constexpr):
+    """``cell_span``, at least ``REACH`` cells to either side of the middle."""
+    if REACH > 0:
+        middle = (low + high) / 2
+        low, high = tl.minimum(low, middle - REACH * STRIDE), tl.maximum(high, middle + REACH * STRIDE)
+    return cell_span(low, high, size, STRIDE)
+
+
+@triton.jit
+def rectangle_size(x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, REACH: tl.constexpr = 0):
+    """Number of cells of all levels in the rectangles [n] given in pixels, which reach ``REACH`` cells from their centre."""
     total = tl.zeros_like(x1).to(tl.int32)
     for level in tl.static_range(len(STRIDES)):
-        _, columns = cell_span(x1, x2, shapes[2 * level + 1], STRIDES[level])
-        _, rows = cell_span(y1, y2, shapes[2 * level], STRIDES[level])
+        _, columns = _reaching_span(x1, x2, shapes[2 * level + 1], STRIDES[level], REACH)
+        _, rows = _reaching_span(y1, y2, shapes[2 * level], STRIDES[level], REACH)
         total += columns * rows
     return total
 
 
 @triton.jit
-def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
-    """The ``nth`` [g, n] cells of rectangles [g, 1], in order of their anchors: anchor, centre in pixels.
+def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr, REACH: tl.constexpr = 0):
+    """The ``nth`` [g, n] cells of rectangles [g, 1], in order of their anchors: anchor, centre and stride in pixels.
 
     Past the last cell of a rectangle the result means nothing.
     """
@@ -53,8 +62,8 @@ def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: t
     width, first_anchor, stride = position * 0, position * 0, position.to(DTYPE)
     before, start = tl.zeros_like(x1).to(tl.int32), 0
     for level in tl.static_range(len(STRIDES)):
-        level_x, level_columns = cell_span(x1, x2, shapes[2 * level + 1], STRIDES[level])
-        level_y, level_rows = cell_span(y1, y2, shapes[2 * level], STRIDES[level])
+        level_x, level_columns = _reaching_span(x1, x2, shapes[2 * level + 1], STRIDES[level], REACH)
+        level_y, level_rows = _reaching_span(y1, y2, shapes[2 * level], STRIDES[level], REACH)
         is_here = (nth >= before) & (level_columns > 0)
         position = tl.where(is_here, nth - before, position)
         columns = tl.where(is_here, level_columns, columns)
@@ -66,4 +75,4 @@ def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: t
         start += shapes[2 * level] * shapes[2 * level + 1]
     row = position // columns
     x, y = first_x + position - row * columns, first_y + row
-    return first_anchor + y * width + x, (x.to(DTYPE) + 0.5) * stride, (y.to(DTYPE) + 0.5) * stride
+    return first_anchor + y * width + x, (x.to(DTYPE) + 0.5) * stride, (y.to(DTYPE) + 0.5) * stride, stride

@@ -1,9 +1,5 @@
 """Task-aligned assignment (TOOD, arXiv 2108.07755): one program a ground-truth row, no tensor of pairs.
 
-``target_row`` (B, A) holds the state of an anchor between the launches: -1 for background, the row that claimed it, or
-``CONTESTED`` once two rows have. A row is an integer below ``CONTESTED``, so that maxima decide: no step depends on the order
-in which programs run. The last step leaves rows and -1 only.
-
 The anchors of a row are the cells of its rectangle of the grid (``IS_GRID``: boxes contiguous in float32 or float64, scores are
 logits), or all ``A`` of arbitrary points (boxes with any strides, scores are probabilities).
 """
@@ -17,55 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .._precision import working_dtype
-from .boxes import box_columns, box_rows, expectation, overlap, power, sigmoid
+from .boxes import box_rows, expectation, overlap, power, sigmoid
 from .decode import decode_sizes, side_logits
 from .grid import cell_centres, rectangle_cells, rectangle_size
-from .launching import FIXED, INTERPRETED, compute_type, on_device
-from .topk import empty_list, is_among, keep_best, pack, unpack_index
-
-CONTESTED: tl.constexpr = tl.constexpr(1 << 30)
-
-
-def row_sizes(num_rows: int, num_anchors: int) -> tuple[int, int, int]:
-    """Rows and anchors a tile, and warps, of a kernel that walks the anchors of ground-truth rows.
-
-    One row a program. 512 anchors hold all cells of three quarters of COCO's boxes at 640 px in one tile; four a thread leave
-    room for the CIoU's values without spills.
-    """
-    if INTERPRETED:
-        block_p = min(triton.next_power_of_2(num_anchors), 2**14)
-        return min(triton.next_power_of_2(num_rows), 2**18 // block_p), block_p, 1
-    return 1, 512, 4
-
+from .launching import FIXED, compute_type, on_device
+from .rows import CONTESTED, claim, contest, gt_rows, load_anchor_boxes, load_rows, owner, row_sizes
+from .topk import NONE, empty_list, is_among, keep_best, pack, unpack_index
 
 # ---- tiles
 
 
 @triton.jit
-def _load_rows(gt, gt_stride, offs_g, N, B, C: tl.constexpr, MIN_SIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows [g, 1]: image, label, whether it counts as ground truth; its box; its box widened for the candidate test."""
-    offs_g = offs_g[:, None]
-    mask = offs_g < N
-    image = tl.load(gt[0] + offs_g * gt_stride[0], mask=mask, other=-1)
-    label = tl.load(gt[1] + offs_g * gt_stride[1], mask=mask, other=-1)
-    ptr = gt[2] + offs_g.to(tl.int64) * gt_stride[2]
-    x1 = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
-    y1 = tl.load(ptr + gt_stride[3], mask=mask, other=0.0).to(DTYPE)
-    x2 = tl.load(ptr + 2 * gt_stride[3], mask=mask, other=0.0).to(DTYPE)
-    y2 = tl.load(ptr + 3 * gt_stride[3], mask=mask, other=0.0).to(DTYPE)
-
-    is_finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
-    is_finite = is_finite & (tl.abs(x2) < float("inf")) & (tl.abs(y2) < float("inf"))
-    width, height = x2 - x1, y2 - y1
-    is_box = is_finite & (width > 0) & (width < float("inf")) & (height > 0) & (height < float("inf"))
-    is_gt = is_box & (image >= 0) & (image < B) & (label >= 0) & (label < C)
-
-    wide_x1, wide_y1, wide_x2, wide_y2 = x1, y1, x2, y2
+def _widened(box, MIN_SIDE: tl.constexpr):
+    """Boxes with every side at least ``MIN_SIDE`` about their centres."""
+    x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
     if MIN_SIDE > 0:
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        wide_x1, wide_x2 = tl.where(width < MIN_SIDE, x - MIN_SIDE / 2, x1), tl.where(width < MIN_SIDE, x + MIN_SIDE / 2, x2)
-        wide_y1, wide_y2 = tl.where(height < MIN_SIDE, y - MIN_SIDE / 2, y1), tl.where(height < MIN_SIDE, y + MIN_SIDE / 2, y2)
-    return (image.to(tl.int64), label.to(tl.int64), is_gt), (x1, y1, x2, y2), (wide_x1, wide_y1, wide_x2, wide_y2)
+        x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+        x1, x2 = tl.where(width < MIN_SIDE, x - MIN_SIDE / 2, x1), tl.where(width < MIN_SIDE, x + MIN_SIDE / 2, x2)
+        y1, y2 = tl.where(height < MIN_SIDE, y - MIN_SIDE / 2, y1), tl.where(height < MIN_SIDE, y + MIN_SIDE / 2, y2)
+    return x1, y1, x2, y2
 
 
 @triton.jit
@@ -86,7 +52,7 @@ def _candidates(
     """The ``nth`` anchors [g, n] of each row's walk, in increasing order, and whether each is a candidate."""
     is_candidate = nth < length
     if IS_GRID:
-        anchor, x, y = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)
+        anchor, x, y, _ = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)
     else:
         anchor = nth + tl.zeros_like(length)
         ptr = points_ptr + anchor.to(tl.int64) * points_stride[0]
@@ -99,15 +65,7 @@ def _candidates(
 @triton.jit
 def _overlaps(image, anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID: tl.constexpr, DTYPE: tl.constexpr):
     """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
-    if IS_GRID:
-        offs, step = (image * A + anchor) * 4, 1
-    else:
-        offs, step = image * boxes_stride[0] + anchor.to(tl.int64) * boxes_stride[1], boxes_stride[2]
-    offs = tl.reshape(offs, (anchor.numel,))[:, None] + tl.arange(0, 4)[None, :] * step
-    pred = tl.load(boxes_ptr + offs, mask=tl.reshape(mask, (anchor.numel,))[:, None], other=0.0).to(DTYPE)
-    x1, y1, x2, y2 = box_columns(pred)
-    x1, y1 = tl.reshape(x1, anchor.shape), tl.reshape(y1, anchor.shape)
-    x2, y2 = tl.reshape(x2, anchor.shape), tl.reshape(y2, anchor.shape)
+    x1, y1, x2, y2 = load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
     ciou = overlap(box[0], box[1], box[2], box[3], x1, y1, x2, y2, "ciou", 1e-7)
     return tl.where(mask & (ciou > 0), ciou, 0.0)
 
@@ -126,18 +84,6 @@ def _metrics(
         score = sigmoid(score)
     metric = power(score, ALPHA) * power(overlaps, BETA)
     return tl.where(mask & (metric > 0), metric, 0.0)
-
-
-@triton.jit
-def _is_mine(row, cell, mask, target_row_ptr, best_ptr, IS_WIDE: tl.constexpr):
-    """Whether anchors [g, n] belong to the rows after the conflicts."""
-    state = tl.load(target_row_ptr + cell, mask=mask, other=-1)
-    is_contested = state >= CONTESTED
-    key = 0
-    if not IS_WIDE:
-        key = tl.load(best_ptr + cell, mask=is_contested, other=0)
-    winner = unpack_index(key, state, IS_WIDE)
-    return mask & ((state == row) | (is_contested & (winner == row)))
 
 
 # ---- kernels
@@ -187,13 +133,11 @@ def _claim_kernel(
     EPS: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the K highest metrics of BLOCK_G rows and claims their anchors in ``target_row``.
-
-    The second claim of an anchor makes it contested and sets its place in ``best`` to 0, which nobody set before.
-    """
+    """A program finds the K highest metrics of BLOCK_G rows and claims their anchors in ``target_row``."""
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    wide = _widened(box, MIN_SIDE)
     length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
     best, best_order = empty_list(BLOCK_G, K, KP)
@@ -204,18 +148,11 @@ def _claim_kernel(
         overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
         metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
         key, order = pack(metric, anchor, IS_WIDE)
-        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, 0), order, IS_WIDE)
+        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
         start += BLOCK_P
 
-    is_claim = (best > 0) & (tl.arange(0, KP) < K)[None, :]
-    anchor = unpack_index(best, best_order, IS_WIDE)
-    cell = tl.where(is_claim, info[0] * A + anchor, 0)
-    # Not tl.broadcast_to: with one row, Triton 3.7's interpreter reads past the end of what an atomic operation broadcasts.
-    row = offs_g.to(tl.int32)[:, None] + tl.zeros((BLOCK_G, KP), tl.int32)
-    earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed")
-    is_contested = is_claim & (earlier >= 0)
-    tl.atomic_max(target_row_ptr + cell, tl.full((BLOCK_G, KP), CONTESTED, tl.int32), mask=is_contested, sem="relaxed")
-    tl.atomic_and(best_ptr + cell, tl.zeros((BLOCK_G, KP), tl.int64), mask=is_contested, sem="relaxed")
+    is_claim = (best > NONE) & (tl.arange(0, KP) < K)[None, :]
+    claim(target_row_ptr, best_ptr, info[0] * A, unpack_index(best, best_order, IS_WIDE), offs_g, is_claim)
 
 
 @triton.jit
@@ -224,14 +161,11 @@ def _contest_kernel(
     IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, MIN_SIDE: tl.constexpr, EPS: tl.constexpr, STRIDES: tl.constexpr,
     IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap, packed with the row.
-
-    In float64 the row does not fit beside the overlap: a second launch, ``IS_TIE_BREAK``, lets the rows that have the best
-    overlap raise ``target_row`` to their inverted number.
-    """
+    """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap."""
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    wide = _widened(box, MIN_SIDE)
     length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
     start = 0
@@ -242,12 +176,7 @@ def _contest_kernel(
         mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
             overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            key, order = pack(overlaps, offs_g.to(tl.int32)[:, None] + tl.zeros_like(anchor), IS_WIDE)
-            if IS_TIE_BREAK:
-                mask = mask & (tl.load(best_ptr + cell, mask=mask, other=-1) == key)
-                tl.atomic_max(target_row_ptr + cell, order, mask=mask, sem="relaxed")
-            else:
-                tl.atomic_max(best_ptr + cell, key, mask=mask, sem="relaxed")
+            contest(target_row_ptr, best_ptr, cell, overlaps, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
 
@@ -267,7 +196,8 @@ def _score_kernel(
     """
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    wide = _widened(box, MIN_SIDE)
     row = offs_g.to(tl.int32)[:, None]
     length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
@@ -278,11 +208,11 @@ def _score_kernel(
         while start < limit:
             nth = start + tl.arange(0, BLOCK_P)[None, :]
             anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
-            mask = _is_mine(row, info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE)
+            mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
             overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
             metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
             key, order = pack(metric, anchor, IS_WIDE)
-            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, 0), order, IS_WIDE)
+            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
             start += BLOCK_P
 
     max_metric = tl.zeros((BLOCK_G, 1), DTYPE)
@@ -291,13 +221,13 @@ def _score_kernel(
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
-        mask = _is_mine(row, info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE)
+        mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(mask.to(tl.int32)) > 0:
             overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
             metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
             if K > 0:
                 key, order = pack(metric, anchor, IS_WIDE)
-                mask = is_among(tl.where(metric > 0, key, 0), order, best, best_order, IS_WIDE)
+                mask = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
             max_metric = tl.maximum(max_metric, tl.max(tl.where(mask, metric, 0.0), 1)[:, None])
             max_overlap = tl.maximum(max_overlap, tl.max(tl.where(mask, overlaps, 0.0), 1)[:, None])
         start += BLOCK_P
@@ -309,7 +239,7 @@ def _score_kernel(
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
         cell = info[0] * A + anchor
-        is_mine = _is_mine(row, cell, mask, target_row_ptr, best_ptr, IS_WIDE)
+        is_mine = mask & (owner(cell, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(is_mine.to(tl.int32)) > 0:
             overlaps = _overlaps(info[0], anchor, is_mine, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
             metric = _metrics(
@@ -318,7 +248,7 @@ def _score_kernel(
             stays = is_mine
             if K > 0:
                 key, order = pack(metric, anchor, IS_WIDE)
-                stays = is_among(tl.where(metric > 0, key, 0), order, best, best_order, IS_WIDE)
+                stays = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
             score = tl.where(stays, metric * max_overlap / (max_metric + EPS), 0.0)
             tl.store(target_row_ptr + cell, tl.where(stays, row, -1), mask=is_mine)
             tl.store(target_score_ptr + cell, score, mask=is_mine)
@@ -362,7 +292,8 @@ def _align_metric_kernel(
 ):  # fmt: skip
     """A program writes metric and overlap of BLOCK_G rows with BLOCK_P anchors, both (N, A)."""
     offs_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box, wide = _load_rows(gt, gt_stride, offs_g, N, B, C, MIN_SIDE, DTYPE)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    wide = _widened(box, MIN_SIDE)
     length = _walk_length(info[2], wide, (1, 1), A, (1.0,), False)
     nth = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, (1, 1), (1.0,), False, EPS, DTYPE)
@@ -396,7 +327,7 @@ def _select_topk_kernel(
         offs = anchor.to(tl.int64) * metric_stride[2]
         metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
         key, order = pack(metric, anchor, IS_WIDE)
-        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, 0), order, IS_WIDE)
+        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
         start += BLOCK_P
     start = 0
     while start < A:
@@ -404,7 +335,7 @@ def _select_topk_kernel(
         offs = anchor.to(tl.int64) * metric_stride[2]
         metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
         key, order = pack(metric, anchor, IS_WIDE)
-        is_selected = is_among(tl.where(metric > 0, key, 0), order, best, best_order, IS_WIDE)
+        is_selected = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
         offs = offs_g.to(tl.int64) * A + anchor
         tl.store(selected_ptr + offs, is_selected, mask=(offs_g < N) & (anchor < A))
         start += BLOCK_P
@@ -424,7 +355,7 @@ def align_metric(
     overlaps = torch.empty_like(metric)
     if metric.numel():
         image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
-        gt, gt_stride = _rows(image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4))
+        gt, gt_stride = gt_rows(image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4))
         block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors)
         _align_metric_kernel[(triton.cdiv(num_anchors, block_p), triton.cdiv(batch_size * num_slots, block_g))](
             metric, overlaps, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(),
@@ -461,7 +392,7 @@ def task_aligned_assign(
     target_score = scores.new_zeros(shape, dtype=dtype)
     if shape.numel():
         _assign(
-            target_row, target_score, scores, boxes, points, _rows(image_index, labels, gt_boxes), (1, 1), (1.0,), False,
+            target_row, target_score, scores, boxes, points, gt_rows(image_index, labels, gt_boxes), (1, 1), (1.0,), False,
             topk, topk2, alpha, beta, min_box_side, eps,
         )  # fmt: skip
     return target_row, target_score
@@ -489,7 +420,7 @@ def yolo11_assign(
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
         row_sum, row_count = _assign(
-            target_row, target_score, pred_scores, boxes, boxes, _rows(image_index, labels, gt_boxes),
+            target_row, target_score, pred_scores, boxes, boxes, gt_rows(image_index, labels, gt_boxes),
             tuple(feat_shapes), tuple(strides), True, topk, topk2, alpha, beta, min_box_side, 1e-9,
         )  # fmt: skip
     score_sum, num_fg = poisons.new_empty(()), labels.new_empty((), dtype=torch.int64)
@@ -536,11 +467,6 @@ def _assign(
         **_list_sizes(topk2 or 0, num_anchors), **exponents, **geometry,
     )  # fmt: skip
     return row_sum, row_count
-
-
-def _rows(image_index: Tensor, labels: Tensor, gt_boxes: Tensor) -> tuple[Any, Any]:
-    """Ground-truth rows and their strides as kernels take them."""
-    return (image_index, labels, gt_boxes), (image_index.stride(0), labels.stride(0), *gt_boxes.stride())
 
 
 def _list_sizes(topk: int, num_anchors: int) -> dict[str, int]:

@@ -1,0 +1,373 @@
+"""SimOTA assignment (YOLOX, arXiv 2107.08430): one program a ground-truth row, no tensor of pairs.
+
+Which anchors take part in their image is one bit an anchor in ``words`` (B, ceil(A / 32)): a row that walks over all anchors
+of its image reads 32 at a time, and nothing else of those that do not take part. Anchors are cells of a grid (``IS_GRID``), or
+any points, each with its stride.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._precision import working_dtype
+from .boxes import box_columns, box_rows, log_not, overlap, sigmoid
+from .decode import channel_sizes, load_raw_boxes, raw_corners
+from .grid import cell_centres, rectangle_cells, rectangle_size
+from .launching import FIXED, compute_type, on_device
+from .rows import CONTESTED, claim, contest, gt_rows, load_anchor_boxes, load_rows, owner, row_sizes
+from .topk import NONE, empty_list, keep_best, pack, rank, unpack_index, unpack_positive
+
+_INFEASIBLE_COST: tl.constexpr = tl.constexpr(1e6)
+_MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
+_LIST: tl.constexpr = tl.constexpr(16)
+
+# ---- tiles
+
+
+@triton.jit
+def _anchor_points(
+    anchor, mask, points, points_stride, shapes, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Centre (x, y) and stride of anchors [g, n], in pixels."""
+    if IS_GRID:
+        x, y, stride = cell_centres(anchor, shapes, STRIDES, DTYPE)
+        x, y = x * stride, y * stride
+    else:
+        offs = anchor.to(tl.int64)
+        x = tl.load(points[0] + offs * points_stride[0], mask=mask, other=0.0).to(DTYPE)
+        y = tl.load(points[0] + offs * points_stride[0] + points_stride[1], mask=mask, other=0.0).to(DTYPE)
+        stride = tl.load(points[1] + offs * points_stride[2], mask=mask, other=0.0).to(DTYPE)
+    return x, y, stride
+
+
+@triton.jit
+def _in_regions(point, box, centre, RADIUS: tl.constexpr):
+    """Whether points [g, n] are in the centre regions and in the boxes of rows [g, 1]."""
+    x, y, stride = point[0], point[1], point[2]
+    reach = tl.full(stride.shape, RADIUS, stride.dtype) * stride
+    in_centre = (tl.abs(x - centre[0]) < reach) & (tl.abs(y - centre[1]) < reach)
+    in_box = (x - box[0] > 0) & (y - box[1] > 0) & (box[2] - x > 0) & (box[3] - y > 0)
+    return in_centre, in_box
+
+
+@triton.jit
+def _load_centres(gt, gt_stride, offs_g, N, DTYPE: tl.constexpr):
+    ptr = gt[3] + offs_g.to(tl.int64)[:, None] * gt_stride[4]
+    mask = (offs_g < N)[:, None]
+    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE), tl.load(ptr + gt_stride[5], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _members(words_ptr, image, is_gt, start, A, BLOCK_P: tl.constexpr):
+    """Which of the anchors from ``start`` take part in images [g, 1]: [g, BLOCK_P]; none where ``is_gt`` is false."""
+    num_words = (A + 31) // 32
+    word = start // 32 + tl.arange(0, BLOCK_P // 32)[None, :]
+    words = tl.load(words_ptr + image * num_words + word, mask=is_gt & (word < num_words), other=0)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (words.shape[0], BLOCK_P)) != 0
+
+
+@triton.jit
+def _joint_probability(cls_logits, obj_probs):
+    return tl.sqrt(sigmoid(cls_logits) * obj_probs)
+
+
+@triton.jit
+def _clamped(logs):
+    """Not below -100; NaN stays."""
+    return tl.where(logs < -100, -100.0, logs).to(logs.dtype)
+
+
+@triton.jit
+def _iou(box, boxes):
+    """IoU, 0 where it is undefined."""
+    iou = overlap(box[0], box[1], box[2], box[3], boxes[0], boxes[1], boxes[2], boxes[3], "iou", 0.0)
+    return tl.where(iou > 0, iou, 0.0).to(iou.dtype)
+
+
+@triton.jit
+def _pair_costs(
+    info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes, A,
+    RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Cost, infinite rather than NaN, and IoU of rows [g, 1] with anchors [g, n] that take part."""
+    image, label = info[0], info[1]
+    iou = _iou(box, load_anchor_boxes(image, anchor, mask, boxes_ptr, (0, 0, 0), A, True, DTYPE))
+    cell = image * A + anchor
+    cost = tl.load(table[0] + cell, mask=mask, other=0.0)
+    obj_probs = tl.load(table[1] + cell, mask=mask, other=0.0)
+    offs = image * cls_stride[0] + anchor.to(tl.int64) * cls_stride[1] + label * cls_stride[2]
+    probs = _joint_probability(tl.load(cls_ptr + offs, mask=mask, other=0.0).to(DTYPE), obj_probs)
+    # BCE against the one-hot class differs from that against no class by two terms.
+    cost = cost + _clamped(log_not(probs)) - _clamped(tl.log(probs))
+    cost = cost + 3 * -tl.log(iou + tl.full(iou.shape, 1e-8, DTYPE))
+    point = _anchor_points(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
+    in_centre, in_box = _in_regions(point, box, centre, RADIUS)
+    is_feasible = in_centre
+    if HAS_BOX:
+        is_feasible = in_centre & in_box
+    cost = tl.where(is_feasible, cost, cost + _INFEASIBLE_COST)
+    return tl.where(cost < float("inf"), cost, float("inf")).to(DTYPE), iou
+
+
+# ---- kernels
+
+
+@triton.jit
+def _prepare_kernel(
+    boxes_ptr, table, target_row_ptr, words_ptr, counts_ptr, broken_ptr, raw_ptr, raw_stride, obj_ptr, obj_stride,
+    cls_ptr, cls_stride, shapes, A, C,
+    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
+
+    It writes their boxes, decoded if ``IS_GRID``, and the ``table`` of two (B, A), the cost of no class and the objectness
+    probability; to ``broken`` (programs,) 1 if a prediction is not finite, else 0. The first also clears ``counts``.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    cell = image * A + offs_a
+    raw = load_raw_boxes(raw_ptr + image * raw_stride[0], raw_stride, offs_a, mask_a, DTYPE)
+    obj_ptr += image * obj_stride[0]
+    obj_logits = tl.load(obj_ptr + offs_a.to(tl.int64) * obj_stride[1], mask=mask_a, other=0.0).to(DTYPE)
+    obj_probs = sigmoid(obj_logits)
+    poison = raw[0] * 0.0 + raw[1] * 0.0 + raw[2] * 0.0 + raw[3] * 0.0 + obj_logits * 0.0
+    boxes = raw
+    if IS_GRID:
+        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
+        boxes = raw_corners(raw, x - 0.5, y - 0.5, stride)
+    corners = boxes_ptr + cell[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(corners, box_rows(boxes[0], boxes[1], boxes[2], boxes[3]), mask=mask_a[:, None])
+
+    cls_ptr += image * cls_stride[0]
+    cost = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    cls_poison = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    start = 0
+    while start < C:
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = mask_a[:, None] & (offs_c < C)[None, :]
+        offs = offs_a.to(tl.int64)[:, None] * cls_stride[1] + offs_c.to(tl.int64)[None, :] * cls_stride[2]
+        logits = tl.load(cls_ptr + offs, mask=mask, other=0.0).to(DTYPE)
+        cost -= tl.where(mask, _clamped(log_not(_joint_probability(logits, obj_probs[:, None]))), 0.0)
+        cls_poison += logits * 0.0
+        start += BLOCK_C
+    poison += tl.sum(cls_poison, 1)
+    tl.store(table[0] + cell, tl.sum(cost, 1), mask=mask_a)
+    tl.store(table[1] + cell, obj_probs, mask=mask_a)
+    tl.store(target_row_ptr + cell, tl.full((BLOCK_A,), -1, tl.int32), mask=mask_a)
+    num_words = (A + 31) // 32
+    word = tl.program_id(0) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)
+    tl.store(words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(broken_ptr + program, (tl.sum(poison) != 0).to(tl.int32))
+    if program == 0:
+        tl.store(counts_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
+
+
+@triton.jit
+def _member_kernel(
+    words_ptr, counts_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
+    C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A program marks the anchors that take part because of BLOCK_G rows, and counts those rows.
+
+    It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
+    """
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
+    tl.atomic_add(counts_ptr + 1, tl.sum(info[2].to(tl.int64)), sem="relaxed")
+    x1, y1, x2, y2 = centre[0], centre[1], centre[0], centre[1]
+    if HAS_BOX:
+        x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
+    length = tl.zeros_like(x1).to(tl.int32) + A
+    if IS_GRID:
+        length = rectangle_size(x1, y1, x2, y2, shapes, STRIDES, 1.001 * RADIUS)
+    length = tl.where(info[2], length, 0)
+    limit = tl.max(length)
+    start = 0
+    while start < limit:
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        mask = nth < length
+        if IS_GRID:
+            anchor, x, y, stride = rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES, DTYPE, 1.001 * RADIUS)
+            point = (x, y, stride)
+        else:
+            anchor = nth + tl.zeros_like(length)
+            point = _anchor_points(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
+        in_centre, in_box = _in_regions(point, box, centre, RADIUS)
+        takes_part = in_centre
+        if HAS_BOX:
+            takes_part = in_centre | in_box
+        mask = mask & takes_part
+        word = tl.where(mask, info[0] * ((A + 31) // 32) + anchor // 32, 0)
+        tl.atomic_or(words_ptr + word, tl.full(anchor.shape, 1, tl.int32) << (anchor % 32), mask=mask, sem="relaxed")
+        start += BLOCK_P
+
+
+@triton.jit
+def _claim_kernel(
+    target_row_ptr, best_ptr, words_ptr, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride,
+    gt, gt_stride, shapes, N, B, A,
+    C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors in ``target_row``."""
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
+    cheapest, cheapest_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST)
+    largest, largest_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST)
+    start = 0
+    while start < A:
+        mask = _members(words_ptr, info[0], info[2], start, A, BLOCK_P)
+        if tl.max(mask.to(tl.int32)) > 0:
+            anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros(mask.shape, tl.int32)
+            cost, iou = _pair_costs(
+                info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes,
+                A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
+            )  # fmt: skip
+            key, order = pack(-cost, anchor, IS_WIDE)
+            cheapest, cheapest_order = keep_best(cheapest, cheapest_order, tl.where(mask, key, NONE), order, IS_WIDE)
+            key, order = pack(iou, anchor, IS_WIDE)
+            key = tl.where(mask & (iou > 0), key, NONE)
+            largest, largest_order = keep_best(largest, largest_order, key, order, IS_WIDE)
+        start += BLOCK_P
+
+    is_candidate = (largest > NONE) & (tl.arange(0, _LIST) < _MAX_DYNAMIC_K)[None, :]
+    total = tl.sum(tl.where(is_candidate, unpack_positive(largest, IS_WIDE).to(tl.float64), 0.0), 1)
+    k = tl.minimum(tl.maximum(total.to(tl.int32), 1), _MAX_DYNAMIC_K)[:, None]
+    is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, IS_WIDE) < k
+    claim(target_row_ptr, best_ptr, info[0] * A, unpack_index(cheapest, cheapest_order, IS_WIDE), offs_g, is_claim)
+
+
+@triton.jit
+def _contest_kernel(
+    target_row_ptr, best_ptr, words_ptr, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride,
+    gt, gt_stride, shapes, N, B, A,
+    IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr,
+    IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A program raises ``best`` of the contested anchors of the images of BLOCK_G rows to their negated cost."""
+    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
+    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
+    start = 0
+    while start < A:
+        mask = _members(words_ptr, info[0], info[2], start, A, BLOCK_P)
+        if tl.max(mask.to(tl.int32)) > 0:
+            anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros(mask.shape, tl.int32)
+            cell = info[0] * A + anchor
+            mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
+            if tl.max(mask.to(tl.int32)) > 0:
+                cost, _ = _pair_costs(
+                    info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes,
+                    A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
+                )  # fmt: skip
+                contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
+        start += BLOCK_P
+
+
+@triton.jit
+def _settle_kernel(
+    target_row_ptr, matched_iou_ptr, counts_ptr, best_ptr, boxes_ptr, broken_ptr, gt, gt_stride, A,
+    DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """A program settles BLOCK_A anchors of one image, the same as in ``_prepare_kernel``, and adds to the counts."""
+    image = tl.program_id(1).to(tl.int64)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    cell = image * A + offs_a
+    row = owner(cell, mask_a, target_row_ptr, best_ptr, tl.float64 == DTYPE)
+    is_pos = row >= 0
+    iou = tl.zeros((BLOCK_A,), DTYPE)
+    if tl.max(row) >= 0:
+        offs = cell[:, None] * 4 + tl.arange(0, 4)[None, :]
+        boxes = box_columns(tl.load(boxes_ptr + offs, mask=is_pos[:, None], other=0.0))
+        ptr = gt[2] + row.to(tl.int64) * gt_stride[2]
+        x1 = tl.load(ptr, mask=is_pos, other=0.0).to(DTYPE)
+        y1 = tl.load(ptr + gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
+        x2 = tl.load(ptr + 2 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
+        y2 = tl.load(ptr + 3 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
+        iou = tl.where(is_pos, _iou((x1, y1, x2, y2), boxes), 0.0)
+    tl.store(target_row_ptr + cell, row, mask=mask_a)
+    tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
+    tl.atomic_add(counts_ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
+    broken = tl.load(broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    tl.atomic_max(counts_ptr + 2, broken.to(tl.int64), sem="relaxed")
+
+
+# ---- operations
+
+
+@on_device
+def simota_assign(
+    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
+    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    anchors = ((points, strides), (*points.stride(), strides.stride(0)), (1, 1), (1.0,), False)
+    rows = gt_rows(image_index, labels, gt_boxes, gt_xywh)
+    return _assign(boxes, obj_logits, cls_logits, anchors, rows, candidates, radius)[:2]
+
+
+@on_device
+def yolox_assign(
+    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    anchors = ((preds, preds), (0, 0, 0), tuple(feat_shapes), tuple(strides), True)
+    rows = gt_rows(image_index, labels, gt_boxes, gt_xywh)
+    return _assign(preds, preds[..., 4], preds[..., 5:], anchors, rows, candidates, radius)
+
+
+def _assign(
+    raw: Tensor, obj_logits: Tensor, cls_logits: Tensor, anchors: tuple[Any, Any, tuple[int, ...], tuple[float, ...], bool],
+    rows: tuple[Any, Any], candidates: str, radius: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Row and IoU of every anchor; numbers of positives and ground truths, 1 if a prediction is not finite."""
+    batch_size, num_anchors, num_classes = cls_logits.shape
+    points, points_stride, shapes, strides, is_grid = anchors
+    (gt, gt_stride), num_rows = rows, len(rows[0][0])
+    dtype, triton_dtype = working_dtype(raw.dtype), compute_type(raw.dtype)
+    target_row = raw.new_empty((batch_size, num_anchors), dtype=torch.int32)
+    matched_iou = torch.empty_like(target_row, dtype=dtype)
+    if target_row.numel() == 0:
+        return target_row, matched_iou, raw.new_zeros(3, dtype=torch.int64)
+    boxes = raw.new_empty((batch_size, num_anchors, 4), dtype=dtype)
+    table = (torch.empty_like(matched_iou), torch.empty_like(matched_iou))
+    words, best = target_row.new_empty(batch_size, (num_anchors + 31) // 32), torch.empty_like(target_row, dtype=torch.int64)
+    counts = best.new_empty(3)
+    block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, cls_logits.stride(2))
+    anchor_grid = (triton.cdiv(num_anchors, block_a), batch_size)
+    broken = target_row.new_empty(anchor_grid[0] * anchor_grid[1])
+    _prepare_kernel[anchor_grid](
+        boxes, table, target_row, words, counts, broken, raw, raw.stride(), obj_logits, obj_logits.stride(),
+        cls_logits, cls_logits.stride(), shapes, num_anchors, num_classes,
+        STRIDES=strides, IS_GRID=is_grid, DTYPE=triton_dtype, BLOCK_A=block_a, BLOCK_C=block_c, num_warps=num_warps, **FIXED,
+    )  # fmt: skip
+    if num_rows:
+        block_g, block_p, row_warps = row_sizes(num_rows, num_anchors)
+        row_grid = (triton.cdiv(num_rows, block_g),)
+        tail = (points, points_stride, gt, gt_stride, shapes, num_rows, batch_size, num_anchors)
+        options = {
+            "C": num_classes, "RADIUS": radius, "HAS_BOX": candidates == "box_and_center", "STRIDES": strides,
+            "IS_GRID": is_grid, "DTYPE": triton_dtype, "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": row_warps, **FIXED,
+        }  # fmt: skip
+        pairs = (target_row, best, words, boxes, table, cls_logits, cls_logits.stride(), *tail)
+        _member_kernel[row_grid](words, counts, *tail, **options)
+        _claim_kernel[row_grid](*pairs, **options)
+        for is_tie_break in (False, True) if dtype == torch.float64 else (False,):
+            _contest_kernel[row_grid](*pairs, IS_TIE_BREAK=is_tie_break, **options)
+    _settle_kernel[anchor_grid](
+        target_row, matched_iou, counts, best, boxes, broken, gt, gt_stride, num_anchors,
+        DTYPE=triton_dtype, BLOCK_A=block_a, num_warps=num_warps, **FIXED,
+    )  # fmt: skip
+    return target_row, matched_iou, counts

@@ -1,0 +1,256 @@
+"""YOLOX's loss for a given assignment, forward and backward, with the one-hot target implied.
+
+``counts`` (3,) are the numbers of positives, of ground truths and of ranks with a prediction that is not finite. Such a
+prediction makes the normaliser NaN, and with it the loss and every gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._precision import working_dtype
+from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, sigmoid
+from .decode import channel_sizes, load_raw_boxes, raw_corners, raw_grad, store_raw_boxes
+from .grid import cell_centres
+from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
+
+
+def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
+    """Anchors and classes a tile, and warps, of a pass over the positives: small tiles, of which most have none."""
+    if INTERPRETED or stride_c == 1:
+        return channel_sizes(num_anchors, num_classes, stride_c)
+    return 128, min(triton.next_power_of_2(num_classes), 16), 4
+
+
+# ---- tiles
+
+
+@triton.jit
+def _normaliser(counts_ptr, num_ranks, DTYPE: tl.constexpr):
+    """Mean over the ranks of the number of positives, at least 1 for all of them together."""
+    positives = tl.maximum(tl.load(counts_ptr), 1).to(DTYPE)
+    return tl.where(tl.load(counts_ptr + 2) > 0, float("nan"), positives / num_ranks)
+
+
+@triton.jit
+def _target_boxes(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
+    """True boxes [n]: corners in pixels from the cell's corner (x, y) in cells, and what the raw output should be.
+
+    Far from the corner of the cell float32 would round the overlap's derivative to 1e-5.
+    """
+    ptr = gt_ptr + row.to(tl.int64) * gt_stride[0]
+    gt_x = tl.load(ptr, mask=is_pos, other=0.0).to(DTYPE)
+    gt_y = tl.load(ptr + gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
+    gt_w = tl.load(ptr + 2 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
+    gt_h = tl.load(ptr + 3 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
+    near_x, near_y = gt_x - x * stride, gt_y - y * stride
+    corners = (near_x - gt_w / 2, near_y - gt_h / 2, near_x + gt_w / 2, near_y + gt_h / 2)
+    tiny = tl.full(gt_w.shape, 1e-8, DTYPE)
+    return corners, (gt_x / stride - x, gt_y / stride - y, tl.log(gt_w / stride + tiny), tl.log(gt_h / stride + tiny))
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x)).to(x.dtype)
+
+
+# ---- kernels
+
+
+@triton.jit
+def _yolox_loss_kernel(
+    partial_ptr, raw_ptr, obj_ptr, cls_ptr, preds_stride, target_row_ptr, matched_iou_ptr, labels_ptr, gt_ptr, gt_stride,
+    shapes, A, C,
+    STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program reads the objectness of BLOCK_A anchors of one image, and everything of those that are positive.
+
+    It writes its own sums to ``partial`` (4, programs): box, objectness, class, L1.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    is_pos = row >= 0
+    offs = image * preds_stride[0] + offs_a.to(tl.int64) * preds_stride[1]
+    obj_logits = tl.load(obj_ptr + offs, mask=mask_a, other=0.0).to(DTYPE)
+    obj = tl.where(mask_a, cross_entropy_with_logits(obj_logits, is_pos.to(DTYPE)), 0.0)
+
+    box = tl.zeros((BLOCK_A,), DTYPE)
+    l1 = tl.zeros((BLOCK_A,), DTYPE)
+    cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    if tl.max(row) >= 0:
+        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
+        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
+        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
+        x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
+        iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        if KIND == "iou":
+            box = 1 - iou * iou
+        else:
+            box = 1 - tl.where(iou > 1, 1.0, tl.where(iou < -1, -1.0, iou))
+        box = tl.where(is_pos, box, 0.0).to(DTYPE)
+        l1 = tl.abs(raw[0] - raw_target[0]) + tl.abs(raw[1] - raw_target[1])
+        l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - raw_target[2]) + tl.abs(raw[3] - raw_target[3]), 0.0).to(DTYPE)
+
+        label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+        score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
+        start = 0
+        while start < C:
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = is_pos[:, None] & (offs_c < C)[None, :]
+            logits_ptr = cls_ptr + offs[:, None] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
+            logits = tl.load(logits_ptr, mask=mask, other=0.0).to(DTYPE)
+            target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
+            cls += tl.where(mask, cross_entropy_with_logits(logits, target), 0.0)
+            start += BLOCK_C
+    tl.store(partial_ptr + program, tl.sum(box))
+    tl.store(partial_ptr + programs + program, tl.sum(obj))
+    tl.store(partial_ptr + 2 * programs + program, tl.sum(cls))
+    tl.store(partial_ptr + 3 * programs + program, tl.sum(l1))
+
+
+@triton.jit
+def _yolox_total_kernel(
+    loss_ptr, terms_ptr, partial_ptr, counts_ptr, num_ranks, iou_gain, l1_gain, programs,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the partial sums in a fixed order, and writes the loss and its terms: the fifth is not added.
+
+    ``l1_gain`` is a float, 0 or 1: switching it compiles nothing.
+    """
+    box = tl.zeros((BLOCK,), DTYPE)
+    obj = tl.zeros((BLOCK,), DTYPE)
+    cls = tl.zeros((BLOCK,), DTYPE)
+    l1 = tl.zeros((BLOCK,), DTYPE)
+    start = 0
+    while start < programs:
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < programs
+        box += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+        obj += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
+        cls += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
+        l1 += tl.load(partial_ptr + 3 * programs + offs, mask=mask, other=0.0)
+        start += BLOCK
+    normaliser = _normaliser(counts_ptr, num_ranks, DTYPE)
+    box_term = iou_gain * tl.sum(box) / normaliser
+    obj_term, cls_term = tl.sum(obj) / normaliser, tl.sum(cls) / normaliser
+    l1_term = tl.where(l1_gain > 0, tl.sum(l1), 0.0) / normaliser
+    tl.store(terms_ptr, box_term)
+    tl.store(terms_ptr + 1, obj_term)
+    tl.store(terms_ptr + 2, cls_term)
+    tl.store(terms_ptr + 3, l1_term)
+    tl.store(terms_ptr + 4, tl.load(counts_ptr).to(DTYPE) / tl.maximum(tl.load(counts_ptr + 1), 1).to(DTYPE))
+    tl.store(loss_ptr, box_term + obj_term + cls_term + l1_term)
+
+
+@triton.jit
+def _yolox_grad_kernel(
+    out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
+    gt_ptr, gt_stride, shapes, num_ranks, iou_gain, l1_gain, A, CHANNELS,
+    STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
+    image = tl.program_id(1).to(tl.int64)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    is_pos = row >= 0
+    scale = tl.load(grad_ptr).to(DTYPE) / _normaliser(counts_ptr, num_ranks, DTYPE)
+    out_ptr += image * out_stride[0]
+    d_x = tl.zeros((BLOCK_A,), DTYPE)
+    d_y = tl.zeros((BLOCK_A,), DTYPE)
+    d_w = tl.zeros((BLOCK_A,), DTYPE)
+    d_h = tl.zeros((BLOCK_A,), DTYPE)
+    if tl.max(row) >= 0:
+        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
+        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
+        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
+        x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
+        iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        corners = overlap_derivative(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        if KIND == "iou":
+            slope = -2 * iou
+        else:
+            slope = tl.where((iou >= -1) & (iou <= 1), -1.0, 0.0).to(DTYPE)
+        slope = iou_gain * slope
+        corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
+        d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
+        is_l1 = l1_gain > 0
+        d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
+        d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
+        d_w = tl.where(is_pos, d_w + tl.where(is_l1, _sign(raw[2] - raw_target[2]), 0.0), 0.0).to(DTYPE)
+        d_h = tl.where(is_pos, d_h + tl.where(is_l1, _sign(raw[3] - raw_target[3]), 0.0), 0.0).to(DTYPE)
+
+    store_raw_boxes(out_ptr, out_stride, (d_x * scale, d_y * scale, d_w * scale, d_h * scale), offs_a, mask_a)
+
+    label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+    score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
+    raw_ptr += image * preds_stride[0]
+    start = 4
+    while start < CHANNELS:
+        offs_c = start + tl.arange(0, BLOCK_C)
+        channel = offs_c[None, :]
+        mask = mask_a[:, None] & (channel < CHANNELS)
+        is_obj = (channel == 4) & mask
+        is_logit = is_obj | (is_pos[:, None] & mask)
+        offs = offs_a.to(tl.int64)[:, None] * preds_stride[1] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
+        logits = tl.load(raw_ptr + offs, mask=is_logit, other=0.0).to(DTYPE)
+        target = tl.where(channel == 5 + label[:, None], score[:, None], 0.0)
+        target = tl.where(is_obj, is_pos.to(DTYPE)[:, None], target)
+        result = tl.where(is_logit, sigmoid(logits) - target, 0.0)
+        offs = offs_a.to(tl.int64)[:, None] * out_stride[1] + offs_c.to(tl.int64)[None, :] * out_stride[2]
+        tl.store(out_ptr + offs, rounded(result * scale, out_ptr.dtype.element_ty), mask=mask)
+        start += BLOCK_C
+
+
+# ---- operations
+
+
+@on_device
+def yolox_loss(
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch_size, num_anchors, num_channels = preds.shape
+    dtype = working_dtype(preds.dtype)
+    block_a, block_c, num_warps = positive_sizes(num_anchors, num_channels - 5, preds.stride(2))
+    grid = (triton.cdiv(num_anchors, block_a), batch_size)
+    partial = preds.new_empty((4, grid[0] * grid[1]), dtype=dtype)
+    loss, terms = preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
+    if partial.numel():
+        _yolox_loss_kernel[grid](
+            partial, preds, preds[..., 4], preds[..., 5:], preds.stride(), target_row, matched_iou,
+            labels, gt_xywh, gt_xywh.stride(), tuple(feat_shapes), num_anchors, num_channels - 5,
+            STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
+            num_warps=num_warps, **FIXED,
+        )  # fmt: skip
+    _yolox_total_kernel[(1,)](
+        loss, terms, partial, counts, num_ranks, iou_gain, float(use_l1), partial.shape[1],
+        DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
+    )  # fmt: skip
+    return loss, terms
+
+
+@on_device
+def yolox_loss_backward(
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    labels: Tensor, gt_xywh: Tensor,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+) -> Tensor:  # fmt: skip
+    result = torch.empty_like(preds)
+    batch_size, num_anchors, num_channels = preds.shape
+    block_a, block_c, num_warps = channel_sizes(num_anchors, num_channels, result.stride(2))
+    if result.numel():
+        _yolox_grad_kernel[(triton.cdiv(num_anchors, block_a), batch_size)](
+            result, result.stride(), grad, preds, preds.stride(), target_row, matched_iou, counts, labels,
+            gt_xywh, gt_xywh.stride(), tuple(feat_shapes), num_ranks, iou_gain, float(use_l1), num_anchors, num_channels,
+            STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(preds.dtype), BLOCK_A=block_a, BLOCK_C=block_c,
+            num_warps=num_warps, **FIXED,
+        )  # fmt: skip
+    return result
