@@ -24,7 +24,7 @@ def is_installed(name: str) -> bool:
 
 def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     """Build a detector with random weights, e.g. of ``"yolo11n.yaml"``; its ``init_criterion()`` is the peer."""
-    with _contained():
+    with contained():
         from ultralytics.cfg import get_cfg
         from ultralytics.nn.tasks import DetectionModel
 
@@ -46,7 +46,7 @@ def ultralytics_batch(rows: Tensor) -> dict[str, Tensor]:
 
 def yolox_head(num_classes: int, strides: Sequence[int], *, iou_loss: str = "iou", use_l1: bool = False) -> nn.Module:
     """Build the head whose ``get_losses`` is the peer. Its layers are not used."""
-    with _contained():
+    with contained():
         from yolox.models import YoloxHead
 
         head = YoloxHead(num_classes, width=0.125, strides=list(strides))
@@ -82,8 +82,22 @@ def yolox_labels(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> Tenso
     return labels * labels.new_tensor([1, width, height, width, height])
 
 
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes (n, 4) that no better one overlaps by more, best first."""
+    order = scores.argsort(descending=True, stable=True)
+    low, high = boxes[order].split(2, 1)
+    area = (high - low).prod(1)
+    intersection = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0).prod(2)
+    overlaps = intersection > iou_threshold * (area[:, None] + area - intersection)
+    is_kept = torch.ones_like(order, dtype=torch.bool)
+    for i in range(len(order)):
+        if is_kept[i]:
+            is_kept[i + 1 :] &= ~overlaps[i, i + 1 :]
+    return order[is_kept]
+
+
 @contextmanager
-def _contained() -> Iterator[None]:
+def contained() -> Iterator[None]:
     """Keep a peer's import from the user's settings, the network, the environment (it sets OMP_NUM_THREADS) and torchvision."""
     os.makedirs(_SETTINGS, exist_ok=True)
     os.environ.update(YOLO_CONFIG_DIR=_SETTINGS, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
@@ -101,11 +115,11 @@ def _contained() -> Iterator[None]:
 
 
 def _torchvision_stub() -> dict[str, ModuleType]:
-    """Stand in for a module that the peers import, though their losses call nothing of it."""
+    """Stand in for a module that the peers import: their losses call nothing of it, their validation ``nms``."""
     stub = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
     for name, module in stub.items():
         module.__spec__ = ModuleSpec(name, None)
     package, ops = stub.values()
     package.__path__, package.__version__, package.ops = [], importlib.metadata.version("torchvision"), ops
-    ops.nms = None
+    ops.nms = nms
     return stub
