@@ -1,10 +1,10 @@
-"""``python -m bench loss``: whole criteria against other implementations of them."""
+"""``python -m bench loss``: whole criteria against other implementations of them; ``parity``: a real trainer, patched."""
 
 import argparse
 import os
 from pathlib import Path
 
-from . import loss
+from . import loss, parity
 
 
 def main() -> None:
@@ -27,6 +27,17 @@ def main() -> None:
     add.add_argument("--memory-limit", type=float, metavar="GIB", help="address space of that process")
     add.add_argument("--out", type=Path, help="append every row to this file as a line of JSON")
     add.set_defaults(run=loss.run)
+    add = commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step")
+    add.add_argument("trainer", choices=["ultralytics"])
+    add.add_argument("--model", default="yolo11n", help="name of a model that Ultralytics builds, e.g. yolo26n")
+    add.add_argument("--epochs", type=int, default=2)
+    add.add_argument("--images", type=int, default=64, help="of training and of validation, at most")
+    add.add_argument("--imgsz", type=int, default=320)
+    add.add_argument("--batch-size", type=int, default=8)
+    add.add_argument("--threads", type=int, default=1)
+    add.add_argument("--perturb", type=float, default=1e-7, help="noise on the weights of a third run, stock too; 0: none")
+    add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
+    add.set_defaults(run=parity.run)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
