@@ -47,12 +47,19 @@ def ultralytics_batch(rows: Tensor) -> dict[str, Tensor]:
 def yolox_head(num_classes: int, strides: Sequence[int], *, iou_loss: str = "iou", use_l1: bool = False) -> nn.Module:
     """Build the head whose ``get_losses`` is the peer. Its layers are not used."""
     with contained():
-        from yolox.models import YoloxHead
-
-        head = YoloxHead(num_classes, width=0.125, strides=list(strides))
+        (head_of,) = yolox_models("YoloxHead")
+        head = head_of(num_classes, width=0.125, strides=list(strides))
     head.iou_loss.loss_type = iou_loss
     head.use_l1 = use_l1
     return head
+
+
+def yolox_models(*names: str) -> list[type]:
+    """Classes of the fork by their names, or Megvii's."""
+    from yolox import models
+
+    megvii = {"YoloPafpn": "YOLOPAFPN", "YoloxHead": "YOLOXHead", "YoloxModule": "YOLOX"}
+    return [getattr(models, name if hasattr(models, name) else megvii[name]) for name in names]
 
 
 def yolox_losses(head: nn.Module, preds: Tensor, feat_shapes: Sequence[tuple[int, int]], labels: Tensor) -> tuple[Any, ...]:

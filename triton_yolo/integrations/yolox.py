@@ -22,7 +22,11 @@ from ._patching import Patch, Replacement
 
 _LOSS_INPUTS = ("imgs", "x_shifts", "y_shifts", "expanded_strides", "labels", "outputs", "origin_preds", "dtype")
 _DECODER_INPUTS = ("output", "k", "stride", "dtype")
-_PARTS = ("get_assignments", "get_geometry_constraint", "get_l1_target", "simota_matching")  # of the stock loss
+_MATCHING = {  # method of the head that decides about candidates -> which they are and the radius of their centre region
+    "get_geometry_constraint": ("center", 1.5),
+    "get_in_boxes_info": ("box_and_center", 2.5),  # the paper's, in releases up to 0.3.0
+}
+_PARTS = (*_MATCHING, "get_assignments", "get_l1_target", "simota_matching", "dynamic_k_matching")  # of the stock loss
 _IOU_GAIN = 5.0  # built into the stock loss
 
 
@@ -63,6 +67,7 @@ def _find() -> list[Replacement]:
         method = vars(head).get(name)
         found = tuple(inspect.signature(method).parameters) if callable(method) else None
         _require(found == ("self", *inputs), f"{name} of the head takes {found}, expected {('self', *inputs)}")
+    _require(any(name in vars(head) for name in _MATCHING), f"the head has none of {', '.join(_MATCHING)}")
     # The loss starts from the raw output, which the head decodes level by level before it asks for its losses.
     raw: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
     return [
@@ -123,9 +128,17 @@ def _losses(owner: Any, raw: WeakKeyDictionary) -> Any:
 
 def _criterion(head: Any) -> YOLOXLoss:
     """Our criterion with the settings that the head has at this moment."""
+    candidates, radius = next(mode for name, mode in _MATCHING.items() if hasattr(head, name))
     try:
-        settings = {"strides": head.strides, "iou_loss": head.iou_loss.loss_type, "use_l1": head.use_l1}
-        return YOLOXLoss(head.num_classes, iou_gain=_IOU_GAIN, **settings)
+        return YOLOXLoss(
+            head.num_classes,
+            strides=head.strides,
+            candidates=candidates,
+            center_radius=radius,
+            iou_loss=head.iou_loss.loss_type,
+            iou_gain=_IOU_GAIN,
+            use_l1=head.use_l1,
+        )
     except AttributeError as error:
         raise RuntimeError(_message(f"the head's settings have changed: {error}")) from error
 
