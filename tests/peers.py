@@ -1,5 +1,6 @@
 """Criteria of other projects as black boxes, for the tests and the benchmarks: loaders and the layouts they take."""
 
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -7,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -111,22 +113,38 @@ def contained() -> Iterator[None]:
     environment = dict(os.environ)
     is_stub = "torchvision" not in sys.modules
     if is_stub:
-        sys.modules |= _torchvision_stub()
+        sys.meta_path.insert(0, _TorchvisionStub)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
         if is_stub:
-            del sys.modules["torchvision"], sys.modules["torchvision.ops"]
+            sys.meta_path.remove(_TorchvisionStub)
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
 
 
-def _torchvision_stub() -> dict[str, ModuleType]:
-    """Stand in for a module that the peers import: their losses call nothing of it, their validation ``nms``."""
-    stub = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
-    for name, module in stub.items():
-        module.__spec__ = ModuleSpec(name, None)
-    package, ops = stub.values()
-    package.__path__, package.__version__, package.ops = [], importlib.metadata.version("torchvision"), ops
-    ops.nms = nms
-    return stub
+class _StubModule(ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _TorchvisionStub(MetaPathFinder, Loader):
+    """Stands in for a module that the peers import: their losses call nothing of it, their validation ``nms``."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, cls(), is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StubModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__version__ = importlib.metadata.version("torchvision")
+        if module.__name__ == "torchvision":
+            importlib.import_module("torchvision.ops")  # which the peers do not import by its name
+        elif module.__name__ == "torchvision.ops":
+            module.nms = nms
