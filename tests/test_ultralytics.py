@@ -58,10 +58,11 @@ def make_model(name: str, num_classes: int = 3) -> torch.nn.Module:
 
 
 def make_batch(empty: str = "") -> dict[str, torch.Tensor]:
-    """Three images, 96 by 128 px, with two boxes, one and three; "one" image or "all" without."""
+    """Three images, 96 by 128 px, with two boxes, one and three, some of them tiny; "one" image or "all" without."""
     generator = torch.Generator().manual_seed(1)
     image = torch.tensor([0.0, 0, 1, 2, 2, 2])
     size = 0.1 + 0.4 * torch.rand(6, 2, generator=generator)
+    size[3], size[4] = 0.04, 0.1
     boxes = torch.cat([size / 2 + (1 - size) * torch.rand(6, 2, generator=generator), size], 1)
     kept = image != 1 if empty == "one" else image < (0 if empty == "all" else 3)
     labels = torch.arange(6.0).remainder(3)[:, None]
