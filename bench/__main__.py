@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import loss, report, scaling, traffic
+from . import loss, parity, report, scaling, traffic
 
 
 def main() -> None:
@@ -21,6 +21,17 @@ def main() -> None:
         add.set_defaults(run=run)
     add = commands.add_parser("traffic", help="bytes and launches of the kernels, in the interpreter; fails past the bar")
     add.set_defaults(run=traffic.run)
+    add = commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step")
+    add.add_argument("trainer", choices=["ultralytics"])
+    add.add_argument("--model", default="yolo11n", help="name of a model that Ultralytics builds, e.g. yolo26n")
+    add.add_argument("--epochs", type=int, default=2)
+    add.add_argument("--images", type=int, default=64, help="of training and of validation, at most")
+    add.add_argument("--imgsz", type=int, default=320)
+    add.add_argument("--batch-size", type=int, default=8)
+    add.add_argument("--threads", type=int, default=1)
+    add.add_argument("--perturb", type=float, default=1e-7, help="noise on the weights of a third run, stock too; 0: none")
+    add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
+    add.set_defaults(run=parity.run)
     add = commands.add_parser("report", help="draw the plots, and write the tables of the README, from the saved results")
     add.set_defaults(run=report.run)
     arguments = parser.parse_args()
