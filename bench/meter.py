@@ -10,9 +10,10 @@ Every address must lie in the storage of a tensor argument of its launch (``OutO
 store to one address without an atomic operation (``WriteRaceError``).
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -23,6 +24,18 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 SECTOR = 32  # bytes
+
+
+@contextmanager
+def shipped_sizes() -> Iterator[None]:
+    """Launch as on a GPU, not with the few large tiles that suit the interpreter."""
+    from triton_yolo import kernels
+
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(kernels.__name__ + ".") and hasattr(module, "INTERPRETED"):
+                patches.enter_context(mock.patch.object(module, "INTERPRETED", False))
+        yield
 
 
 class OutOfBoundsError(AssertionError):

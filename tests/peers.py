@@ -37,7 +37,7 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
 
 def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: float) -> nn.Module:
     """The assigner of the detection criterion, without its widening of small boxes."""
-    with _contained():
+    with contained():
         from ultralytics.utils.tal import TaskAlignedAssigner
 
         return TaskAlignedAssigner(topk=topk, num_classes=num_classes, alpha=alpha, beta=beta)

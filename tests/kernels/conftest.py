@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import triton_yolo
-from bench.meter import Meter
-from triton_yolo.kernels import decode, launching, losses, overlap, rows, targets, yolox
+from bench.meter import Meter, shipped_sizes
+from triton_yolo.kernels import launching
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def interpreted() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def shipped_sizes(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launch as on a GPU, not with the few large tiles that suit the interpreter."""
-    for module in (decode, losses, overlap, rows, targets, yolox):
-        monkeypatch.setattr(module, "INTERPRETED", False)
+@pytest.fixture(name="shipped_sizes")
+def _shipped_sizes(interpreted: None) -> Iterator[None]:
+    """Launch as on a GPU."""
+    with shipped_sizes():
+        yield
 
 
 @pytest.fixture
