@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 import resource
 import statistics
 import sys
@@ -30,9 +29,9 @@ class Timing(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What one implementation gave in a process of its own: the loss and the bytes it needed, or why there is none."""
+    """What one implementation gave in a process of its own: the sum of its result and the bytes, or why there is none."""
 
-    loss: float | None = None
+    result: float | None = None
     peak_bytes: int | None = None
     failure: str | None = None
 
@@ -93,10 +92,10 @@ def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: 
         resource.setrlimit(resource.RLIMIT_AS, (limits.bytes, limits.bytes))
     try:
         step = build(*args)
-        loss = step.forward()
-        loss.backward()
+        out = step.forward()
+        step.backward(out)
         peaks = [_peak_of_run(step) for _ in range(limits.runs)]
-        sender.send(Trial(loss.item(), None if None in peaks else min(peaks)))
+        sender.send(Trial(out.detach().sum(dtype=torch.float64).item(), None if None in peaks else min(peaks)))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         sender.send(Trial(failure=f"{type(error).__name__}: {first_line}"[:160]))
@@ -106,9 +105,9 @@ def _run(step: Step) -> tuple[float, float]:
     for leaf in step.leaves:
         leaf.grad = None
     start = _now(step)
-    loss = step.forward()
+    out = step.forward()
     middle = _now(step)
-    loss.backward()
+    step.backward(out)
     return middle - start, _now(step) - middle
 
 
@@ -137,24 +136,9 @@ def _peak_of_run(step: Step) -> int | None:
 
 
 def _is_on_cpu(step: Step) -> bool:
-    return step.leaves[0].device.type == "cpu"
+    return step.device.type == "cpu"
 
 
 def _status_bytes(key: str) -> int:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return 1024 * int(line.split()[1])
-
-
-def machine() -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), os.uname().machine
-    )
-    found = {"cpu": cpu, "cores": os.cpu_count() or 0, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,5 +1,6 @@
 """Criteria of other projects as black boxes, for the tests and the benchmarks: loaders and the layouts they take."""
 
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -7,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -24,13 +26,21 @@ def is_installed(name: str) -> bool:
 
 def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     """Build a detector with random weights, e.g. of ``"yolo11n.yaml"``; its ``init_criterion()`` is the peer."""
-    with _contained():
+    with contained():
         from ultralytics.cfg import get_cfg
         from ultralytics.nn.tasks import DetectionModel
 
         model = DetectionModel(config, ch=3, nc=num_classes, verbose=False)
     model.args = get_cfg()
     return model.train()
+
+
+def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: float) -> nn.Module:
+    """The assigner of the detection criterion, without its widening of small boxes."""
+    with _contained():
+        from ultralytics.utils.tal import TaskAlignedAssigner
+
+        return TaskAlignedAssigner(topk=topk, num_classes=num_classes, alpha=alpha, beta=beta)
 
 
 def ultralytics_preds(pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -46,13 +56,20 @@ def ultralytics_batch(rows: Tensor) -> dict[str, Tensor]:
 
 def yolox_head(num_classes: int, strides: Sequence[int], *, iou_loss: str = "iou", use_l1: bool = False) -> nn.Module:
     """Build the head whose ``get_losses`` is the peer. Its layers are not used."""
-    with _contained():
-        from yolox.models import YoloxHead
-
-        head = YoloxHead(num_classes, width=0.125, strides=list(strides))
+    with contained():
+        (head_of,) = yolox_models("YoloxHead")
+        head = head_of(num_classes, width=0.125, strides=list(strides))
     head.iou_loss.loss_type = iou_loss
     head.use_l1 = use_l1
     return head
+
+
+def yolox_models(*names: str) -> list[type]:
+    """Classes of the fork by their names, or Megvii's."""
+    from yolox import models
+
+    megvii = {"YoloPafpn": "YOLOPAFPN", "YoloxHead": "YOLOXHead", "YoloxModule": "YOLOX"}
+    return [getattr(models, name if hasattr(models, name) else megvii[name]) for name in names]
 
 
 def yolox_losses(head: nn.Module, preds: Tensor, feat_shapes: Sequence[tuple[int, int]], labels: Tensor) -> tuple[Any, ...]:
@@ -82,30 +99,60 @@ def yolox_labels(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> Tenso
     return labels * labels.new_tensor([1, width, height, width, height])
 
 
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes (n, 4) that no better one overlaps by more, best first."""
+    order = scores.argsort(descending=True, stable=True)
+    low, high = boxes[order].split(2, 1)
+    area = (high - low).prod(1)
+    intersection = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0).prod(2)
+    overlaps = intersection > iou_threshold * (area[:, None] + area - intersection)
+    is_kept = torch.ones_like(order, dtype=torch.bool)
+    for i in range(len(order)):
+        if is_kept[i]:
+            is_kept[i + 1 :] &= ~overlaps[i, i + 1 :]
+    return order[is_kept]
+
+
 @contextmanager
-def _contained() -> Iterator[None]:
+def contained() -> Iterator[None]:
     """Keep a peer's import from the user's settings, the network, the environment (it sets OMP_NUM_THREADS) and torchvision."""
     os.makedirs(_SETTINGS, exist_ok=True)
     os.environ.update(YOLO_CONFIG_DIR=_SETTINGS, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
     environment = dict(os.environ)
     is_stub = "torchvision" not in sys.modules
     if is_stub:
-        sys.modules |= _torchvision_stub()
+        sys.meta_path.insert(0, _TorchvisionStub)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
         if is_stub:
-            del sys.modules["torchvision"], sys.modules["torchvision.ops"]
+            sys.meta_path.remove(_TorchvisionStub)
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
 
 
-def _torchvision_stub() -> dict[str, ModuleType]:
-    """Stand in for a module that the peers import, though their losses call nothing of it."""
-    stub = {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
-    for name, module in stub.items():
-        module.__spec__ = ModuleSpec(name, None)
-    package, ops = stub.values()
-    package.__path__, package.__version__, package.ops = [], importlib.metadata.version("torchvision"), ops
-    ops.nms = None
-    return stub
+class _StubModule(ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _TorchvisionStub(MetaPathFinder, Loader):
+    """Stands in for a module that the peers import: their losses call nothing of it, their validation ``nms``."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, cls(), is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StubModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__version__ = importlib.metadata.version("torchvision")
+        if module.__name__ == "torchvision":
+            importlib.import_module("torchvision.ops")  # which the peers do not import by its name
+        elif module.__name__ == "torchvision.ops":
+            module.nms = nms

@@ -196,6 +196,21 @@ def small_yolox(**options):
     return ty.YOLOXLoss(3, strides=(8, 16), **options), torch.randn(2, 20, 8, device=DEVICE), [(4, 4), (2, 2)], rows
 
 
+def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
+    from triton_yolo.eager import pairs
+
+    torch.manual_seed(0)
+    preds = torch.randn(5, 20, 32, device=DEVICE), torch.randn(5, 20, 3, device=DEVICE)
+    rows = torch.rand(40, 6, device=DEVICE)
+    rows[:, 0], rows[:, 1] = torch.randint(-1, 4, (40,)), torch.randint(0, 3, (40,))  # image 4 has none
+    criterion = ty.YOLO11Loss(3, strides=(8, 16), reg_max=8, topk=3)
+    whole = criterion(*preds, [(4, 4), (2, 2)], rows)
+    assert whole.num_fg > 20
+    monkeypatch.setattr(pairs, "_PART", 60)
+    for a, b in zip(whole, criterion(*preds, [(4, 4), (2, 2)], rows), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", [0, 1])
 def test_yolo11_shows_a_prediction_that_is_no_number(bad, which):

@@ -52,6 +52,7 @@ MUTANTS = {
     "largest overlap not applied": Mutant(ASSIGN, "metric * max_overlap[rows] /", "metric /", TAL),
     "grid starts a cell late": Mutant(PAIRS, "- 0.501).ceil()", "+ 0.499).ceil()", LOSS11),
     "grid ends a cell early": Mutant(PAIRS, "- 0.499).floor() + 1)", "- 0.499).floor())", LOSS11),
+    "parts cut through images": Mutant(PAIRS, "(per_image.cumsum(0) - per_image, _PART, rounding_mode=\"floor\")[images]", "((num_pairs[rows].cumsum(0)).double(), _PART, rounding_mode=\"floor\")", "tests/test_losses.py::test_crowded_batch_is_cut_by_images_without_a_trace"),
     "DFL target not clamped below the last bin": Mutant(YOLO11, "- 1 - 0.01)", "- 1)", LOSS11),
     "DFL weights swapped": Mutant(YOLO11, "low + 1 - distances, distances - low", "distances - low, low + 1 - distances", LOSS11),
     "L1 by the wrong side of the image": Mutant(YOLO11, "new_tensor([width, height, width, height])", "new_tensor([height, width, height, width])", LOSS11),
@@ -68,7 +69,7 @@ MUTANTS = {
     "L1 without its small constant or the cell": Mutant(YOLOX, "gt_cell[:, :2] - corner", "gt_cell[:, :2] - corner - 0.5", LOSSX),
     "objectness gradient only on positives": Mutant(YOLOX, "    result[..., 4] = working(preds[..., 4]).sigmoid() * scale\n", "", LOSSX),
     "reference: eps in the widths": Mutant("reference/boxes.py", "wa, ha = ax2 - ax1,", "wa, ha = ax2 - ax1 + eps,", REFERENCE),
-    "reference: conflict to the higher slot": Mutant("reference/task_aligned.py", "overlaps, dim=1, descending=True, stable=True)[:, :1]", "overlaps.flip(1), dim=1, descending=True, stable=True)[:, :1].neg() + overlaps.shape[1] - 1", REFERENCE),
+    "reference: conflict to the higher slot": Mutant("reference/task_aligned.py", "overlaps.where(candidates, -1), dim=1, descending=True, stable=True)[:, :1]", "overlaps.where(candidates, -1).flip(1), dim=1, descending=True, stable=True)[:, :1].neg() + overlaps.shape[1] - 1", REFERENCE),
     "reference: conflict among all slots": Mutant("reference/task_aligned.py", "overlaps.where(candidates, -1)", "overlaps", REFERENCE),
     "reference: DFL target not clamped": Mutant("reference/dfl.py", "reg_max - 1 - 0.01", "reg_max - 1 - 0.5", REFERENCE),
 }  # fmt: skip

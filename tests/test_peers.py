@@ -8,7 +8,6 @@ Ultralytics' computes in float32 only.
 import copy
 import functools
 import os
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import triton_yolo as ty
 from bench.cases import STRIDES, Case, has_coco, make_case, yolo11_preds, yolox_preds
+from bench.voc import read_boxes
 from tests import peers
 from tests.compare import assert_close
 
@@ -132,12 +132,8 @@ def bccd(request) -> tuple[Tensor, Tensor]:
     for index, name in enumerate(names):
         pixels = cv2.imread(str(DATA / f"bccd/JPEGImages/{name}.jpg"))
         images.append(torch.from_numpy(cv2.resize(pixels, (320, 256))).permute(2, 0, 1) / 255)
-        scale = torch.tensor(pixels.shape[1::-1]).repeat(2)
-        for thing in ElementTree.parse(DATA / f"bccd/Annotations/{name}.xml").iter("object"):
-            box = torch.tensor([float(thing.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]) / scale
-            label = BCCD_CLASSES.index(thing.findtext("name"))
-            centre = (box[:2] + box[2:]) / 2 + OFF_GRID / 320
-            rows.append([index, label, *centre, *box[2:] - box[:2]])
+        for label, x, y, width, height in read_boxes(DATA / f"bccd/Annotations/{name}.xml", BCCD_CLASSES):
+            rows.append([index, label, x + OFF_GRID / 320, y + OFF_GRID / 320, width, height])
     return torch.stack(images), torch.tensor(rows)
 
 

@@ -1,6 +1,6 @@
 """Pairs of a ground-truth row and an anchor, found without looking at every anchor of every row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from .._precision import working_dtype
 from ..anchors import make_anchors
 from ..targets import Targets
+
+_PART = 1 << 22  # pairs that are held at once: 200 MiB
 
 
 def anchor_table(feat_shapes: Sequence[int], strides: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +30,16 @@ def _anchor_table(
 def valid_rows(image_index: Tensor, labels: Tensor, boxes: Tensor, batch_size: int, num_classes: int) -> Tensor:
     """Indices of the rows that count as ground truth."""
     return Targets(image_index, labels, boxes, boxes).is_valid(batch_size, num_classes).nonzero().squeeze(1)
+
+
+def by_images(rows: Tensor, image_index: Tensor, num_pairs: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Cut ``rows`` into parts with all rows of their images and about ``_PART`` pairs, if every row (N,) has so many."""
+    per_image = num_pairs.new_zeros(batch_size, dtype=torch.float64)
+    images = image_index[rows]
+    per_image.index_add_(0, images, num_pairs[rows].double())
+    part = torch.div(per_image.cumsum(0) - per_image, _PART, rounding_mode="floor")[images]
+    for number in part.unique():
+        yield rows[part == number]
 
 
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,15 +66,14 @@ def _reaches_topk(bits: Tensor, rows: Tensor, topk: int) -> Tensor:
 
 
 def match(
-    rows: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor, num_rows: int, num_cells: int,
-    topk: int, topk2: int | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    target_row: Tensor, target_score: Tensor, rows: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor,
+    num_rows: int, topk: int, topk2: int | None, eps: float,
+) -> None:  # fmt: skip
     """Choose the positives among the pairs (P,) of row and cell, a cell being an anchor of an image.
 
-    Returns:
-        The row of every cell, -1 for background, int32; its target score.
+    Into ``target_row`` (cells,) int32 and ``target_score``, which say background, go the row of each and its target score.
     """
-    target_row = torch.full((num_cells,), -1, dtype=torch.int32, device=rows.device)
+    num_cells = len(target_row)
     claims = topk_per_row(metric, rows, topk)
     target_row[cells[claims]] = rows[claims].int()
 
@@ -94,9 +93,7 @@ def match(
     cells, rows, metric, overlaps = cells[positives], rows[positives], metric[positives], overlaps[positives]
     max_metric = metric.new_zeros(num_rows).scatter_reduce_(0, rows, metric, "amax")
     max_overlap = metric.new_zeros(num_rows).scatter_reduce_(0, rows, overlaps, "amax")
-    target_score = metric.new_zeros(num_cells)
     target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + eps)
-    return target_row, target_score
 
 
 def pairs_of_points(
@@ -126,8 +123,10 @@ def task_aligned_assign(
         scores, boxes, points, image_index, labels, gt_boxes, alpha, beta, min_box_side, eps
     )
     shape = scores.shape[:2]
-    target_row, target_score = match(rows, cells, metric, overlaps, len(labels), shape.numel(), topk, topk2, eps)
-    return target_row.view(shape), target_score.view(shape)
+    target_row = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
+    target_score = metric.new_zeros(shape)
+    match(target_row.view(-1), target_score.view(-1), rows, cells, metric, overlaps, len(labels), topk, topk2, eps)
+    return target_row, target_score
 
 
 def align_metric(

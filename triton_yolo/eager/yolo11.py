@@ -10,7 +10,7 @@ from .._precision import working
 from .boxes import bbox_iou, bbox_iou_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .memory import blocks, untouched_zeros_like
-from .pairs import anchor_table, grid_pairs, valid_rows
+from .pairs import anchor_table, by_images, grid_pairs, valid_rows
 from .task_aligned import is_inside, match, pair_metric, widen
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
@@ -24,21 +24,23 @@ def yolo11_assign(
     batch_size, num_anchors, num_classes = pred_scores.shape
     points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
     gt_boxes = gt_boxes.to(points.dtype)
-    row_ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
-    widened = widen(gt_boxes[row_ids], min_box_side)
-    nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], feat_shapes, strides)
-    points_px = (points * point_strides).contiguous()
-    kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], 1e-9).nonzero().squeeze(1)
-    rows, anchors = row_ids[nth[kept]], anchors[kept]
-    images = image_index[rows]
-    cells = images * num_anchors + anchors
-
-    scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
+    valid = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
     boxes = _decode_px(pred_dist, points, point_strides, reg_max)
-    pair_boxes, pair_gt = boxes[:, cells], gt_boxes.T.contiguous()[:, rows]
-    metric, overlaps = pair_metric(scores, pair_boxes, pair_gt, alpha, beta)
-    target_row, target_score = match(rows, cells, metric, overlaps, len(labels), batch_size * num_anchors, topk, topk2, 1e-9)
+    points_px = (points * point_strides).contiguous()
     shape = (batch_size, num_anchors)
+    target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
+    target_score = boxes.new_zeros(shape).flatten()
+    sides = gt_boxes[:, 2:] - gt_boxes[:, :2]
+    for row_ids in by_images(valid, image_index, sides.prod(1) / min(strides) ** 2, batch_size):
+        widened = widen(gt_boxes[row_ids], min_box_side)
+        nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], feat_shapes, strides)
+        kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], 1e-9).nonzero().squeeze(1)
+        rows, anchors = row_ids[nth[kept]], anchors[kept]
+        images = image_index[rows]
+        cells = images * num_anchors + anchors
+        scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
+        metric, overlaps = pair_metric(scores, boxes[:, cells], gt_boxes.T.contiguous()[:, rows], alpha, beta)
+        match(target_row, target_score, rows, cells, metric, overlaps, len(labels), topk, topk2, 1e-9)
     # A logit that is not finite shows in the loss even where no formula reads it.
     score_sum = target_score.sum() + 0 * pred_dist.sum(dtype=target_score.dtype)
     return target_row.view(shape), target_score.view(shape), score_sum, (target_row >= 0).sum()

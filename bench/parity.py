@@ -1,0 +1,167 @@
+"""A real trainer, stock and patched, from the same seed: every step's losses and what the trained models are worth."""
+
+import argparse
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tests import peers
+from triton_yolo.integrations import ultralytics as integration
+
+from .results import machine
+from .voc import write_yolo
+
+CLASSES = ("RBC", "WBC", "Platelets")
+TOLERANCE = 1e-4
+
+
+class Run(NamedTuple):
+    """Of one training: the losses of every step and the last metrics, by name."""
+
+    steps: list[dict[str, float]]
+    steps_an_epoch: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.data is None:
+        raise SystemExit("parity needs a folder with bccd/: TRITON_YOLO_DATA or --data")
+    voc = (Path(arguments.data) / "bccd").resolve()
+    torch.set_num_threads(arguments.threads)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    with tempfile.TemporaryDirectory() as name, peers.contained():
+        data = write_yolo(voc, Path(name) / "data", CLASSES, arguments.images)
+        same_weights: list[dict[str, float]] = []
+        runs = {
+            "stock": train(arguments, data, functools.partial(compared, same_weights)),
+            "patched": train(arguments, data, integration.patched),
+        }
+        if arguments.perturb:
+            runs["perturbed"] = train(arguments, data, contextlib.nullcontext, arguments.perturb)
+    report(arguments, runs, same_weights)
+
+
+@contextlib.contextmanager
+def compared(differences: list[dict[str, float]]) -> Iterator[None]:
+    """Train stock, and at every step take the patched loss and its gradient of the same predictions too."""
+    from ultralytics.nn.tasks import BaseModel
+
+    stock = BaseModel.loss
+
+    def loss(self: Any, batch: Any, preds: Any = None) -> Any:
+        if not self.training:
+            return stock(self, batch, preds)
+        preds = self(batch["img"])
+        result = stock(self, batch, preds)
+        with integration.patched():
+            patched = stock(self, batch, preds)
+        (total, items), (our_total, our_items) = result, patched
+        row = {name: relative(our_items[name], items[name]) for name in items}
+        leaves = [branch[name] for branch in branches(preds) for name in ("boxes", "scores")]
+        grads, ours = (torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (total, our_total))
+        row["sum"] = relative(our_total.sum(), total.sum())
+        row["gradient"] = max(map(relative, ours, grads))
+        differences.append(row)
+        return result
+
+    BaseModel.loss = loss
+    try:
+        yield
+    finally:
+        BaseModel.loss = stock
+
+
+def branches(preds: Mapping[str, Any]) -> list[Mapping[str, torch.Tensor]]:
+    return [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference as a fraction of the largest value."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def train(
+    arguments: argparse.Namespace,
+    data: Path,
+    context: Callable[[], contextlib.AbstractContextManager[None]],
+    perturbation: float = 0.0,
+) -> Run:
+    """Train with Ultralytics' own trainer; ``perturbation`` multiplies every weight by 1 + so much noise."""
+    from ultralytics import YOLO
+
+    steps: list[dict[str, float]] = []
+    metrics: dict[str, float] = {}
+
+    def perturb(trainer: Any) -> None:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight *= 1 + perturbation * torch.randn(weight.shape, generator=generator)
+
+    def record(trainer: Any) -> None:
+        steps.append({**{k: float(v) for k, v in trainer.loss_items.items()}, "sum": trainer.loss.item()})
+
+    def keep(trainer: Any) -> None:
+        metrics.update({name.removeprefix("metrics/"): float(value) for name, value in trainer.metrics.items()})
+
+    model = YOLO(f"{arguments.model}.yaml")
+    if perturbation:
+        model.add_callback("on_pretrain_routine_end", perturb)
+    model.add_callback("on_train_batch_end", record)
+    model.add_callback("on_fit_epoch_end", keep)
+    start = time.perf_counter()
+    with context():
+        model.train(
+            data=str(data), epochs=arguments.epochs, imgsz=arguments.imgsz, batch=arguments.batch_size, seed=0,
+            deterministic=True, device="cpu", workers=0, pretrained=False, amp=False, plots=False, verbose=False,
+            project=str(data.parent), name="run", exist_ok=True,
+        )  # fmt: skip
+    return Run(steps, len(model.trainer.train_loader), metrics, time.perf_counter() - start)
+
+
+def report(arguments: argparse.Namespace, runs: dict[str, Run], same_weights: list[dict[str, float]]) -> None:
+    stock, others = runs["stock"], {name: other for name, other in runs.items() if name != "stock"}
+    print(
+        f"\n{arguments.model}, {arguments.images} images of BCCD at {arguments.imgsz} px, batches of {arguments.batch_size}, "
+        f"{arguments.epochs} epochs, float32; relative differences from the stock trainer's losses\n"
+    )
+    names = list(stock.steps[0])
+    header = ["step", *(f"{name} {loss}" for name in others for loss in names)]
+    print(f"| {' | '.join(header)} |\n|{'--:|' * len(header)}")
+    for step in range(stock.steps_an_epoch):
+        cells = [f"{difference(stock, other, step, loss):.1e}" for other in others.values() for loss in names]
+        print(f"| {step + 1} | {' | '.join(cells)} |")
+    print("\n| run | largest, first epoch | largest, all epochs | " + " | ".join(stock.metrics) + " | seconds |")
+    print(f"|---|{'--:|' * (3 + len(stock.metrics))}")
+    for name, other in runs.items():
+        first, whole = (largest(stock, other, steps) for steps in (stock.steps_an_epoch, len(stock.steps)))
+        values = " | ".join(f"{value:.5f}" for value in other.metrics.values())
+        print(f"| {name} | {first:.1e} | {whole:.1e} | {values} | {other.seconds:.0f} |")
+    columns = same_weights[0]
+    print("\n| same weights at every step | " + " | ".join(columns) + f" |\n|---|{'--:|' * len(columns)}")
+    for name, rows in (("first epoch", same_weights[: stock.steps_an_epoch]), ("all epochs", same_weights)):
+        print(f"| {name} | " + " | ".join(f"{max(row[column] for row in rows):.1e}" for column in columns) + " |")
+    print(f"\nwithin {TOLERANCE} for the first {steps_within(stock, runs['patched'])} of {stock.steps_an_epoch} steps", end="")
+    print(f", perturbed for {steps_within(stock, runs['perturbed'])}" if "perturbed" in runs else "")
+
+
+def steps_within(stock: Run, other: Run) -> int:
+    """Steps of the first epoch before the first whose losses differ by more than the tolerance."""
+    steps = range(stock.steps_an_epoch)
+    return next((i for i in steps if any(difference(stock, other, i, n) > TOLERANCE for n in stock.steps[0])), len(steps))
+
+
+def difference(stock: Run, other: Run, step: int, loss: str) -> float:
+    expected = stock.steps[step][loss]
+    return abs(other.steps[step][loss] - expected) / max(abs(expected), 1e-12)
+
+
+def largest(stock: Run, other: Run, num_steps: int) -> float:
+    return max(difference(stock, other, step, loss) for step in range(num_steps) for loss in stock.steps[0])

@@ -1,0 +1,90 @@
+"""From the saved results: bar charts, scaling curves, and the tables of the README between their markers."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .compare import HEADER, markdown
+from .measure import spread
+
+ROOT = Path(__file__).resolve().parents[1]
+README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    text = README.read_text()
+    for command in ("loss", "stages", "assign"):
+        rows = results.latest(command)
+        if rows:
+            text = fill(text, command, table(rows))
+            _draw_bars(command, rows)
+    README.write_text(text)
+    if rows := results.latest("scaling"):
+        _draw_scaling(rows)
+
+
+def fill(text: str, command: str, table: str) -> str:
+    """Put a table between the markers of a command, where a text has them."""
+    start, end = f"<!-- bench {command} -->", f"<!-- end of bench {command} -->"
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """What was measured where, and the rows, for every machine and size."""
+    lines: list[str] = []
+    heading = None
+    for row in rows:
+        if (found := _heading(row)) != heading:
+            heading = found
+            lines += ["", heading, "", HEADER] if lines else [heading, "", HEADER]
+        lines.append(markdown(row))
+    return "\n".join(lines)
+
+
+def _heading(row: dict[str, Any]) -> str:
+    machine = row["machine"]
+    device = machine.get("gpu") if row["device"].startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{device}, torch {machine['torch']}, {row['date']}, commit {row['commit']}: {row['dtype']}, B={row['batch_size']}, "
+        f"{row['imgsz']} px, C={row['num_classes']}, {row['num_boxes']} boxes ({row['boxes']})."
+    )
+
+
+def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row["forward"]]
+    labels = [f"{row['what']}\n{row['name']}" for row in timed]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
+    forward = [1e3 * spread(row["forward"])[0] for row in timed]
+    backward = [1e3 * spread(row["backward"])[0] for row in timed]
+    axes.barh(labels, forward, label="forward")
+    if any(b > 0.05 for b in backward):
+        axes.barh(labels, backward, left=forward, label="backward")
+        axes.legend()
+    axes.set(xscale="log", xlabel="milliseconds (logarithmic)", title=_heading(timed[0]).split(":")[0])
+    axes.title.set_fontsize(8)
+    axes.invert_yaxis()
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / f"{command}.svg")
+    plt.close(figure)
+
+
+def _draw_scaling(rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure, grid = plt.subplots(1, len(sizes), figsize=(3.2 * len(sizes), 3), layout="constrained", squeeze=False)
+    for axes, size in zip(grid[0], sizes, strict=True):
+        for system in dict.fromkeys(row["what"] for row in rows):
+            points = [(r["value"], 1e3 * spread(r["seconds"])[0]) for r in rows if (r["what"], r["size"]) == (system, size)]
+            axes.plot(*zip(*points, strict=True), marker="o", label=system)
+        axes.set(xlabel=size.replace("_", " "), ylabel="milliseconds, forward and backward", yscale="log")
+        axes.set_xscale("symlog" if size.startswith("boxes") else "log")
+        axes.legend()
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / "scaling.svg")
+    plt.close(figure)

@@ -1,0 +1,65 @@
+"""Bytes that the kernels of whole criteria ask for, against the fewest that the job allows. Deterministic: a bar for CI."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import triton_yolo as ty
+
+from .cases import REG_MAX, STRIDES, Case, make_case, yolo11_preds, yolox_preds
+
+BARS = Path(__file__).with_name("traffic_bars.json")
+
+
+class Figures(NamedTuple):
+    """Launches forward and backward; requested bytes over the least possible."""
+
+    forward: int
+    backward: int
+    ratio: float
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("bench traffic meters interpreted kernels: set TRITON_INTERPRET=1")
+    bars, failed = json.loads(BARS.read_text()), []
+    for name, figures, table in measure():
+        bar = Figures(**bars[name])
+        print(f"{name}: {figures.forward} + {figures.backward} launches, {figures.ratio:.3f} of the limit\n{table}\n")
+        if any(have > most for have, most in zip(figures, bar, strict=True)):
+            failed.append(f"{name}: {figures}, bar {bar}")
+    if failed:
+        raise SystemExit("past the bar:\n" + "\n".join(failed))
+
+
+def measure() -> Iterator[tuple[str, Figures, str]]:
+    case = make_case("lognormal", batch_size=2, imgsz=256, num_classes=80)
+    case = case._replace(rows=case.rows[::4])  # seven boxes an image
+    for system in ("yolo11", "yolox"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for layout in ("channels first", "channels last"):
+                name = f"{system} {str(dtype).removeprefix('torch.')} {layout}"
+                yield name, *measure_step(system, case, dtype, layout)
+
+
+def measure_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> tuple[Figures, str]:
+    from .meter import Meter
+
+    preds = yolo11_preds(case) if system == "yolo11" else (yolox_preds(case).transpose(1, 2),)
+    preds = tuple(x.to(dtype).contiguous() for x in preds)
+    if layout == "channels last":
+        preds = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in preds)
+    inputs = [x.transpose(1, 2).requires_grad_() for x in preds]
+    criterion: Any = (ty.YOLO11Loss if system == "yolo11" else ty.YOLOXLoss)(case.num_classes, strides=STRIDES)
+    with Meter() as meter, ty.backend("triton"):
+        loss = criterion(*inputs, case.feat_shapes, case.rows).loss
+        forward = len(meter.launches)
+        loss.backward()
+    channels = 3 * case.num_classes + 8 * REG_MAX if system == "yolo11" else 3 * (5 + case.num_classes)
+    least = case.batch_size * inputs[0].shape[1] * channels * dtype.itemsize
+    return Figures(forward, len(meter.launches) - forward, meter.requested / least), meter.table()

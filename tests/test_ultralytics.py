@@ -1,0 +1,494 @@
+"""Ultralytics' models and trainers with `patch()`: the same losses, gradients and steps, and no trace in what they save."""
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests import compare, peers
+from triton_yolo.integrations import ultralytics as integration
+
+pytestmark = pytest.mark.peers
+ROOT = Path(__file__).parent.parent
+BRANCHED = ("yolov10n", "yolo26n")
+DETECTORS = ("yolov8n", "yolov9t", "yolo11n", "yolo12n", *BRANCHED)
+STEP_TOLERANCE = 1e-4  # relative; an untrained network's small class loss is itself 1.5e-5 off in their float32
+assert_close = functools.partial(compare.assert_close, tolerance=STEP_TOLERANCE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def contained():
+    if not peers.is_installed("ultralytics"):
+        pytest.skip("ultralytics is not installed; `make peers` installs it")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with peers.contained():
+        import ultralytics  # noqa: F401  sets up its log
+
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    integration.unpatch()
+
+
+@functools.cache
+def built(name: str, num_classes: int = 3) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return peers.ultralytics_model(f"{name}.yaml", num_classes)
+
+
+def make_model(name: str, num_classes: int = 3) -> torch.nn.Module:
+    return copy.deepcopy(built(name, num_classes))
+
+
+def make_batch(empty: str = "") -> dict[str, torch.Tensor]:
+    """Three images, 96 by 128 px, with two boxes, one and three, some of them tiny; "one" image or "all" without."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.tensor([0.0, 0, 1, 2, 2, 2])
+    size = 0.1 + 0.4 * torch.rand(6, 2, generator=generator)
+    size[3], size[4] = 0.04, 0.1
+    boxes = torch.cat([size / 2 + (1 - size) * torch.rand(6, 2, generator=generator), size], 1)
+    kept = image != 1 if empty == "one" else image < (0 if empty == "all" else 3)
+    labels = torch.arange(6.0).remainder(3)[:, None]
+    images = torch.rand(3, 3, 96, 128, generator=generator)
+    return {"batch_idx": image[kept], "cls": labels[kept], "bboxes": boxes[kept], "img": images}
+
+
+def step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss, items and the gradient of all parameters."""
+    model.zero_grad()
+    loss, items = model.loss(batch)
+    loss.sum().backward()
+    return loss.detach(), items, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def compare_steps(model: torch.nn.Module, batch: dict[str, torch.Tensor], *, is_ours: bool = True) -> None:
+    """One step stock and one patched, with the same criterion object."""
+    stock = step(model, batch)
+    with integration.patched():
+        ours = step(model, batch)
+    assert ours[0].shape == ((1,) if is_ours else stock[0].shape)
+    assert_close(ours[0].sum(), stock[0].sum(), "loss")
+    assert list(ours[1]) == list(stock[1])
+    for name, item in stock[1].items():
+        assert ours[1][name].shape == ()
+        assert not ours[1][name].requires_grad
+        assert_close(ours[1][name], item, name)
+    assert (ours[2] - stock[2]).abs().max() <= 1e-4 * stock[2].abs().max()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_step(name):
+    compare_steps(make_model(name), make_batch())
+
+
+@pytest.mark.parametrize("empty", ["one", "all"])
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_empty_images(name, empty):
+    compare_steps(make_model(name), make_batch(empty))
+
+
+@pytest.mark.parametrize("gains", [{"box": 2.0}, {"cls": 3.0}, {"dfl": 0.25}])
+def test_gains_may_change_at_any_time(gains):
+    model = make_model("yolo11n")
+    compare_steps(model, make_batch())
+    vars(model.args).update(gains)
+    compare_steps(model, make_batch())
+
+
+def test_class_weights():
+    model = make_model("yolo11n")
+    before = step(model, make_batch())[1]["cls_loss"]
+    model.criterion.class_weights = torch.tensor([[[0.25, 1.0, 4.0]]])
+    compare_steps(model, make_batch())
+    assert step(model, make_batch())[1]["cls_loss"] != before
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_branches_keep_their_decaying_weights(name):
+    model, weights = make_model(name), []
+    vars(model.args).update(epochs=4)
+    for _ in range(3):
+        compare_steps(model, make_batch())
+        weights.append(model.criterion.o2m)
+        model.criterion.update()
+    assert weights[0] > weights[1] > weights[2]
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_autocast(name):
+    """The criterion sees bfloat16; Ultralytics' on the same numbers in float32 is the standard."""
+    model, batch = make_model(name), make_batch()
+
+    def in_float32(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: in_float32(v) for k, v in value.items()}
+        return [x.float() for x in value] if isinstance(value, list) else value.float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        preds = model(batch["img"])
+        with integration.patched():
+            loss, items = model.loss(batch, preds)
+    expected, expected_items = model.loss(batch, in_float32(preds))
+    assert loss.dtype == torch.float32
+    assert_close(loss.sum(), expected.sum(), "loss")
+    for key, item in expected_items.items():
+        assert_close(items[key], item, key)
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_validator_has_its_own_criterion_in_inference_mode(name):
+    model, batch = make_model(name).eval(), make_batch()
+    results = []
+    for context in (contextlib.nullcontext, integration.patched):
+        average = copy.deepcopy(model)
+        with context(), torch.inference_mode():
+            results.append(average.loss(batch, average(batch["img"])))
+    (expected, expected_items), (loss, items) = results
+    assert_close(loss.sum(), expected.sum(), "loss")
+    assert list(items) == list(expected_items)
+    assert loss.shape == (1,)
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_models_hold_nothing_of_ours(name):
+    model = make_model(name)
+    keys = list(model.state_dict())
+    children = [module_name for module_name, _ in model.named_modules()]
+    with integration.patched():
+        step(model, make_batch())
+        assert list(model.state_dict()) == keys
+        assert [module_name for module_name, _ in model.named_modules()] == children
+        assert b"triton_yolo" not in pickle.dumps(model)
+        twin = copy.deepcopy(model)
+        assert_close(step(twin, make_batch())[0], step(model, make_batch())[0])
+
+
+def task_model(task: str) -> torch.nn.Module:
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn import tasks
+
+    torch.manual_seed(0)
+    kind = {"seg": tasks.SegmentationModel, "pose": tasks.PoseModel, "obb": tasks.OBBModel}[task.split("-")[1]]
+    model = kind(f"{task}.yaml", ch=3, nc=1, verbose=False)
+    model.args = get_cfg()
+    return model.train()
+
+
+def task_batch(task: str) -> dict[str, torch.Tensor]:
+    batch = make_batch()
+    batch["cls"] = batch["cls"] * 0
+    centre, size = batch["bboxes"].split(2, 1)
+    if "obb" in task:
+        batch["bboxes"] = torch.cat([batch["bboxes"], torch.full((6, 1), 0.3)], 1)
+    batch["keypoints"] = torch.cat([(centre + size * 0.2)[:, None].expand(-1, 17, -1), torch.ones(6, 17, 1)], 2)
+    batch["masks"] = torch.zeros(3, 24, 32)
+    batch["sem_masks"] = torch.zeros(3, 24, 32, dtype=torch.long)
+    slot = [0, 1, 0, 0, 1, 2]
+    for image, index, (x, y), (w, h) in zip(batch["batch_idx"].long(), slot, centre, size, strict=True):
+        rows = slice(int((y - h / 2) * 24), int((y + h / 2) * 24))
+        batch["masks"][image, rows, int((x - w / 2) * 32) : int((x + w / 2) * 32)] = index + 1
+    return batch
+
+
+@pytest.mark.parametrize("task", ["yolo11n-seg", "yolov8n-seg", "yolo11n-pose", "yolov8n-pose"])
+def test_plain_assigner_of_other_criteria(task, monkeypatch):
+    calls = []
+    ours = integration.TaskAlignedAssigner
+    monkeypatch.setattr(integration, "TaskAlignedAssigner", lambda *args: calls.append(args) or ours(*args))
+    compare_steps(task_model(task), task_batch(task), is_ours=False)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
+def test_other_assigners_stay_and_say_so_once(task, monkeypatch):
+    monkeypatch.setattr(integration, "TaskAlignedAssigner", None)
+    integration._say_once.cache_clear()
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("ultralytics")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        model = task_model(task)
+        torch.manual_seed(0)  # YOLO26's pose has a random flow
+        compare_steps(model, task_batch(task), is_ours=False)
+        compare_steps(model, task_batch(task), is_ours=False)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert len([line for line in lines if "keeps Ultralytics' own" in line]) == 1
+
+
+def test_visual_prompts_keep_single_terms():
+    from ultralytics.utils.loss import TVPDetectLoss
+
+    with integration.patched():
+        criterion = TVPDetectLoss(make_model("yolo11n")).vp_criterion
+        preds, batch = make_model("yolo11n")(make_batch()["img"]), make_batch()
+        assert criterion(preds, batch)[0].shape == (3,)
+
+
+def methods() -> list[Callable]:
+    from ultralytics.utils import dist, loss, tal
+
+    return [loss.v8DetectionLoss.loss, tal.TaskAlignedAssigner.forward, dist.generate_ddp_file, loss.TVPDetectLoss.__init__]
+
+
+def test_patch_and_unpatch():
+    stock = methods()
+    integration.unpatch()
+    integration.patch()
+    ours = methods()
+    assert all(a is not b for a, b in zip(stock, ours, strict=True))
+    integration.patch()
+    with integration.patched():
+        pass
+    assert methods() == ours
+    integration.unpatch()
+    assert methods() == stock
+    with pytest.raises(ZeroDivisionError), integration.patched():
+        raise ZeroDivisionError
+    assert methods() == stock
+
+
+def test_unpatch_does_not_undo_what_others_did(monkeypatch):
+    from ultralytics.utils.loss import v8DetectionLoss
+
+    with monkeypatch.context() as context:
+        integration.patch()
+        context.setattr(v8DetectionLoss, "loss", lambda *_: None)
+        with pytest.raises(RuntimeError, match=r"v8DetectionLoss\.loss was replaced"):
+            integration.unpatch()
+
+
+def test_untested_version_warns_and_is_compared(monkeypatch):
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
+    with pytest.warns(UserWarning, match=r"8\.5\.2 is untested, tested is 8\.4\.190"):
+        integration.patch()
+    assert len(integration._PATCH._saved) == 4
+
+
+def test_another_loss_is_an_error(monkeypatch):
+    from ultralytics.utils.loss import BboxLoss
+
+    stock = BboxLoss.forward
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
+    monkeypatch.setattr(BboxLoss, "forward", lambda *args: tuple(1.01 * x for x in stock(*args)))
+    before = methods()
+    warns = pytest.warns(UserWarning, match="untested")
+    with warns, pytest.raises(RuntimeError, match=r"8\.5\.2 is not .* its loss is another"):
+        integration.patch()
+    assert methods() == before
+
+
+@pytest.mark.parametrize(("owner", "name"), [("v8DetectionLoss", "loss"), ("TaskAlignedAssigner", "forward")])
+def test_changed_methods_are_an_error(owner, name, monkeypatch):
+    from ultralytics.utils import loss, tal
+
+    cls = getattr(loss if owner == "v8DetectionLoss" else tal, owner)
+    monkeypatch.setattr(cls, name, lambda self, other: None)
+    with pytest.raises(RuntimeError, match=rf"{owner}\.{name} takes \('self', 'other'\), expected"):
+        integration.patch()
+    monkeypatch.delattr(cls, name)
+    with pytest.raises(RuntimeError, match=rf"{owner}\.{name} takes None"):
+        integration.patch()
+
+
+@pytest.mark.parametrize("attribute", ["nc", "reg_max", "assigner", "hyp", "class_weights", "loss_names"])
+def test_changed_criterion_is_an_error(attribute):
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    delattr(model.criterion, attribute)
+    integration.patch()
+    with pytest.raises(RuntimeError, match=f"settings or inputs have changed: .*{attribute}"):
+        model.loss(make_batch())
+
+
+@pytest.mark.parametrize("key", ["boxes", "scores", "feats"])
+def test_changed_predictions_are_an_error(key):
+    model = make_model("yolo11n")
+    preds = model(make_batch()["img"])
+    preds[f"new_{key}"] = preds.pop(key)
+    integration.patch()
+    with pytest.raises(RuntimeError, match=f"settings or inputs have changed: '{key}'"):
+        model.loss(make_batch(), preds)
+
+
+class Probe:
+    """Stands in for a trainer in the process of a rank."""
+
+    def __init__(self, cfg: Any = None, overrides: Any = None, _callbacks: Any = None) -> None:
+        """Ignore what a trainer takes."""
+
+    def train(self) -> None:
+        print("patched" if integration._PATCH.is_applied else "stock")
+
+
+@pytest.mark.parametrize("context", [integration.patched, contextlib.nullcontext])
+def test_processes_of_ddp_are_patched_too(context, tmp_path):
+    from ultralytics.cfg import get_cfg
+    from ultralytics.utils import dist
+
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests import peers\nkept = peers.contained()\nkept.__enter__()\n"
+    )
+    probe = Probe()
+    probe.args, probe.model, probe.callbacks, probe.resume = get_cfg(), "yolo11n.yaml", {}, False
+    probe.hub_session = None
+    with context():
+        script = dist.generate_ddp_file(probe)
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    finally:
+        dist.ddp_cleanup(probe, script)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == ("patched" if context is integration.patched else "stock")
+
+
+def test_trainer_can_be_sent_to_another_process():
+    assert pickle.loads(pickle.dumps(integration.DetectionTrainer)) is integration.DetectionTrainer
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = integration.Trainer
+
+
+class Training(NamedTuple):
+    """What a short training left: losses of every step, weight of the one-to-many branch at each, folder and trainer."""
+
+    steps: list[dict[str, float]]
+    branch_weights: list[float | None]
+    folder: Path
+    trainer: Any
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Eight noisy pictures with a bright box in each; one has none."""
+    import cv2
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    for index in range(8):
+        pixels = rng.integers(0, 90, (64, 64, 3), np.uint8)
+        left, top, width, height = rng.integers(4, 28, 4)
+        pixels[top : top + height, left : left + width] += 120
+        cv2.imwrite(str(folder / f"images/{index}.png"), pixels)
+        row = f"{index % 3} {(left + width / 2) / 64} {(top + height / 2) / 64} {width / 64} {height / 64}\n"
+        (folder / f"labels/{index}.txt").write_text(row if index else "")
+    config = folder / "data.yaml"
+    config.write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [a, b, c]\n")
+    return config
+
+
+class SwitchedOffError(Exception):
+    """Somebody switches the machine off."""
+
+
+def train(config: Path, folder: Path, weights: str, *, interrupted: bool = False, trainer: type | None = None, **options):
+    from ultralytics import YOLO
+
+    steps, branch_weights = [], []
+
+    def record(trainer: Any) -> None:
+        steps.append({**{name: float(value) for name, value in trainer.loss_items.items()}, "sum": trainer.loss.item()})
+        branch_weights.append(getattr(trainer.model.criterion, "o2m", None))
+
+    def interrupt(trainer: Any) -> None:
+        shutil.copy(trainer.last, folder / "whole.pt")
+        if interrupted:
+            raise SwitchedOffError
+
+    model = YOLO(weights)
+    model.add_callback("on_train_batch_end", record)
+    model.add_callback("on_model_save", interrupt)
+    with contextlib.suppress(SwitchedOffError):
+        model.train(
+            trainer=trainer, data=str(config), epochs=3, imgsz=64, batch=4, workers=0, device="cpu", pretrained=False,
+            plots=False, amp=False, project=str(folder), name="run", exist_ok=True, seed=0, verbose=False,
+            **options,
+        )  # fmt: skip
+    return Training(steps, branch_weights, folder, model.trainer)
+
+
+def compare_trainings(ours: Training, stock: Training) -> None:
+    assert len(ours.steps) == len(stock.steps) > 0
+    assert ours.branch_weights == stock.branch_weights
+    for a, b in zip(ours.steps, stock.steps, strict=True):
+        assert list(a) == list(b)
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=STEP_TOLERANCE, abs=1e-6), name
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """A growing list of the calls of our criterion."""
+    calls, ours = [], integration.YOLO11Loss
+    monkeypatch.setattr(integration, "YOLO11Loss", lambda *args, **kwargs: calls.append(kwargs) or ours(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Ultralytics imports
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_training(name, pictures, tmp_path, calls):
+    options, unpatched_methods = {"cls_pw": 0.5} if name == "yolo11n" else {}, methods()
+    stock = train(pictures, tmp_path / "stock", f"{name}.yaml", **options)
+    assert not calls
+    ours = train(pictures, tmp_path / "ours", f"{name}.yaml", trainer=integration.DetectionTrainer, **options)
+    assert methods() == unpatched_methods
+    branches = 2 if name == "yolo26n" else 1
+    # Every epoch has two steps and one batch of validation.
+    assert len(calls) == branches * 3 * 3
+    assert all((call["class_weights"] is not None) == bool(options) for call in calls)
+    compare_trainings(ours, stock)
+    for file in (ours.folder / "whole.pt", ours.trainer.last):
+        assert_loads_without_us(file)
+
+
+def assert_loads_without_us(file: Path) -> None:
+    code = f"""
+import sys
+sys.modules["triton_yolo"] = None
+from tests import peers
+with peers.contained():
+    import torch
+    content = torch.load({str(file)!r}, weights_only=False)
+    model = (content["ema"] or content["model"]).float().eval()
+    assert model(torch.zeros(1, 3, 64, 64))[0].isfinite().all()
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_resumed_training(pictures, tmp_path, calls):
+    results = []
+    for context in (contextlib.nullcontext, integration.patched):
+        folder = tmp_path / context.__name__
+        with context():
+            begun = train(pictures, folder, "yolo26n.yaml", interrupted=True)
+            results.append(train(pictures, folder, str(begun.trainer.last), resume=True))
+    stock, ours = results
+    assert len(ours.steps) == 2 * 2
+    compare_trainings(ours, stock)
+    assert len(calls) == 2 * 3 * 3

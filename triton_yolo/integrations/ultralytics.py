@@ -1,0 +1,262 @@
+"""Ultralytics' trainers with this package's loss and assignment: ``patch()`` before ``YOLO(...).train(...)``.
+
+What changes is how two methods compute: the detection criterion's loss and the plain task-aligned assigner. Criteria, models
+and checkpoints stay Ultralytics' own objects, so copies, averaged models, resumed runs and machines without this package see
+nothing of it.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..assigners import TaskAlignedAssigner
+from ..losses import YOLO11Loss
+from ._patching import Patch, Replacement
+
+if TYPE_CHECKING:
+    DetectionTrainer: Any
+
+TESTED = ("8.4.190", "8.4.190")
+_EPS = 1e-9  # of the assigner; the criterion has it built in
+_KEEPS_STOCK = "_triton_yolo_keeps_stock"  # attribute of a criterion: the name of what owns it
+
+
+def patch() -> None:
+    """Compute the losses of Ultralytics' detectors with this package from now on, in this process and in those of its DDP.
+
+    Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, and
+    the plain assigner inside the segmentation and pose criteria. What has an assigner of its own (oriented boxes, YOLO26's
+    segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts. The criterion returns a loss of shape
+    (1,), the sum of the (3,) terms of the stock one, and the same named items.
+
+    Raises:
+        ImportError: Ultralytics is not installed.
+        RuntimeError: Ultralytics' internals are not those that were tested, or, in an untested version, its loss is another.
+
+    Warns:
+        UserWarning: the version of Ultralytics is outside the tested range.
+    """
+    _PATCH.apply()
+
+
+def unpatch() -> None:
+    """Undo ``patch``.
+
+    Raises:
+        RuntimeError: somebody else has replaced the same methods in the meantime.
+    """
+    _PATCH.restore()
+
+
+def patched() -> AbstractContextManager[None]:
+    """``patch`` for the length of a ``with`` block."""
+    return _PATCH.applied()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "DetectionTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = trainer = _make_trainer()
+    return trainer
+
+
+def _make_trainer() -> type:
+    base = importlib.import_module("ultralytics.models.yolo.detect").DetectionTrainer
+
+    def train(self: Any) -> Any:
+        with patched():
+            return base.train(self)
+
+    doc = "Ultralytics' ``DetectionTrainer``, patched while it trains: ``YOLO(...).train(trainer=DetectionTrainer)``."
+    return type("DetectionTrainer", (base,), {"__module__": __name__, "__doc__": doc, "train": train})
+
+
+def _find() -> list[Replacement]:
+    version, losses, assigners, launcher = _modules()
+    expected = (
+        (losses, "v8DetectionLoss", "loss", ("self", "preds", "batch")),
+        (assigners, "TaskAlignedAssigner", "forward", ("self", *_ASSIGNER_INPUTS)),
+    )
+    for module, owner, name, parameters in expected:
+        method = vars(getattr(module, owner, object)).get(name)
+        found = tuple(inspect.signature(method).parameters)[: len(parameters)] if callable(method) else None
+        _require(found == parameters, f"{owner}.{name} takes {found}, expected {parameters}")
+    for module, name in ((launcher, "generate_ddp_file"), (losses, "TVPDetectLoss")):
+        _require(hasattr(module, name), f"{module.__name__}.{name} is gone")
+    criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
+    replacements: list[Replacement] = [
+        (criterion, "loss", _criterion_loss(criterion)),
+        (assigner, "forward", _assigner_forward(assigner)),
+        (launcher, "generate_ddp_file", _ddp_file(launcher.generate_ddp_file)),
+        (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
+    ]
+    if not _as_numbers(TESTED[0]) <= _as_numbers(version) <= _as_numbers(TESTED[1]):
+        tested = TESTED[0] if TESTED[0] == TESTED[1] else "{} to {}".format(*TESTED)
+        warnings.warn(f"ultralytics {version} is untested, tested is {tested}; comparing the losses", stacklevel=4)
+        _compare_losses(replacements[0][2])
+    return replacements
+
+
+_ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bboxes", "mask_gt")
+_PATCH = Patch(_find)
+
+
+def _modules() -> tuple[str, Any, Any, Any]:
+    names = ("ultralytics", "ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.utils.dist")
+    package, losses, assigners, launcher = map(importlib.import_module, names)
+    return package.__version__, losses, assigners, launcher
+
+
+def _criterion_loss(owner: Any) -> Any:
+    stock = owner.loss
+
+    @functools.wraps(stock)
+    def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if type(self) is not owner or vars(self).get(_KEEPS_STOCK):
+            _say_once(vars(self).get(_KEEPS_STOCK) or type(self).__name__)
+            return stock(self, preds, batch)
+        try:
+            criterion, names = _criterion(self), self.loss_names
+            dist, scores = preds["boxes"], preds["scores"]
+            shapes = [feature.shape[2:] for feature in preds["feats"]]
+            columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
+        except (AttributeError, KeyError) as error:
+            raise RuntimeError(_message(f"the criterion's settings or inputs have changed: {error}")) from error
+        rows = torch.cat([column.to(dist.device, torch.float32) for column in columns], 1)
+        out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
+        return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
+
+    return loss
+
+
+def _criterion(stock: Any) -> YOLO11Loss:
+    """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
+    assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
+    _require(assigner.eps == _EPS, f"the assigner's eps is {assigner.eps}, expected {_EPS}")
+    return YOLO11Loss(
+        stock.nc,
+        strides=assigner.stride,
+        reg_max=stock.reg_max,
+        topk=assigner.topk,
+        topk2=_topk2(assigner),
+        alpha=assigner.alpha,
+        beta=assigner.beta,
+        box_gain=gains.box,
+        cls_gain=gains.cls,
+        dfl_gain=gains.dfl,
+        min_box_side=assigner.stride_val,
+        class_weights=None if weights is None else weights.reshape(-1),
+    )
+
+
+def _assigner_forward(owner: Any) -> Any:
+    stock = owner.forward
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        if type(self) is not owner:
+            _say_once(type(self).__name__)
+            return stock(self, *args, **kwargs)
+        try:
+            settings = self.topk, self.num_classes, self.alpha, self.beta, self.eps, _topk2(self), self.stride_val
+        except AttributeError as error:
+            raise RuntimeError(_message(f"the assigner's settings have changed: {error}")) from error
+        return tuple(TaskAlignedAssigner(*settings)(*args, **kwargs))
+
+    return forward
+
+
+def _prompt_criterion_init(owner: Any) -> Any:
+    """Mark the criterion inside YOLOE's for visual prompts, which takes single terms out of the loss with their gradient."""
+    stock = owner.__init__
+
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        _require(hasattr(self, "vp_criterion"), f"{owner.__name__} has no vp_criterion")
+        setattr(self.vp_criterion, _KEEPS_STOCK, type(self).__name__)
+
+    return init
+
+
+def _topk2(assigner: Any) -> int | None:
+    """The second top-k; Ultralytics repeats the first one where there is none."""
+    return assigner.topk2 if assigner.topk2 < assigner.topk else None
+
+
+def _ddp_file(stock: Any) -> Any:
+    """Write the script that every rank runs so that it patches first: its process starts without the patch."""
+
+    @functools.wraps(stock)
+    def generate_ddp_file(trainer: Any) -> str:
+        path = stock(trainer)
+        with open(path, encoding="utf-8") as file:
+            script = file.read()
+        head = f"import sys\nsys.path[:] = {sys.path!r}\nimport {__name__}\n{__name__}.patch()\n"
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(head + script)
+        return path
+
+    return generate_ddp_file
+
+
+@functools.cache
+def _say_once(name: str) -> None:
+    logging.getLogger("ultralytics").info(f"triton_yolo: {name} keeps Ultralytics' own computation")
+
+
+def _compare_losses(ours: Any) -> None:
+    """Compare with the stock loss, and its gradient, on random numbers: an untested version may define another loss."""
+    losses = _modules()[1]
+    generator = torch.Generator().manual_seed(0)
+    for reg_max in (16, 1):
+        stock = _stock_criterion(losses, reg_max)
+        shapes = [(16, 16), (8, 8), (4, 4)]
+        preds = {
+            "boxes": torch.rand(2, 4 * reg_max, 336, generator=generator) * 3,
+            "scores": torch.randn(2, 3, 336, generator=generator),
+        }
+        leaves = [x.requires_grad_() for x in preds.values()]
+        inputs = {**preds, "feats": [torch.zeros(2, 1, *shape) for shape in shapes]}
+        low = torch.rand(6, 2, generator=generator) * 0.4
+        size = torch.rand(6, 2, generator=generator) * 0.4 + 0.1
+        boxes = torch.cat([low + size / 2, size], 1)
+        batch = {"batch_idx": torch.arange(6.0) // 3, "cls": torch.arange(6.0)[:, None] % 3, "bboxes": boxes}
+        results = []
+        for method in (losses.v8DetectionLoss.loss, ours):
+            total, items = method(stock, inputs, batch)
+            results.append([*torch.autograd.grad(total.sum(), leaves), total.sum().detach(), *items.values()])
+        for expected, actual in zip(*results, strict=True):
+            _require(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
+
+
+def _stock_criterion(losses: Any, reg_max: int) -> Any:
+    head = SimpleNamespace(stride=torch.tensor([8.0, 16.0, 32.0]), nc=3, no=3 + 4 * reg_max, reg_max=reg_max)
+    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
+    model = torch.nn.Linear(1, 1)
+    model.args, model.model = gains, [head]  # type: ignore[assignment]
+    return losses.v8DetectionLoss(model)
+
+
+def _as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(_message(what))
+
+
+def _message(what: str) -> str:
+    version = sys.modules["ultralytics"].__version__
+    return f"ultralytics {version} is not what this adapter was written for ({TESTED[0]} to {TESTED[1]}): {what}"

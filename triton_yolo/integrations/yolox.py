@@ -1,0 +1,52 @@
+"""YOLOX's trainers with this package's loss: ``patch()`` before training.
+
+For Megvii's ``yolox`` and its fork ``pixeltable-yolox``, which both import as ``yolox``. What changes is how the head computes
+its losses; heads, models and checkpoints stay YOLOX's own objects.
+"""
+
+import importlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+from . import _yolox_head
+from ._patching import Patch, Replacement
+
+TESTED = "pixeltable-yolox 0.4.3, yolox 0.3.0"
+
+
+def patch() -> None:
+    """Compute the losses of YOLOX's heads with this package from now on, in this process.
+
+    ``get_losses`` returns six values as before, all 0-d tensors, only the first with a gradient: the loss and its parts IoU
+    (with its gain), objectness, class and L1, and positive anchors per box. It reads ``use_l1`` at every call; labels are
+    padded (B, G, 5) rows of class, cx, cy, w, h in pixels, of any float type. A head whose class changes the assignment keeps
+    the stock loss, with a warning.
+
+    Raises:
+        ImportError: ``yolox`` is not installed.
+        RuntimeError: its internals are not those that were tested.
+    """
+    _PATCH.apply()
+
+
+def unpatch() -> None:
+    """Undo ``patch``.
+
+    Raises:
+        RuntimeError: somebody else has replaced the same methods in the meantime.
+    """
+    _PATCH.restore()
+
+
+def patched() -> AbstractContextManager[None]:
+    """``patch`` for the length of a ``with`` block."""
+    return _PATCH.applied()
+
+
+def _find() -> list[Replacement]:
+    module: Any = importlib.import_module("yolox.models.yolo_head")
+    head = getattr(module, "YOLOXHead", None) or getattr(module, "YoloxHead", None)
+    return _yolox_head.replacements(head, TESTED, tuple)
+
+
+_PATCH = Patch(_find)
