@@ -39,7 +39,7 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     rows = json.loads(run.stdout.splitlines()[-1])
-    assert len({row["kernel"] for row in rows}) >= 17
+    assert len({row["kernel"] for row in rows}) >= 16
     if target in BARRED:
         assert [row for row in rows if row["spill"]] == []
         dense = [row for row in rows if row["kernel"] in FULL_WIDTH and row["operator"] in CHOSEN]

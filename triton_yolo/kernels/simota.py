@@ -363,7 +363,7 @@ def _assign(
         }  # fmt: skip
         pairs = (target_row, best, words, boxes, table, cls_logits, cls_logits.stride(), *tail)
         _member_kernel[row_grid](words, counts, *tail, **options)
-        _claim_kernel[row_grid](*pairs, **options)
+        _claim_kernel[row_grid](*pairs, **{**options, "num_warps": 2 * row_warps})  # two anchors a thread, beside two lists
         for is_tie_break in (False, True) if dtype == torch.float64 else (False,):
             _contest_kernel[row_grid](*pairs, IS_TIE_BREAK=is_tie_break, **options)
     _settle_kernel[anchor_grid](
