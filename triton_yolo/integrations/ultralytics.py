@@ -235,6 +235,7 @@ def _compare_losses(ours: Any) -> None:
         results = []
         for method in (losses.v8DetectionLoss.loss, ours):
             total, items = method(stock, inputs, batch)
+            _require(isinstance(items, Mapping), f"its loss items are a {type(items).__name__}, expected a mapping")
             results.append([*torch.autograd.grad(total.sum(), leaves), total.sum().detach(), *items.values()])
         for expected, actual in zip(*results, strict=True):
             _require(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
