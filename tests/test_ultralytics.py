@@ -288,6 +288,12 @@ def test_untested_version_warns_and_is_compared(monkeypatch):
     assert len(integration._PATCH._saved) == 4
 
 
+def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
+    with pytest.warns(UserWarning, match="untested"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        integration.patch()
+
+
 def test_another_loss_is_an_error(monkeypatch):
     from ultralytics.utils.loss import BboxLoss
 
