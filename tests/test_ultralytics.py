@@ -22,6 +22,7 @@ from triton_yolo.integrations import ultralytics as integration
 
 pytestmark = pytest.mark.peers
 ROOT = Path(__file__).parent.parent
+EPOCHS = 2
 BRANCHED = ("yolov10n", "yolo26n")
 DETECTORS = ("yolov8n", "yolov9t", "yolo11n", "yolo12n", *BRANCHED)
 STEP_TOLERANCE = 1e-4  # relative; an untrained network's small class loss is itself 1.5e-5 off in their float32
@@ -287,6 +288,12 @@ def test_untested_version_warns_and_is_compared(monkeypatch):
     assert len(integration._PATCH._saved) == 4
 
 
+def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
+    with pytest.warns(UserWarning, match="untested"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        integration.patch()
+
+
 def test_another_loss_is_an_error(monkeypatch):
     from ultralytics.utils.loss import BboxLoss
 
@@ -298,6 +305,21 @@ def test_another_loss_is_an_error(monkeypatch):
     with warns, pytest.raises(RuntimeError, match=r"8\.5\.2 is not .* its loss is another"):
         integration.patch()
     assert methods() == before
+
+
+def test_items_of_another_form_are_an_error(monkeypatch):
+    from ultralytics.utils.loss import v8DetectionLoss
+
+    stock = v8DetectionLoss.loss
+
+    def loss(self, preds, batch):
+        total, items = stock(self, preds, batch)
+        return total, torch.stack([*items.values()])
+
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.4.60")
+    monkeypatch.setattr(v8DetectionLoss, "loss", loss)
+    with pytest.warns(UserWarning, match="untested"), pytest.raises(RuntimeError, match="loss items are a Tensor"):
+        integration.patch()
 
 
 @pytest.mark.parametrize(("owner", "name"), [("v8DetectionLoss", "loss"), ("TaskAlignedAssigner", "forward")])
@@ -424,7 +446,7 @@ def train(config: Path, folder: Path, weights: str, *, interrupted: bool = False
     model.add_callback("on_model_save", interrupt)
     with contextlib.suppress(SwitchedOffError):
         model.train(
-            trainer=trainer, data=str(config), epochs=3, imgsz=64, batch=4, workers=0, device="cpu", pretrained=False,
+            trainer=trainer, data=str(config), epochs=EPOCHS, imgsz=64, batch=4, workers=0, device="cpu", pretrained=False,
             plots=False, amp=False, project=str(folder), name="run", exist_ok=True, seed=0, verbose=False,
             **options,
         )  # fmt: skip
@@ -458,7 +480,7 @@ def test_training(name, pictures, tmp_path, calls):
     assert methods() == unpatched_methods
     branches = 2 if name == "yolo26n" else 1
     # Every epoch has two steps and one batch of validation.
-    assert len(calls) == branches * 3 * 3
+    assert len(calls) == branches * EPOCHS * (2 + 1)
     assert all((call["class_weights"] is not None) == bool(options) for call in calls)
     compare_trainings(ours, stock)
     for file in (ours.folder / "whole.pt", ours.trainer.last):
@@ -489,6 +511,6 @@ def test_resumed_training(pictures, tmp_path, calls):
             begun = train(pictures, folder, "yolo26n.yaml", interrupted=True)
             results.append(train(pictures, folder, str(begun.trainer.last), resume=True))
     stock, ours = results
-    assert len(ours.steps) == 2 * 2
+    assert len(ours.steps) == (EPOCHS - 1) * 2
     compare_trainings(ours, stock)
-    assert len(calls) == 2 * 3 * 3
+    assert len(calls) == 2 * EPOCHS * (2 + 1)

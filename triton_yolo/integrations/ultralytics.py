@@ -215,6 +215,8 @@ def _say_once(name: str) -> None:
     logging.getLogger("ultralytics").info(f"triton_yolo: {name} keeps Ultralytics' own computation")
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _compare_losses(ours: Any) -> None:
     """Compare with the stock loss, and its gradient, on random numbers: an untested version may define another loss."""
     losses = _modules()[1]
@@ -234,7 +236,9 @@ def _compare_losses(ours: Any) -> None:
         batch = {"batch_idx": torch.arange(6.0) // 3, "cls": torch.arange(6.0)[:, None] % 3, "bboxes": boxes}
         results = []
         for method in (losses.v8DetectionLoss.loss, ours):
-            total, items = method(stock, inputs, batch)
+            with torch.autocast("cpu", enabled=False):
+                total, items = method(stock, inputs, batch)
+            _require(isinstance(items, Mapping), f"its loss items are a {type(items).__name__}, expected a mapping")
             results.append([*torch.autograd.grad(total.sum(), leaves), total.sum().detach(), *items.values()])
         for expected, actual in zip(*results, strict=True):
             _require(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
