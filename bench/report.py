@@ -1,6 +1,7 @@
 """From the saved results: bar charts, scaling curves, and the tables of the README between their markers."""
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from . import results
 from .compare import HEADER, markdown
 from .measure import spread
+from .traffic import BARS
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
@@ -21,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
         if rows:
             text = fill(text, command, table(rows))
             _draw_bars(command, rows)
-    README.write_text(text)
+    README.write_text(fill(text, "traffic", traffic_table()))
     if rows := results.latest("scaling"):
         _draw_scaling(rows)
 
@@ -41,6 +43,17 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             heading = found
             lines += ["", heading, "", HEADER] if lines else [heading, "", HEADER]
         lines.append(markdown(row))
+    return "\n".join(lines)
+
+
+def traffic_table() -> str:
+    """The committed bars, which the tests hold the kernels to."""
+    lines = [
+        "| kernels of | launches forward + backward | bytes over the least | bytes an anchor beside |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, bar in json.loads(BARS.read_text()).items():
+        lines.append(f"| {name} | {bar['forward']} + {bar['backward']} | {bar['ratio']:.3f} | {bar['spare']} |")
     return "\n".join(lines)
 
 

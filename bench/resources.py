@@ -217,7 +217,7 @@ def _yolox_loss(num_classes: int, iou_loss: str) -> Callable[[torch.dtype, str],
         preds, counts, one = _preds(dtype, layout, 5 + num_classes), _empty(3, dtype=torch.int64), _empty(dtype=working)
         target_row, matched_iou = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
         gt = (_empty(ROWS, dtype=torch.int64), _empty(ROWS, 4, dtype=working))
-        args = (preds, target_row, matched_iou, counts, 1, *gt, SHAPES, STRIDES, iou_loss, 5.0, False)
+        args = (preds, target_row, matched_iou, counts, 1, *gt, SHAPES, STRIDES, iou_loss, 5.0, _empty())
         kernels.yolox_loss(*args)
         kernels.yolox_loss_backward(one, *args)
 

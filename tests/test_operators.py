@@ -71,7 +71,7 @@ def yolox_loss_args(iou_loss="iou", use_l1=True):
     assert counts[0] > 0
     return (
         args[0].requires_grad_(), target_row, matched_iou, counts, 1, gt.labels, gt.boxes_xywh,
-        shapes, [8.0, 16.0], iou_loss, 5.0, use_l1,
+        shapes, [8.0, 16.0], iou_loss, 5.0, torch.tensor(float(use_l1), device=DEVICE),
     )  # fmt: skip
 
 
@@ -210,6 +210,16 @@ def test_another_number_of_boxes_needs_no_new_compile(system):
         more = rows[torch.arange(count, device=DEVICE) % len(rows)]
         torch.testing.assert_close(compiled(*preds, shapes, more).loss, criterion(*preds, shapes, more).loss)
     assert counter.frame_count == 2  # for the first number of boxes and for any
+
+
+def test_switching_l1_needs_no_new_compile():
+    criterion, preds, shapes, rows = small_yolox()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    assert compiled(preds, shapes, rows).l1 == 0
+    criterion.use_l1 = True
+    assert compiled(preds, shapes, rows).l1 > 0
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])

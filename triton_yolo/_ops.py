@@ -342,23 +342,24 @@ def _(
 @_operator
 def yolox_loss(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms iou, obj, cls, l1 for a given assignment; only the loss has a gradient.
 
     The fifth of the terms (5,) is positives per ground truth. ``counts`` are those of all ranks together. A prediction
-    that is not finite makes the loss, its terms and its gradients NaN.
+    that is not finite makes the loss, its terms and its gradients NaN. ``l1_gain`` () is 0 or 1, a tensor so that a compiled
+    graph takes either.
     """
     return implementation(preds.device).yolox_loss(
         preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
-        feat_shapes, strides, iou_loss, iou_gain, use_l1,
+        feat_shapes, strides, iou_loss, iou_gain, l1_gain,
     )  # fmt: skip
 
 
 @yolox_loss.register_fake
 def _(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(preds.dtype)
     return preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
@@ -368,11 +369,11 @@ def _(
 def yolox_loss_backward(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     return implementation(grad.device).yolox_loss_backward(
         grad, preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
-        feat_shapes, strides, iou_loss, iou_gain, use_l1,
+        feat_shapes, strides, iou_loss, iou_gain, l1_gain,
     )  # fmt: skip
 
 
@@ -380,20 +381,20 @@ def yolox_loss_backward(
 def _(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(preds)
 
 
 def _yolox_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *inputs[5:7])
-    ctx.num_ranks, ctx.options = inputs[4], inputs[7:]
+    ctx.save_for_backward(*inputs[:4], *inputs[5:7], inputs[11])
+    ctx.num_ranks, ctx.options = inputs[4], inputs[7:11]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolox_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    return yolox_loss_backward(grad, *saved[:4], ctx.num_ranks, *saved[4:], *ctx.options), *[None] * 11
+    return yolox_loss_backward(grad, *saved[:4], ctx.num_ranks, *saved[4:6], *ctx.options, saved[6]), *[None] * 11
 
 
 yolox_loss.register_autograd(_yolox_loss_grad, setup_context=_yolox_loss_context)

@@ -167,12 +167,14 @@ class YOLOXLoss(nn.Module):
         center_radius: half the side of the centre region, in strides.
         iou_loss: ``"iou"`` (1 - IoU^2) or ``"giou"`` (1 - GIoU).
         iou_gain: weight of the box term.
-        use_l1: whether the L1 term is on. The attribute may be changed at any time.
+        use_l1: whether the L1 term is on. The attribute may be changed at any time, also of a compiled criterion.
         process_group: see ``YOLO11Loss``.
 
     Raises:
         ValueError: an argument is out of its range.
     """
+
+    _l1_gain: Tensor
 
     def __init__(
         self,
@@ -193,8 +195,20 @@ class YOLOXLoss(nn.Module):
         self.candidates = _checks.one_of("candidates", candidates, CANDIDATE_MODES)
         self.center_radius = float(center_radius)
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
-        self.iou_gain, self.use_l1 = float(iou_gain), use_l1
+        self.iou_gain = float(iou_gain)
         self.process_group = process_group
+        self.register_buffer("_l1_gain", torch.zeros(()), persistent=False)
+        self.use_l1 = use_l1
+
+    @property
+    def use_l1(self) -> bool:
+        return self._use_l1
+
+    @use_l1.setter
+    def use_l1(self, value: bool) -> None:
+        # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
+        self._use_l1 = bool(value)
+        self._l1_gain.fill_(float(value))
 
     def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
         """Assign the targets and compute the loss.
@@ -221,7 +235,7 @@ class YOLOXLoss(nn.Module):
             counts, num_ranks = _sum_over_ranks(counts, self.process_group)
         loss, terms = _ops.yolox_loss(
             preds, target_row, matched_iou, counts, num_ranks, gt.labels, gt.boxes_xywh,
-            shapes, strides, self.iou_loss, self.iou_gain, self.use_l1,
+            shapes, strides, self.iou_loss, self.iou_gain, self._l1_gain.to(preds.device, non_blocking=True),
         )  # fmt: skip
         return YOLOXLossOutput(loss, *terms.unbind())
 

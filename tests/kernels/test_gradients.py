@@ -70,5 +70,5 @@ def test_yolox_loss(iou_loss, use_l1):
     preds = case.preds + 0.1 * torch.rand_like(case.preds)  # off the boxes' corners, where the overlap has a kink
     assignment = _ops.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5)
     assert assignment[2][0] > 0
-    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, use_l1)
+    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, torch.tensor(float(use_l1)))
     assert gradcheck(lambda p: _ops.yolox_loss(p, *tail)[0], preds.requires_grad_())

@@ -175,7 +175,7 @@ def test_yolox(layout, dtype, mode, iou_loss, use_l1):
     assignment = eager.yolox_assign(*case, *X_LEVELS, *mode)
     assert assignment[2][0] > 10
     assert_same(kernels.yolox_assign(*case, *X_LEVELS, *mode), assignment)
-    args = (case.preds, *assignment, 3, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, use_l1)
+    args = (case.preds, *assignment, 3, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, torch.tensor(float(use_l1)))
     assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
     grad = torch.tensor(1.5, dtype=assignment[1].dtype)
     assert_same([kernels.yolox_loss_backward(grad, *args)], [eager.yolox_loss_backward(grad, *args)])
@@ -216,7 +216,7 @@ def test_few_rows_of_yolox(num_rows):
     args = (*case, *X_LEVELS, *CENTER)
     want = eager.yolox_assign(*args)
     assert_same(kernels.yolox_assign(*args), want)
-    args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+    args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
     assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
     assert_same([kernels.yolox_loss_backward(torch.ones(()), *args)], [eager.yolox_loss_backward(torch.ones(()), *args)])
 
@@ -234,7 +234,7 @@ def test_yolox_results_repeat_to_the_bit():
 
     def run():
         assignment = kernels.yolox_assign(*case, *X_LEVELS, *CENTER)
-        args = (case.preds, *assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+        args = (case.preds, *assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
         return *assignment, *kernels.yolox_loss(*args), kernels.yolox_loss_backward(torch.ones(()), *args)
 
     first = run()

@@ -90,7 +90,7 @@ MUTANTS = {
     "conflict ties to the higher row in float64": Mutant("simota", "for is_tie_break in (False, True) if dtype", "for is_tie_break in (False,) if dtype", YOLOX),
     "class target is one": Mutant("yolox", "target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)", "target = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)", YOLOX),
     "classes of background": Mutant("yolox", "cls += tl.where(mask, cross", "cls += tl.where((offs_c < C)[None, :], cross", YOLOX),
-    "L1 always on": Mutant("yolox", "tl.where(l1_gain > 0, tl.sum(l1), 0.0)", "tl.sum(l1)", YOLOX),
+    "L1 always on": Mutant("yolox", "tl.where(tl.load(l1_gain_ptr) > 0, tl.sum(l1), 0.0)", "tl.sum(l1)", YOLOX),
     "L1 without gradient": Mutant("yolox", "tl.where(is_l1, _sign(raw[3] - raw_target[3]), 0.0)", "0.0", YOLOX),
     "L1 target without the cell": Mutant("yolox", "gt_x / stride - x,", "gt_x / stride,", YOLOX),
     "IoU not squared": Mutant("yolox", "box = 1 - iou * iou", "box = 1 - iou", YOLOX),

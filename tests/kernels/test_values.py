@@ -196,7 +196,7 @@ def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
     assert torch.equal(have[2], want[2])
     assert have[2][2] == 1
     assert torch.equal(have[0][1 - image], clean[0][1 - image])
-    args = (case.preds, *have, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, False)
+    args = (case.preds, *have, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.zeros(()))
     loss, terms = kernels.yolox_loss(*args)
     assert loss.isnan()
     assert terms.isnan().tolist() == [True, True, True, True, False]
@@ -235,7 +235,7 @@ def test_boxes_of_yolox_without_bounds_or_size(size):
     args = (*case, *X_LEVELS, "center", 1.5)
     have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
     assert torch.equal(have[0], want[0])
-    loss_args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, False)
+    loss_args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.zeros(()))
     torch.testing.assert_close(kernels.yolox_loss(*loss_args), eager.yolox_loss(*loss_args))
     have, want = (f(torch.ones(()), *loss_args) for f in (kernels.yolox_loss_backward, eager.yolox_loss_backward))
     torch.testing.assert_close(have, want, equal_nan=True, rtol=0, atol=1e-6)
@@ -248,7 +248,7 @@ def test_addresses_of_yolox_past_two_to_the_31():
     preds = far.as_strided(case.preds.shape, (2**31, 1, stride_c)).copy_(case.preds)
     near = laid_out(case.preds, "last")
     assignment = kernels.yolox_assign(near, *case[1:], *X_LEVELS, "center", 1.5)
-    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, True)
+    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
     points, strides = torch.rand(preds.shape[1], 2), torch.rand(preds.shape[1])
     with Meter():  # an address that wrapped around must not end the process
         for have, want in zip(kernels.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5), assignment, strict=True):

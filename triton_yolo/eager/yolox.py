@@ -40,14 +40,14 @@ def yolox_assign(
 
 def yolox_loss(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
     obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum()
     cls = F.softplus(pos.raw[:, 5:], threshold=40).sum() - (pos.label_logits * pos.ious).sum()
-    l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum() if use_l1 else torch.zeros_like(iou)
+    l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(l1_gain > 0, 0)
     items = torch.stack([iou_gain * iou, obj, cls, l1]) / _normaliser(counts, num_ranks, iou.dtype)
     return items.sum(), torch.cat([items, counts[:1].to(items.dtype) / counts[1:2].clamp(min=1)])
 
@@ -55,7 +55,7 @@ def yolox_loss(
 def yolox_loss_backward(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
@@ -68,8 +68,7 @@ def yolox_loss_backward(
     grad_pos[:, :4] = yolox_raw_grad(grad_boxes, pos.raw[:, 2:4], pos.strides)
     grad_pos[:, 4] -= 1
     grad_pos[torch.arange(len(pos.rows), device=preds.device), 5 + pos.labels] -= pos.ious
-    if use_l1:
-        grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets)
+    grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets) * l1_gain
 
     result = untouched_zeros_like(preds)
     result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)

@@ -117,12 +117,12 @@ def _yolox_loss_kernel(
 
 @triton.jit
 def _yolox_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, counts_ptr, num_ranks, iou_gain, l1_gain, programs,
+    loss_ptr, terms_ptr, partial_ptr, counts_ptr, l1_gain_ptr, num_ranks, iou_gain, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program adds up the partial sums in a fixed order, and writes the loss and its terms: the fifth is not added.
 
-    ``l1_gain`` is a float, 0 or 1: switching it compiles nothing.
+    ``l1_gain`` is 0 or 1.
     """
     box = tl.zeros((BLOCK,), DTYPE)
     obj = tl.zeros((BLOCK,), DTYPE)
@@ -140,7 +140,7 @@ def _yolox_total_kernel(
     normaliser = _normaliser(counts_ptr, num_ranks, DTYPE)
     box_term = iou_gain * tl.sum(box) / normaliser
     obj_term, cls_term = tl.sum(obj) / normaliser, tl.sum(cls) / normaliser
-    l1_term = tl.where(l1_gain > 0, tl.sum(l1), 0.0) / normaliser
+    l1_term = tl.where(tl.load(l1_gain_ptr) > 0, tl.sum(l1), 0.0) / normaliser
     tl.store(terms_ptr, box_term)
     tl.store(terms_ptr + 1, obj_term)
     tl.store(terms_ptr + 2, cls_term)
@@ -152,7 +152,7 @@ def _yolox_total_kernel(
 @triton.jit
 def _yolox_grad_kernel(
     out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
-    gt_ptr, gt_stride, shapes, num_ranks, iou_gain, l1_gain, A, CHANNELS,
+    gt_ptr, gt_stride, l1_gain_ptr, shapes, num_ranks, iou_gain, A, CHANNELS,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
@@ -181,7 +181,7 @@ def _yolox_grad_kernel(
         slope = iou_gain * slope
         corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
         d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
-        is_l1 = l1_gain > 0
+        is_l1 = tl.load(l1_gain_ptr) > 0
         d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
         d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
         d_w = tl.where(is_pos, d_w + tl.where(is_l1, _sign(raw[2] - raw_target[2]), 0.0), 0.0).to(DTYPE)
@@ -215,7 +215,7 @@ def _yolox_grad_kernel(
 @on_device
 def yolox_loss(
     preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, num_channels = preds.shape
     dtype = working_dtype(preds.dtype)
@@ -231,7 +231,7 @@ def yolox_loss(
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
     _yolox_total_kernel[(1,)](
-        loss, terms, partial, counts, num_ranks, iou_gain, float(use_l1), partial.shape[1],
+        loss, terms, partial, counts, l1_gain, num_ranks, iou_gain, partial.shape[1],
         DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
     )  # fmt: skip
     return loss, terms
@@ -241,7 +241,7 @@ def yolox_loss(
 def yolox_loss_backward(
     grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
     labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, use_l1: bool,
+    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     result = torch.empty_like(preds)
     batch_size, num_anchors, num_channels = preds.shape
@@ -249,7 +249,7 @@ def yolox_loss_backward(
     if result.numel():
         _yolox_grad_kernel[(triton.cdiv(num_anchors, block_a), batch_size)](
             result, result.stride(), grad, preds, preds.stride(), target_row, matched_iou, counts, labels,
-            gt_xywh, gt_xywh.stride(), tuple(feat_shapes), num_ranks, iou_gain, float(use_l1), num_anchors, num_channels,
+            gt_xywh, gt_xywh.stride(), l1_gain, tuple(feat_shapes), num_ranks, iou_gain, num_anchors, num_channels,
             STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(preds.dtype), BLOCK_A=block_a, BLOCK_C=block_c,
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
