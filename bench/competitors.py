@@ -155,11 +155,13 @@ def _task_aligned(assigner: Callable[..., tuple[Tensor, ...]], case: Case, targe
 
 
 def _task_aligned_ours(case: Case, target: Target) -> Step:
-    return _task_aligned(ty.TaskAlignedAssigner(10, case.num_classes, 0.5, 6.0), case, target)
+    return _task_aligned(ty.TaskAlignedAssigner(10, case.num_classes, 0.5, 6.0, min_box_side=MIN_BOX_SIDE), case, target)
 
 
 def _task_aligned_reference(case: Case, target: Target) -> Step:
-    return _task_aligned(partial(reference.task_aligned_assign, topk=10, alpha=0.5, beta=6.0), case, target)
+    return _task_aligned(
+        partial(reference.task_aligned_assign, topk=10, alpha=0.5, beta=6.0, min_box_side=MIN_BOX_SIDE), case, target
+    )
 
 
 def _task_aligned_ultralytics(case: Case, target: Target) -> Step:

@@ -36,7 +36,7 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
 
 
 def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: float) -> nn.Module:
-    """The assigner of the detection criterion, without its widening of small boxes."""
+    """The assigner of the detection criterion, which widens boxes to its second stride, 16 px."""
     with contained():
         from ultralytics.utils.tal import TaskAlignedAssigner
 

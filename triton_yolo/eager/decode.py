@@ -39,11 +39,17 @@ def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None,
 
 
 def decode_dfl_backward(grad: Tensor, pred_dist: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
-    if strides is not None:
-        grad = grad * strides.to(grad.dtype)[:, None]
-    probs, distances = expectation(working(pred_dist).unflatten(-1, (4, reg_max)))
-    grad_logits = expectation_backward(distances_grad(grad), probs, distances)
-    return torch.empty_like(pred_dist).copy_(grad_logits.flatten(-2))
+    grad = distances_grad(grad if strides is None else grad * strides.to(grad.dtype)[:, None])
+    result = torch.empty_like(pred_dist)
+    bins = torch.arange(reg_max, dtype=grad.dtype, device=grad.device)
+    for image, dist in enumerate(pred_dist):  # a part that stays in the processor's cache
+        logits = working(dist.T).unflatten(0, (4, reg_max))
+        grad_logits = grad[image].T.unsqueeze(1)
+        if reg_max > 1:
+            probs = logits.softmax(1)
+            grad_logits = (bins[:, None] - (bins @ probs).unsqueeze(1)).mul_(probs).mul_(grad_logits)
+        result[image].T.unflatten(0, (4, reg_max)).copy_(grad_logits)
+    return result
 
 
 def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
