@@ -49,7 +49,7 @@ class WriteRaceError(AssertionError):
 @dataclass
 class Traffic:
     """Memory traffic of one launch, in bytes. ``unique`` counts every byte once, ``sectors`` every 32-byte piece an access
-    touches, times 32. ``arguments`` are the bytes of the storages that the launch was given."""
+    touches, times 32. ``storages`` (start, end) are those that the launch was given."""
 
     kernel: str
     programs: int = 0
@@ -58,7 +58,7 @@ class Traffic:
     atomic: int = 0
     sectors: int = 0
     unique: int = 0
-    arguments: int = 0
+    storages: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def requested(self) -> int:
@@ -143,7 +143,7 @@ class Meter:
     def _begin(self, executor: Any, arguments: list[Any]) -> None:
         spans = sorted({span for argument in arguments for span in _storages(argument)})
         grid = executor.grid if isinstance(executor.grid, tuple) else (0,)
-        traffic = Traffic(executor.fn.__name__, programs=int(np.prod(grid)), arguments=sum(end - start for start, end in spans))
+        traffic = Traffic(executor.fn.__name__, programs=int(np.prod(grid)), storages=spans)
         self.launches.append(traffic)
         self._current = _Launch(traffic, [start for start, _ in spans], [end for _, end in spans])
 

@@ -60,7 +60,8 @@ def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures,
         loss.backward()
     channels = 3 * case.num_classes + 8 * REG_MAX if system == "yolo11" else 3 * (5 + case.num_classes)
     num_anchors = case.batch_size * inputs[0].shape[1]
-    spare = max(launch.arguments for launch in meter.launches[:forward]) - sum(x.untyped_storage().nbytes() for x in inputs)
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    spare = max(sum(end - start for start, end in t.storages if start not in given) for t in meter.launches[:forward])
     ratio = meter.requested / (num_anchors * channels * dtype.itemsize)
     return Figures(forward, len(meter.launches) - forward, round(ratio, 3), round(spare / num_anchors, 1)), meter.table()
 
