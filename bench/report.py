@@ -13,6 +13,12 @@ from .measure import spread
 from .traffic import BARS
 
 ROOT = Path(__file__).resolve().parents[1]
+_AXES = {
+    "batch_size": "images a batch",
+    "imgsz": "side of the image, pixels",
+    "num_classes": "classes",
+    "boxes an image": "boxes in one image",
+}
 README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
 
 
@@ -74,11 +80,13 @@ def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
     forward = [1e3 * spread(row["forward"])[0] for row in timed]
     backward = [1e3 * spread(row["backward"])[0] for row in timed]
-    axes.barh(labels, forward, label="forward")
+    bars = axes.barh(labels, forward, label="forward")
     if any(b > 0.05 for b in backward):
-        axes.barh(labels, backward, left=forward, label="backward")
+        bars = axes.barh(labels, backward, left=forward, label="backward")
         axes.legend()
-    axes.set(xscale="log", xlabel="milliseconds (logarithmic)", title=_heading(timed[0]).split(":")[0])
+    axes.bar_label(bars, [f"{f + b:.0f} ms" for f, b in zip(forward, backward, strict=True)], padding=3)
+    axes.margins(x=0.12)
+    axes.set(xlabel="milliseconds", title=_heading(timed[0]).split(":")[0])
     axes.title.set_fontsize(8)
     axes.invert_yaxis()
     PLOTS.mkdir(exist_ok=True)
@@ -95,8 +103,15 @@ def _draw_scaling(rows: list[dict[str, Any]]) -> None:
         for system in dict.fromkeys(row["what"] for row in rows):
             points = [(r["value"], 1e3 * spread(r["seconds"])[0]) for r in rows if (r["what"], r["size"]) == (system, size)]
             axes.plot(*zip(*points, strict=True), marker="o", label=system)
-        axes.set(xlabel=size.replace("_", " "), ylabel="milliseconds, forward and backward", yscale="log")
-        axes.set_xscale("symlog" if size.startswith("boxes") else "log")
+        values = sorted({row["value"] for row in rows if row["size"] == size})
+        axes.set(xlabel=_AXES[size], yscale="log")
+        axes.set_xscale("symlog" if 0 in values else "log")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        if 0 in values:
+            axes.set_xlim(left=-0.5)
+    grid[0][0].set_ylabel("milliseconds, forward + backward")
+    for axes in grid[0]:
         axes.legend()
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / "scaling.svg")
