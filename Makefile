@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: train test kernels lint types mutants peers clean
+.PHONY: train test kernels lint types mutants kernel-mutants peers clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
@@ -28,6 +28,9 @@ types: $(VENV)/installed
 
 mutants: $(VENV)/installed  ## Plant mistakes and see the tests fail.
 	$(PYTEST) -m mutants tests/test_mutants.py $(ARGS)
+
+kernel-mutants: $(VENV)/installed  ## The same for the kernels, in Triton's interpreter; not in CI.
+	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(PYTEST) -m mutants tests/kernels/test_mutants.py $(ARGS)
 
 peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
 	$(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/peers.txt

@@ -37,7 +37,7 @@ MUTANTS = {
     "a tie's derivative goes to one side": Mutant("boxes", "tl.where(ax1 == bx1, 0.5,", "tl.where(ax1 == bx1, 1.0,", IOU),
     "infinite logits hidden": Mutant("boxes", "(x + size) * 0.5", "tl.maximum(x, 0.0)", f"{VALUES}::test_infinite_logit_of_a_positive_shows_in_the_loss"),
     "bins not masked": Mutant("decode", "    if R != RP:\n        logits = tl.where((bins < R)[:, None], logits, float(\"-inf\"))\n", "", f"{LAUNCHES}::test_decode_dfl"),
-    "store not masked": Mutant("decode", "boxes, mask=mask_a[:, None])", "boxes)", f"{LAUNCHES}::test_decode_dfl"),
+    "store not masked": Mutant("decode", "boxes_ptr + offs, boxes, mask=mask_a[:, None])", "boxes_ptr + offs, boxes)", f"{LAUNCHES}::test_decode_dfl"),
     "channel address in 32 bits": Mutant("decode", "(side * R + bins).to(tl.int64)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]\n    logits", "(side * R + bins)[:, None] * stride[2] + offs_a.to(tl.int64)[None, :] * stride[1]\n    logits", f"{VALUES}::test_addresses_past_two_to_the_31"),
     "class address in 32 bits": Mutant("losses", "offs_c.to(tl.int64)[None, :] * logits_stride[2]", "offs_c[None, :] * logits_stride[2]", f"{VALUES}::test_addresses_past_two_to_the_31"),
     "level's cells counted from the first level": Mutant("grid", "is_past, anchors - start, index", "is_past, anchors, index", YOLO11),
@@ -46,7 +46,7 @@ MUTANTS = {
     "only the first level": Mutant("grid", "before += level_columns * level_rows", "before += 2 * level_columns * level_rows", YOLO11),
     "ties to the higher index": Mutant("topk", "order = _LAST - index\n", "order = index\n", YOLO11),
     "float64 ties to the higher index": Mutant("topk", "tl.max(tl.where(is_top, order, -1), 1)", "tl.min(tl.where(is_top, order, _LAST), 1)", f"{VALUES}::test_float64_metrics_are_compared_in_float64"),
-    "one candidate too many": Mutant("topk", "slot < K, -1 - slot", "slot <= K, -1 - slot", YOLO11),
+    "one candidate too many": Mutant("topk", "slot < K, NONE - 1 - slot", "slot <= K, NONE - 1 - slot", YOLO11),
     "the list forgets the worst's place": Mutant("topk", "is_worst = best == tl.min(best, 1)[:, None]", "is_worst = best == tl.max(best, 1)[:, None]", TILES),
     "contested place not cleared": Mutant("rows", "    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, _LOWEST, tl.int64), mask=is_contested, sem=\"relaxed\")\n", "", YOLO11),
     "conflict unseen": Mutant("rows", "is_contested = is_claim & (earlier >= 0)", "is_contested = is_claim & (earlier > 1000)", YOLO11),
@@ -101,6 +101,12 @@ MUTANTS = {
     "loss finite after a prediction that is not": Mutant("yolox", "tl.where(tl.load(counts_ptr + 2) > 0, float(\"nan\"), positives / num_ranks)", "positives / num_ranks", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
     "class weight forgotten backward": Mutant("losses", "        error = error * tl.load(weights_ptr + offs_c", "        error = error * tl.load(weights_ptr + 0 * offs_c", YOLO11),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mistake_can_still_be_planted(name: str):
+    source = (ROOT / "triton_yolo/kernels" / f"{MUTANTS[name].path}.py").read_text()
+    assert source.count(MUTANTS[name].old) == 1
 
 
 @pytest.mark.mutants
