@@ -43,7 +43,8 @@ def is_yolo11_decided(case: strat.YOLO11Case) -> bool:
         points * strides[:, None], labels, ref.xywh_to_xyxy(boxes), mask,
         alpha=options["alpha"], beta=options["beta"], min_box_side=options["min_box_side"],
     )  # fmt: skip
-    return is_assignment_decided(metric, overlaps, options["topk"], options["topk2"])
+    computed_in = torch.float64 if case.pred_dist.dtype == torch.float64 else torch.float32
+    return is_assignment_decided(metric, overlaps, options["topk"], options["topk2"], computed_in)
 
 
 def check_yolo11(case: strat.YOLO11Case) -> None:

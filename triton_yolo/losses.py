@@ -168,6 +168,7 @@ class YOLOXLoss(nn.Module):
         iou_loss: ``"iou"`` (1 - IoU^2) or ``"giou"`` (1 - GIoU).
         iou_gain: weight of the box term.
         use_l1: whether the L1 term is on. The attribute may be changed at any time, also of a compiled criterion.
+            On an accelerator move the criterion there (``.to(device)``), or the switch is copied at every step.
         process_group: see ``YOLO11Loss``.
 
     Raises:
