@@ -196,13 +196,13 @@ def test_l1_joins_at_the_end() -> None:
     assert l1[19] > 0
 
 
-# In float32 the rounding alone grows by a factor of ten every few steps once the learning rate is high.
-@pytest.mark.parametrize(("options", "steps"), [(("--epochs", "3"), 12), (("--epochs", "13", "--double"), 52)])
+# In float32 rounding alone grows by a factor of ten every few steps once the learning rate is high; here it is still low.
+@pytest.mark.parametrize("options", [("--epochs", "160", "--steps", "52"), ("--epochs", "13", "--double")], ids=" ".join)
 @pytest.mark.parametrize("loss", ["yolo11", "yolox"])
-def test_the_reference_gives_the_same_curve(loss: str, options: tuple[str, ...], steps: int) -> None:
+def test_the_reference_gives_the_same_curve(loss: str, options: tuple[str, ...]) -> None:
     ours = curves("--loss", loss, *options)
     plain = curves("--loss", f"reference-{loss}", *options)
-    assert len(ours["loss"]) == steps
+    assert len(ours["loss"]) == 52
     for name, curve in plain.items():
         assert ours[name] == pytest.approx(curve, rel=1e-4, abs=1e-6), name
 

@@ -28,17 +28,18 @@ print(json.dumps([asdict(row) for row in measure(target, dtype, {name: OPERATORS
 """
 
 
+def compile_alone(script, *arguments):
+    """Output of a script in a process of its own: where the interpreter is on, nothing can be compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 @pytest.mark.parametrize(("target", "dtype"), PARTS)
 def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
-    """In a process of its own: where the interpreter is on, nothing can be compiled."""
     chosen = () if (target, dtype) == ("cuda:90", "bfloat16") else (*CHOSEN, *CHOSEN_YOLOX)
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target, dtype, *chosen],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": os.getcwd()},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = json.loads(run.stdout.splitlines()[-1])
+    rows = json.loads(compile_alone(SCRIPT, target, dtype, *chosen).splitlines()[-1])
     assert len({row["kernel"] for row in rows}) >= 16
     if target in BARRED:
         assert [row for row in rows if row["spill"]] == []
@@ -49,3 +50,20 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
         dense = [row for row in rows if row["operator"] in CHOSEN_YOLOX and row["kernel"] in FULL_WIDTH_YOLOX]
         dense = {row["kernel"]: (row["widest_load"], row["widest_store"]) for row in dense if row["layout"] == "channel-first"}
         assert dense["_prepare_kernel"][0] == dense["_yolox_grad_kernel"][1] == 128
+
+
+PARAMETERS = """
+import sys, torch
+from bench.resources import OPERATORS, compile_launches
+for name in ("yolo11_loss", "yolox_loss"):
+    operator, layouts = OPERATORS[name]
+    for kernel, compiled in compile_launches("cuda:90", lambda: operator(torch.float64, layouts[0])):
+        entry = compiled.asm["ptx"].partition(".visible .entry")[2].partition("{")[0]
+        print(kernel, entry.count(".f64"), entry.count(".f32"))
+"""
+
+
+def test_numbers_reach_float64_kernels_unrounded():
+    run = compile_alone(PARAMETERS)
+    assert {line.split()[2] for line in run.splitlines()} == {"0"}
+    assert sum(int(line.split()[1]) for line in run.splitlines()) == 8  # gains of three and two kernels

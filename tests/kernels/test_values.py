@@ -109,6 +109,13 @@ def test_addresses_past_two_to_the_31():
         for have, want in zip(kernels.yolo11_assign(dist, scores, *args), assignment, strict=True):
             assert torch.equal(have, want)
         torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), loss)
+        grad = torch.ones(())
+        grads = zip(
+            kernels.yolo11_loss_backward(grad, dist, scores, *tail),
+            kernels.yolo11_loss_backward(grad, *near, *tail),
+            strict=True,
+        )
+        assert all(torch.equal(have, want) for have, want in grads)
 
 
 # ---- YOLOX

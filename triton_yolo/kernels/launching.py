@@ -20,6 +20,10 @@ FIXED: dict[str, bool] = {"enable_fp_fusion": False}
 """No contraction to fused multiply-adds: two kernels that evaluate one formula get the same bits."""
 
 
+TOTAL_SIZES: dict[str, int] = {"BLOCK": 4096, "num_warps": 16}
+"""One pass for the sums of 64 images at 640 px, of some 2,000 programs. Eight warps spilled on sm_80."""
+
+
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """Cast to a type to store, rounding to the nearest; the interpreter's own cast to bfloat16 truncates."""
@@ -28,6 +32,24 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(tl.abs(x) < float("inf"), (bits & -0x10000).to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A number among a kernel's arguments, annotated ``tl.float64`` there: Triton passes float32 otherwise."""
+    return tl.full((), x, DTYPE)
+
+
+@triton.jit
+def total(ptr, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of ``count`` values by one program, in a fixed order."""
+    result = tl.zeros((BLOCK,), DTYPE)
+    start = 0
+    while start < count:
+        offs = start + tl.arange(0, BLOCK)
+        result += tl.load(ptr + offs, mask=offs < count, other=0)
+        start += BLOCK
+    return tl.sum(result)
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:

@@ -1,8 +1,4 @@
-"""Task-aligned assignment (TOOD, arXiv 2108.07755): one program a ground-truth row, no tensor of pairs.
-
-The anchors of a row are the cells of its rectangle of the grid (``IS_GRID``: boxes contiguous in float32 or float64, scores are
-logits), or all ``A`` of arbitrary points (boxes with any strides, scores are probabilities).
-"""
+"""Task-aligned assignment (TOOD, arXiv 2108.07755): one program a ground-truth row, no tensor of pairs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,78 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._precision import working_dtype
-from .boxes import box_rows, expectation, overlap, power, sigmoid
+from .boxes import box_rows, expectation
 from .decode import decode_sizes, side_logits
-from .grid import cell_centres, rectangle_cells, rectangle_size
-from .launching import FIXED, compute_type, on_device
-from .rows import CONTESTED, claim, contest, gt_rows, load_anchor_boxes, load_rows, owner, row_sizes
-from .topk import NONE, empty_list, is_among, keep_best, pack, unpack_index
-
-# ---- tiles
-
-
-@triton.jit
-def _widened(box, MIN_SIDE: tl.constexpr):
-    """Boxes with every side at least ``MIN_SIDE`` about their centres."""
-    x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
-    if MIN_SIDE > 0:
-        x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-        x1, x2 = tl.where(width < MIN_SIDE, x - MIN_SIDE / 2, x1), tl.where(width < MIN_SIDE, x + MIN_SIDE / 2, x2)
-        y1, y2 = tl.where(height < MIN_SIDE, y - MIN_SIDE / 2, y1), tl.where(height < MIN_SIDE, y + MIN_SIDE / 2, y2)
-    return x1, y1, x2, y2
-
-
-@triton.jit
-def _walk_length(is_gt, wide, shapes, A, STRIDES: tl.constexpr, IS_GRID: tl.constexpr):
-    """How many anchors each row [g, 1] walks over, 0 for one that does not count."""
-    if IS_GRID:
-        length = rectangle_size(wide[0], wide[1], wide[2], wide[3], shapes, STRIDES)
-    else:
-        length = tl.zeros_like(is_gt.to(tl.int32)) + A
-    return tl.where(is_gt, length, 0)
-
-
-@triton.jit
-def _candidates(
-    nth, length, wide, points_ptr, points_stride, shapes,
-    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The ``nth`` anchors [g, n] of each row's walk, in increasing order, and whether each is a candidate."""
-    is_candidate = nth < length
-    if IS_GRID:
-        anchor, x, y, _ = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)
-    else:
-        anchor = nth + tl.zeros_like(length)
-        ptr = points_ptr + anchor.to(tl.int64) * points_stride[0]
-        x = tl.load(ptr, mask=is_candidate, other=0.0).to(DTYPE)
-        y = tl.load(ptr + points_stride[1], mask=is_candidate, other=0.0).to(DTYPE)
-    is_inside = (x - wide[0] > EPS) & (y - wide[1] > EPS) & (wide[2] - x > EPS) & (wide[3] - y > EPS)
-    return anchor, is_candidate & is_inside
-
-
-@triton.jit
-def _overlaps(image, anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID: tl.constexpr, DTYPE: tl.constexpr):
-    """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
-    x1, y1, x2, y2 = load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-    ciou = overlap(box[0], box[1], box[2], box[3], x1, y1, x2, y2, "ciou", 1e-7)
-    return tl.where(mask & (ciou > 0), ciou, 0.0)
-
-
-@triton.jit
-def _metrics(
-    image, anchor, label, mask, overlaps, scores_ptr, scores_stride,
-    IS_GRID: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Metric [g, n] of pairs with these overlaps; 0 where ``mask`` is false or NaN."""
-    if BETA > 0:
-        mask = mask & (overlaps > 0)
-    offs = image * scores_stride[0] + anchor.to(tl.int64) * scores_stride[1] + label * scores_stride[2]
-    score = tl.load(scores_ptr + offs, mask=mask, other=0.0).to(DTYPE)
-    if IS_GRID:
-        score = sigmoid(score)
-    metric = power(score, ALPHA) * power(overlaps, BETA)
-    return tl.where(mask & (metric > 0), metric, 0.0)
-
+from .grid import cell_centres
+from .launching import FIXED, TOTAL_SIZES, compute_type, on_device, total
+from .pairs import candidates, pair_metrics, pair_overlaps, walk_length, widened
+from .rows import CONTESTED, claim, contest, gt_rows, load_rows, owner, row_sizes
+from .topk import NONE, empty_list, is_among, keep_best, list_sizes, pack, unpack_index
 
 # ---- kernels
 
@@ -137,16 +68,16 @@ def _claim_kernel(
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = _widened(box, MIN_SIDE)
-    length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
+    wide = widened(box, MIN_SIDE)
+    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
     best, best_order = empty_list(BLOCK_G, K, KP)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
-        anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
-        overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-        metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
+        anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
+        overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+        metric = pair_metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
         key, order = pack(metric, anchor, IS_WIDE)
         best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
         start += BLOCK_P
@@ -165,17 +96,17 @@ def _contest_kernel(
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = _widened(box, MIN_SIDE)
-    length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
+    wide = widened(box, MIN_SIDE)
+    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
-        anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
+        anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
         cell = info[0] * A + anchor
         mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
             contest(target_row_ptr, best_ptr, cell, overlaps, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
@@ -197,9 +128,9 @@ def _score_kernel(
     IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = _widened(box, MIN_SIDE)
+    wide = widened(box, MIN_SIDE)
     row = offs_g.to(tl.int32)[:, None]
-    length = _walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
+    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
 
     best, best_order = empty_list(BLOCK_G, K, KP)
@@ -207,10 +138,12 @@ def _score_kernel(
         start = 0
         while start < limit:
             nth = start + tl.arange(0, BLOCK_P)[None, :]
-            anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
+            anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
             mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
-            overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            metric = pair_metrics(
+                info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
+            )
             key, order = pack(metric, anchor, IS_WIDE)
             best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
             start += BLOCK_P
@@ -220,11 +153,13 @@ def _score_kernel(
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
-        anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
+        anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
         mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            metric = pair_metrics(
+                info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
+            )
             if K > 0:
                 key, order = pack(metric, anchor, IS_WIDE)
                 mask = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
@@ -237,12 +172,12 @@ def _score_kernel(
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
-        anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
+        anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
         cell = info[0] * A + anchor
         is_mine = mask & (owner(cell, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(is_mine.to(tl.int32)) > 0:
-            overlaps = _overlaps(info[0], anchor, is_mine, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
-            metric = _metrics(
+            overlaps = pair_overlaps(info[0], anchor, is_mine, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            metric = pair_metrics(
                 info[0], anchor, info[1], is_mine, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
             )
             stays = is_mine
@@ -264,122 +199,12 @@ def _sum_kernel(
     score_sum_ptr, num_fg_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows' sums and counts in a fixed order; ``poison`` makes the sum NaN."""
-    score_sum = tl.zeros((BLOCK,), DTYPE)
-    num_fg = tl.zeros((BLOCK,), tl.int64)
-    poison = tl.zeros((BLOCK,), DTYPE)
-    start = 0
-    while start < N:
-        offs = start + tl.arange(0, BLOCK)
-        score_sum += tl.load(row_sum_ptr + offs, mask=offs < N, other=0.0)
-        num_fg += tl.load(row_count_ptr + offs, mask=offs < N, other=0)
-        start += BLOCK
-    start = 0
-    while start < programs:
-        offs = start + tl.arange(0, BLOCK)
-        poison += tl.load(poison_ptr + offs, mask=offs < programs, other=0.0)
-        start += BLOCK
-    tl.store(score_sum_ptr, tl.sum(score_sum) + tl.sum(poison))
-    tl.store(num_fg_ptr, tl.sum(num_fg))
-
-
-@triton.jit
-def _align_metric_kernel(
-    metric_ptr, overlaps_ptr, boxes_ptr, boxes_stride, scores_ptr, scores_stride, points_ptr, points_stride,
-    gt, gt_stride, N, B, A,
-    C: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, MIN_SIDE: tl.constexpr, EPS: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """A program writes metric and overlap of BLOCK_G rows with BLOCK_P anchors, both (N, A)."""
-    offs_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = _widened(box, MIN_SIDE)
-    length = _walk_length(info[2], wide, (1, 1), A, (1.0,), False)
-    nth = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    anchor, mask = _candidates(nth, length, wide, points_ptr, points_stride, (1, 1), (1.0,), False, EPS, DTYPE)
-    overlaps = _overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, False, DTYPE)
-    metric = _metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, False, ALPHA, BETA, DTYPE)
-    offs = offs_g.to(tl.int64)[:, None] * A + nth
-    mask = (offs_g < N)[:, None] & (nth < A)
-    tl.store(metric_ptr + offs, metric, mask=mask)
-    tl.store(overlaps_ptr + offs, overlaps, mask=mask)
-
-
-@triton.jit
-def _select_topk_kernel(
-    selected_ptr, metric_ptr, metric_stride, mask_ptr, mask_stride, N, G, A,
-    K: tl.constexpr, KP: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """A program reads BLOCK_G rows (of N = B * G) of the metric twice and writes which are among the K highest."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
-    image, slot = (offs_g // G).to(tl.int64), (offs_g % G).to(tl.int64)
-    is_gt = offs_g < N
-    if HAS_MASK:
-        ptr = mask_ptr + image * mask_stride[0] + slot * mask_stride[1]
-        is_gt = is_gt & (tl.load(ptr, mask=is_gt, other=0) != 0)
-    metric_ptr += image * metric_stride[0] + slot * metric_stride[1]
-    best, best_order = empty_list(BLOCK_G, K, KP)
-    start = 0
-    while start < A:
-        anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros((BLOCK_G, 1), tl.int32)
-        offs = anchor.to(tl.int64) * metric_stride[2]
-        metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
-        key, order = pack(metric, anchor, IS_WIDE)
-        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
-        start += BLOCK_P
-    start = 0
-    while start < A:
-        anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros((BLOCK_G, 1), tl.int32)
-        offs = anchor.to(tl.int64) * metric_stride[2]
-        metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
-        key, order = pack(metric, anchor, IS_WIDE)
-        is_selected = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
-        offs = offs_g.to(tl.int64) * A + anchor
-        tl.store(selected_ptr + offs, is_selected, mask=(offs_g < N) & (anchor < A))
-        start += BLOCK_P
+    """One program adds up the rows' sums and counts; ``poison`` makes the sum NaN."""
+    tl.store(score_sum_ptr, total(row_sum_ptr, N, DTYPE, BLOCK) + total(poison_ptr, programs, DTYPE, BLOCK))
+    tl.store(num_fg_ptr, total(row_count_ptr, N, tl.int64, BLOCK))
 
 
 # ---- operations
-
-
-@on_device
-def align_metric(
-    scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
-    alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch_size, num_slots = labels.shape
-    num_anchors = scores.shape[1]
-    metric = scores.new_empty((batch_size, num_slots, num_anchors), dtype=working_dtype(boxes.dtype))
-    overlaps = torch.empty_like(metric)
-    if metric.numel():
-        image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
-        gt, gt_stride = gt_rows(image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4))
-        block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors)
-        _align_metric_kernel[(triton.cdiv(num_anchors, block_p), triton.cdiv(batch_size * num_slots, block_g))](
-            metric, overlaps, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(),
-            gt, gt_stride, batch_size * num_slots, batch_size, num_anchors,
-            C=scores.shape[2], ALPHA=alpha, BETA=beta, MIN_SIDE=min_box_side, EPS=1e-9,
-            DTYPE=compute_type(boxes.dtype), BLOCK_G=block_g, BLOCK_P=block_p, num_warps=num_warps, **FIXED,
-        )  # fmt: skip
-    return metric, overlaps
-
-
-@on_device
-def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) -> Tensor:
-    batch_size, num_slots, num_anchors = metric.shape
-    selected = metric.new_empty(metric.shape, dtype=torch.bool)
-    if selected.numel():
-        num_rows = batch_size * num_slots
-        block_g, block_p, num_warps = row_sizes(num_rows, num_anchors)
-        _select_topk_kernel[(triton.cdiv(num_rows, block_g),)](
-            selected, metric, metric.stride(), mask_gt, (0, 0) if mask_gt is None else mask_gt.stride(),
-            num_rows, num_slots, num_anchors,
-            **_list_sizes(topk, num_anchors), HAS_MASK=mask_gt is not None, DTYPE=compute_type(metric.dtype),
-            BLOCK_G=block_g, BLOCK_P=block_p, num_warps=num_warps, **FIXED,
-        )  # fmt: skip
-    return selected
 
 
 @on_device
@@ -426,7 +251,7 @@ def yolo11_assign(
     score_sum, num_fg = poisons.new_empty(()), labels.new_empty((), dtype=torch.int64)
     _sum_kernel[(1,)](
         score_sum, num_fg, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons),
-        DTYPE=triton_dtype, BLOCK=1024, num_warps=4, **FIXED,
+        DTYPE=triton_dtype, **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
     return target_row, target_score, score_sum, num_fg
 
@@ -454,7 +279,7 @@ def _assign(
     exponents = {"ALPHA": alpha, "BETA": beta}
     _claim_kernel[grid](
         target_row, best, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(), gt, gt_stride,
-        shapes, *sizes, **_list_sizes(topk, num_anchors), **exponents, **geometry,
+        shapes, *sizes, **list_sizes(topk, num_anchors), **exponents, **geometry,
     )  # fmt: skip
     for is_tie_break in (False, True) if boxes.dtype == torch.float64 else (False,):
         _contest_kernel[grid](
@@ -464,11 +289,6 @@ def _assign(
     _score_kernel[grid](
         row_sum, row_count, target_row, target_score, best, boxes, boxes.stride(), scores, scores.stride(),
         points, points.stride(), gt, gt_stride, shapes, *sizes,
-        **_list_sizes(topk2 or 0, num_anchors), **exponents, **geometry,
+        **list_sizes(topk2 or 0, num_anchors), **exponents, **geometry,
     )  # fmt: skip
     return row_sum, row_count
-
-
-def _list_sizes(topk: int, num_anchors: int) -> dict[str, int]:
-    k = min(topk, num_anchors)
-    return {"K": k, "KP": triton.next_power_of_2(max(k, 1))}

@@ -12,6 +12,11 @@ NONE: tl.constexpr = tl.constexpr(-0x7FFFFFFF00000000)
 _LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
+def list_sizes(topk: int, num_anchors: int) -> dict[str, int]:
+    k = min(topk, num_anchors)
+    return {"K": k, "KP": triton.next_power_of_2(max(k, 1))}
+
+
 @triton.jit
 def pack(value, index, IS_WIDE: tl.constexpr):
     """Key and order of values with an index."""

@@ -15,7 +15,7 @@ from .._precision import working_dtype
 from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, sigmoid
 from .decode import channel_sizes, load_raw_boxes, raw_corners, raw_grad, store_raw_boxes
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
+from .launching import FIXED, INTERPRETED, TOTAL_SIZES, compute_type, on_device, rounded, scalar, total
 
 
 def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -117,30 +117,19 @@ def _yolox_loss_kernel(
 
 @triton.jit
 def _yolox_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, counts_ptr, l1_gain_ptr, num_ranks, iou_gain, programs,
+    loss_ptr, terms_ptr, partial_ptr, counts_ptr, l1_gain_ptr, num_ranks, iou_gain: tl.float64, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums in a fixed order, and writes the loss and its terms: the fifth is not added.
+    """One program adds up the partial sums, and writes the loss and its terms: the fifth is not added.
 
     ``l1_gain`` is 0 or 1.
     """
-    box = tl.zeros((BLOCK,), DTYPE)
-    obj = tl.zeros((BLOCK,), DTYPE)
-    cls = tl.zeros((BLOCK,), DTYPE)
-    l1 = tl.zeros((BLOCK,), DTYPE)
-    start = 0
-    while start < programs:
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < programs
-        box += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-        obj += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
-        cls += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
-        l1 += tl.load(partial_ptr + 3 * programs + offs, mask=mask, other=0.0)
-        start += BLOCK
     normaliser = _normaliser(counts_ptr, num_ranks, DTYPE)
-    box_term = iou_gain * tl.sum(box) / normaliser
-    obj_term, cls_term = tl.sum(obj) / normaliser, tl.sum(cls) / normaliser
-    l1_term = tl.where(tl.load(l1_gain_ptr) > 0, tl.sum(l1), 0.0) / normaliser
+    box_term = scalar(iou_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
+    obj_term = total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
+    cls_term = total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
+    l1 = total(partial_ptr + 3 * programs, programs, DTYPE, BLOCK)
+    l1_term = tl.where(tl.load(l1_gain_ptr) > 0, l1, 0.0) / normaliser
     tl.store(terms_ptr, box_term)
     tl.store(terms_ptr + 1, obj_term)
     tl.store(terms_ptr + 2, cls_term)
@@ -152,7 +141,7 @@ def _yolox_total_kernel(
 @triton.jit
 def _yolox_grad_kernel(
     out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
-    gt_ptr, gt_stride, l1_gain_ptr, shapes, num_ranks, iou_gain, A, CHANNELS,
+    gt_ptr, gt_stride, l1_gain_ptr, shapes, num_ranks, iou_gain: tl.float64, A, CHANNELS,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
@@ -178,7 +167,7 @@ def _yolox_grad_kernel(
             slope = -2 * iou
         else:
             slope = tl.where((iou >= -1) & (iou <= 1), -1.0, 0.0).to(DTYPE)
-        slope = iou_gain * slope
+        slope = scalar(iou_gain, DTYPE) * slope
         corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
         d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
         is_l1 = tl.load(l1_gain_ptr) > 0
@@ -232,7 +221,7 @@ def yolox_loss(
         )  # fmt: skip
     _yolox_total_kernel[(1,)](
         loss, terms, partial, counts, l1_gain, num_ranks, iou_gain, partial.shape[1],
-        DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
+        DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
     return loss, terms
 

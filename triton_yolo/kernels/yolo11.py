@@ -11,7 +11,7 @@ from .._precision import working_dtype
 from .boxes import cross_entropy_with_logits, expectation, overlap, overlap_derivative, sigmoid
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
+from .launching import FIXED, INTERPRETED, TOTAL_SIZES, compute_type, on_device, rounded, scalar, total
 
 
 def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -68,10 +68,10 @@ def _side_loss(
         bins = tl.arange(0, RP)[:, None].to(DTYPE)
         shifted = logits - tl.max(logits, 0)[None, :]
         e = tl.exp(shifted)
-        total = tl.sum(e, 0)
-        distance = tl.sum(e * bins, 0) / total
+        norm = tl.sum(e, 0)
+        distance = tl.sum(e * bins, 0) / norm
         weights = _bin_weights(target, bins, R)
-        loss = tl.log(total) - tl.sum(tl.where(weights > 0, weights * shifted, 0.0), 0)
+        loss = tl.log(norm) - tl.sum(tl.where(weights > 0, weights * shifted, 0.0), 0)
     return distance, loss
 
 
@@ -109,7 +109,7 @@ def _yolo11_loss_kernel(
 
     logits_ptr += image * logits_stride[0]
     # Anchors come first here and last in the box part: tiles of one shape would have to share the layout of 16-byte loads.
-    total = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+    cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     start = 0
     while start < C:
         offs_c = start + tl.arange(0, BLOCK_C)
@@ -120,10 +120,10 @@ def _yolo11_loss_kernel(
         loss = cross_entropy_with_logits(logits, target)
         if HAS_WEIGHTS:
             loss = loss * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[None, :]
-        total += tl.where(mask, loss, 0.0)
+        cls += tl.where(mask, loss, 0.0)
         start += BLOCK_C
     programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(partial_ptr + programs + program, tl.sum(total))
+    tl.store(partial_ptr + programs + program, tl.sum(cls))
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     dfl = tl.zeros((BLOCK_A,), DTYPE)
@@ -151,25 +151,14 @@ def _yolo11_loss_kernel(
 
 @triton.jit
 def _yolo11_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, score_sum_ptr, box_gain, cls_gain, dfl_gain, batch_size, num_ranks, programs,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    loss_ptr, terms_ptr, partial_ptr, score_sum_ptr, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64,
+    batch_size, num_ranks, programs, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums in a fixed order and writes the loss and its three terms."""
-    box = tl.zeros((BLOCK,), DTYPE)
-    cls = tl.zeros((BLOCK,), DTYPE)
-    dfl = tl.zeros((BLOCK,), DTYPE)
-    start = 0
-    while start < programs:
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < programs
-        box += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-        cls += tl.load(partial_ptr + programs + offs, mask=mask, other=0.0)
-        dfl += tl.load(partial_ptr + 2 * programs + offs, mask=mask, other=0.0)
-        start += BLOCK
+    """One program adds up the partial sums and writes the loss and its three terms."""
     normaliser = _normaliser(score_sum_ptr, num_ranks, DTYPE)
-    box_term = box_gain * tl.sum(box) / normaliser
-    cls_term = cls_gain * tl.sum(cls) / normaliser
-    dfl_term = dfl_gain * tl.sum(dfl) / normaliser
+    box_term = scalar(box_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
+    cls_term = scalar(cls_gain, DTYPE) * total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
+    dfl_term = scalar(dfl_gain, DTYPE) * total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
     tl.store(terms_ptr, box_term)
     tl.store(terms_ptr + 1, cls_term)
     tl.store(terms_ptr + 2, dfl_term)
@@ -179,7 +168,7 @@ def _yolo11_total_kernel(
 @triton.jit
 def _class_grad_kernel(
     out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    labels_ptr, weights_ptr, cls_gain, batch_size, num_ranks, A,
+    labels_ptr, weights_ptr, cls_gain: tl.float64, batch_size, num_ranks, A,
     C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads one tile of class logits and writes its gradient."""
@@ -197,7 +186,7 @@ def _class_grad_kernel(
     error = sigmoid(logits) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
     if HAS_WEIGHTS:
         error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
-    scale = cls_gain * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
+    scale = scalar(cls_gain, DTYPE) * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
     offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
     tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
 
@@ -224,7 +213,7 @@ def _side_grad(
 @triton.jit
 def _box_grad_kernel(
     out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    gt_ptr, gt_stride, shapes, box_gain, dfl_gain, batch_size, num_ranks, A,
+    gt_ptr, gt_stride, shapes, box_gain: tl.float64, dfl_gain: tl.float64, batch_size, num_ranks, A,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of the box logits of BLOCK_A anchors of one image, 0 for background.
@@ -251,7 +240,7 @@ def _box_grad_kernel(
         )
         score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
         weight = score * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
-        box_weight, dfl_weight = box_gain * weight, dfl_gain / 4 * weight
+        box_weight, dfl_weight = scalar(box_gain, DTYPE) * weight, scalar(dfl_gain, DTYPE) / 4 * weight
         x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
         for side in range(4):
             target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
@@ -288,7 +277,7 @@ def yolo11_loss(
         )  # fmt: skip
     _yolo11_total_kernel[(1,)](
         loss, terms, partial, score_sum, *gains, images, num_ranks, partial.shape[1],
-        DTYPE=compute_type(dtype), BLOCK=1024, num_warps=4, **FIXED,
+        DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
     return loss, terms
 

@@ -1,0 +1,75 @@
+"""Tile functions of task-aligned assignment: ground-truth rows with their candidates, overlap and metric of both.
+
+The anchors of a row are the cells of its rectangle of the grid (``IS_GRID``: boxes contiguous in float32 or float64, scores are
+logits), or all ``A`` of arbitrary points (boxes with any strides, scores are probabilities).
+"""
+
+import triton
+import triton.language as tl
+
+from .boxes import overlap, power, sigmoid
+from .grid import rectangle_cells, rectangle_size
+from .rows import load_anchor_boxes
+
+
+@triton.jit
+def widened(box, MIN_SIDE: tl.constexpr):
+    """Boxes with every side at least ``MIN_SIDE`` about their centres."""
+    x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
+    if MIN_SIDE > 0:
+        x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+        x1, x2 = tl.where(width < MIN_SIDE, x - MIN_SIDE / 2, x1), tl.where(width < MIN_SIDE, x + MIN_SIDE / 2, x2)
+        y1, y2 = tl.where(height < MIN_SIDE, y - MIN_SIDE / 2, y1), tl.where(height < MIN_SIDE, y + MIN_SIDE / 2, y2)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def walk_length(is_gt, wide, shapes, A, STRIDES: tl.constexpr, IS_GRID: tl.constexpr):
+    """How many anchors each row [g, 1] walks over, 0 for one that does not count."""
+    if IS_GRID:
+        length = rectangle_size(wide[0], wide[1], wide[2], wide[3], shapes, STRIDES)
+    else:
+        length = tl.zeros_like(is_gt.to(tl.int32)) + A
+    return tl.where(is_gt, length, 0)
+
+
+@triton.jit
+def candidates(
+    nth, length, wide, points_ptr, points_stride, shapes,
+    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The ``nth`` anchors [g, n] of each row's walk, in increasing order, and whether each is a candidate."""
+    is_candidate = nth < length
+    if IS_GRID:
+        anchor, x, y, _ = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)
+    else:
+        anchor = nth + tl.zeros_like(length)
+        ptr = points_ptr + anchor.to(tl.int64) * points_stride[0]
+        x = tl.load(ptr, mask=is_candidate, other=0.0).to(DTYPE)
+        y = tl.load(ptr + points_stride[1], mask=is_candidate, other=0.0).to(DTYPE)
+    is_inside = (x - wide[0] > EPS) & (y - wide[1] > EPS) & (wide[2] - x > EPS) & (wide[3] - y > EPS)
+    return anchor, is_candidate & is_inside
+
+
+@triton.jit
+def pair_overlaps(image, anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
+    x1, y1, x2, y2 = load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+    ciou = overlap(box[0], box[1], box[2], box[3], x1, y1, x2, y2, "ciou", 1e-7)
+    return tl.where(mask & (ciou > 0), ciou, 0.0)
+
+
+@triton.jit
+def pair_metrics(
+    image, anchor, label, mask, overlaps, scores_ptr, scores_stride,
+    IS_GRID: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Metric [g, n] of pairs with these overlaps; 0 where ``mask`` is false or NaN."""
+    if BETA > 0:
+        mask = mask & (overlaps > 0)
+    offs = image * scores_stride[0] + anchor.to(tl.int64) * scores_stride[1] + label * scores_stride[2]
+    score = tl.load(scores_ptr + offs, mask=mask, other=0.0).to(DTYPE)
+    if IS_GRID:
+        score = sigmoid(score)
+    metric = power(score, ALPHA) * power(overlaps, BETA)
+    return tl.where(mask & (metric > 0), metric, 0.0)
