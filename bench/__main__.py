@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import loss, parity, report, scaling, traffic
+from . import loss, parity, report, resources, scaling, traffic
 
 
 def main() -> None:
@@ -21,6 +21,14 @@ def main() -> None:
         add.set_defaults(run=run)
     add = commands.add_parser("traffic", help="bytes and launches of the kernels, in the interpreter; fails past the bar")
     add.set_defaults(run=traffic.run)
+    add = commands.add_parser("resources", help="compile every kernel for every target: registers, spills; fails past the bar")
+    add.add_argument("--targets", nargs="+", default=resources.TARGETS)
+    add.add_argument("--dtypes", nargs="+", default=resources.DTYPES)
+    add.add_argument("--operators", default="", metavar="PREFIX", help="only those that start so; nothing is saved")
+    add.add_argument("--verbose", action="store_true", help="a line for every kernel")
+    add.add_argument("--json", type=Path, help="write every kernel's figures as JSON lines")
+    add.add_argument("--out", type=Path, help="append a line a target and type here instead of bench/results/resources.jsonl")
+    add.set_defaults(run=resources.run)
     add = commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step")
     add.add_argument("trainer", choices=["ultralytics"])
     add.add_argument("--model", default="yolo11n", help="name of a model that Ultralytics builds, e.g. yolo26n")

@@ -1,12 +1,13 @@
 """The benchmark runs, refuses to time what disagrees, and its tables land between their markers."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import report, results, scaling
+from bench import report, resources, results, scaling
 from bench.compare import check
 from bench.measure import Trial
 
@@ -34,6 +35,13 @@ def test_what_disagrees_has_no_time():
 
 def test_exponent_of_a_power():
     assert scaling.exponent([(x, 3 * x**1.5) for x in (1, 2, 4, 10)]) == pytest.approx(1.5)
+
+
+def test_a_spill_is_past_the_bar_of_some_targets_only():
+    row = resources.Resources("decode", "_kernel", "cuda:90", "float16", "channel-first", 4, 32, 0, 0, 128, 128, 5000, 0.1)
+    spilling = dataclasses.replace(row, spill=8)
+    assert resources.over_the_bar([row, spilling, dataclasses.replace(spilling, target="cuda:75")]) == [spilling]
+    assert resources.figures([row, spilling])["spilled"] == {"decode channel-first _kernel": 8}
 
 
 def test_tables_replace_what_is_between_their_markers():
