@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import loss, parity, report, resources, scaling, traffic
+from . import loss, model, parity, plot, resources, scaling, traffic, training
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, what, run in (
         ("loss", "both criteria, forward and backward", loss.run),
-        ("stages", "decoding, align metric, top-k, IoU", loss.run),
+        ("stages", "decoding, align metric, top-k, IoU, the losses of an assignment", loss.run),
         ("assign", "both assigners, on padded ground truth", loss.run),
         ("scaling", "how the cost of the criteria grows with each size", scaling.run),
     ):
@@ -40,8 +40,22 @@ def main() -> None:
     add.add_argument("--perturb", type=float, default=1e-7, help="noise on the weights of a third run, stock too; 0: none")
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
     add.set_defaults(run=parity.run)
-    add = commands.add_parser("report", help="draw the plots, and write the tables of the README, from the saved results")
-    add.set_defaults(run=report.run)
+    add = commands.add_parser("model", help="an estimate of the kernels' time on a GPU, at best and at worst")
+    add.add_argument("--gpu", choices=model.GPUS, default="H100-SXM")
+    add.add_argument("--dtype", choices=resources.DTYPES, default="bfloat16")
+    add.add_argument("--batch-size", type=int, default=64)
+    add.add_argument("--imgsz", type=int, default=640)
+    add.add_argument("--classes", type=int, default=80)
+    add.set_defaults(run=model.run)
+    add = commands.add_parser("training", help="train the example's detector on digits and, with the data, on BCCD")
+    add.add_argument("--what", nargs="+", choices=["digits", "BCCD"], help="only these")
+    add.add_argument("--device", default="cpu")
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
+    add.add_argument("--out", type=Path, help="append to this file instead of bench/results/<machine>.jsonl")
+    add.set_defaults(run=training.run)
+    add = commands.add_parser("plot", help="draw the plots, and write the tables of the README, from the saved results")
+    add.set_defaults(run=plot.run)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -53,10 +67,13 @@ def _add_case(add: argparse.ArgumentParser) -> None:
     add.add_argument("--batch-size", type=int, default=16)
     add.add_argument("--imgsz", type=int, default=640)
     add.add_argument("--classes", type=int, default=80)
+    add.add_argument("--reg-max", type=int, default=16, help="bins of the distance distribution")
     add.add_argument("--boxes", choices=["coco", "lognormal", "crowded"], help="default: coco with the data, else lognormal")
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
     add.add_argument("--rounds", type=int, default=15)
     add.add_argument("--quick", action="store_true", help="three rounds, memory once, nothing compiled")
+    add.add_argument("--compile", action="store_true", help="also ours under torch.compile")
+    add.add_argument("--cuda-graph", action="store_true", help="also ours as a replayed CUDA graph")
     add.add_argument("--only", nargs="+", metavar="NAME", help="other implementations to compare with; default: all")
     add.add_argument("--time-limit", type=float, default=600, metavar="S", help="of the process that first tries each alone")
     add.add_argument("--memory-limit", type=float, metavar="GIB", help="address space of that process")

@@ -10,7 +10,6 @@ from torch import Tensor
 from triton_yolo import make_anchors
 
 STRIDES = (8, 16, 32)
-REG_MAX = 16
 CROWD = 5000  # boxes an image
 _MOSAIC = 4  # images whose boxes make one image
 _CANVAS = 640  # side in pixels of the image that box sizes refer to
@@ -23,13 +22,16 @@ class Case(NamedTuple):
     batch_size: int
     imgsz: int
     num_classes: int
+    reg_max: int = 16
 
     @property
     def feat_shapes(self) -> list[tuple[int, int]]:
         return [(self.imgsz // stride, self.imgsz // stride) for stride in STRIDES]
 
 
-def make_case(boxes: str, *, batch_size: int, imgsz: int, num_classes: int, data: Path | None = None) -> Case:
+def make_case(
+    boxes: str, *, batch_size: int, imgsz: int, num_classes: int, reg_max: int = 16, data: Path | None = None
+) -> Case:
     """Build the case of ``boxes``: "coco" (needs ``data``), "lognormal" (its sizes without the data) or "crowded"."""
     if boxes == "coco":
         images = _coco_images(data, num_classes)
@@ -38,20 +40,31 @@ def make_case(boxes: str, *, batch_size: int, imgsz: int, num_classes: int, data
         images = [_lognormal_image(number, num_classes, seed) for seed in range(batch_size)]
     per_image = [images[i % len(images)] for i in range(batch_size)]
     rows = torch.cat([torch.nn.functional.pad(image, (1, 0), value=i) for i, image in enumerate(per_image)])
-    return Case(rows, batch_size, imgsz, num_classes)
+    return Case(rows, batch_size, imgsz, num_classes, reg_max)
+
+
+def least_bytes(system: str, case: Case, itemsize: int) -> int:
+    """The fewest bytes that a criterion moves forward and backward.
+
+    YOLO11 reads class and box logits once, class logits again, and writes both gradients. YOLOX reads its output twice and
+    writes its gradient.
+    """
+    num_anchors = case.batch_size * sum(height * width for height, width in case.feat_shapes)
+    numbers = 3 * case.num_classes + 8 * case.reg_max if system == "yolo11" else 3 * (5 + case.num_classes)
+    return num_anchors * numbers * itemsize
 
 
 def has_coco(data: Path | None) -> bool:
     return data is not None and (data / "coco_boxes.json").is_file()
 
 
-def yolo11_preds(case: Case, reg_max: int = REG_MAX) -> tuple[Tensor, Tensor]:
+def yolo11_preds(case: Case) -> tuple[Tensor, Tensor]:
     """Logits of distances (B, 4R, A), a peak at the distance, and of classes (B, C, A)."""
     generator = torch.Generator().manual_seed(1)
     distances, logits = _learnt(case, generator)
-    if reg_max > 1:
-        bins = torch.arange(reg_max)[:, None]
-        peak = -1.5 * (bins - distances.clamp(max=reg_max - 1)[:, :, None]).abs()
+    if case.reg_max > 1:
+        bins = torch.arange(case.reg_max)[:, None]
+        peak = -1.5 * (bins - distances.clamp(max=case.reg_max - 1)[:, :, None]).abs()
         distances = peak + 0.3 * torch.randn(peak.shape, generator=generator)
     return distances.flatten(1, -2), logits
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .cases import Case
 from .competitors import OURS, Step, Target, label
@@ -13,29 +14,37 @@ from .measure import Limits, Timing, Trial, spread, time_interleaved, try_alone
 Builder = Callable[[Case, Target], Step]
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
 HEADER = (
-    "| what | implementation | forward ms | backward ms | total ms (p20-p80) | x time | peak MiB | x memory |\n"
-    "|---|---|--:|--:|--:|--:|--:|--:|"
+    "| what | implementation | forward ms | backward ms | total ms (p20-p80) | x time "
+    "| GB/s | of a copy | peak MiB | x memory |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
 def compare(what: str, builders: Mapping[str, Builder], case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each implementation. One that fails or disagrees with ours is named, with the reason and without a time."""
     target = Target(torch.device(arguments.device), getattr(torch, arguments.dtype))
-    builders = {
-        name: build
-        for name, build in builders.items()
-        if name == OURS or (name in arguments.only if arguments.only else not (arguments.quick and "compile" in name))
-    }
+    builders = {name: build for name, build in builders.items() if is_wanted(name, arguments)}
     memory_limit = int(arguments.memory_limit * 2**30) if arguments.memory_limit else None
     limits = Limits(arguments.time_limit, memory_limit, runs=1 if arguments.quick else 3)
-    trials = {name: try_alone(limits, build, case, target) for name, build in builders.items()}
+    alone = tqdm(builders.items(), f"{what}: memory", leave=False, disable=None)
+    trials = {name: try_alone(limits, build, case, target) for name, build in alone}
     ours = trials[OURS]
     if ours.result is None:
         raise SystemExit(f"{what}: {OURS} failed: {ours.failure}")
     trials = {name: check(trial, ours.result, TOLERANCE[arguments.dtype]) for name, trial in trials.items()}
     steps = {name: builders[name](case, target) for name, trial in trials.items() if trial.failure is None}
     timings = time_interleaved(steps, 3 if arguments.quick else arguments.rounds)
-    return [_row(what, name, trials[name], timings.get(name), ours, timings[OURS]) for name in builders]
+    speed = {"least_bytes": steps[OURS].least_bytes, "copy_bandwidth": arguments.copy_bandwidth}
+    return [{**_row(what, name, trials[name], timings.get(name), ours, timings[OURS]), **speed} for name in builders]
+
+
+def is_wanted(name: str, arguments: argparse.Namespace) -> bool:
+    """Ours always, a way to run it on request, and the others if they are named or none is; compiled ones take minutes."""
+    if name == OURS:
+        return True
+    if OURS in name:
+        return bool(arguments.cuda_graph if "graph" in name else arguments.compile)
+    return name in arguments.only if arguments.only else not (arguments.quick and "compile" in name)
 
 
 def check(trial: Trial, expected: float, tolerance: float) -> Trial:
@@ -47,15 +56,24 @@ def check(trial: Trial, expected: float, tolerance: float) -> Trial:
 
 def markdown(row: dict[str, Any]) -> str:
     if row["failure"]:
-        return f"| {row['what']} | {row['name']} | {row['failure']} ||||||"
+        return f"| {row['what']} | {row['name']} | {row['failure']} ||||||||"
     forward, backward = row["forward"], row["backward"]
     total, p20, p80 = spread([f + b for f, b in zip(forward, backward, strict=True)])
     peak = f"{row['peak_bytes'] / 2**20:.0f}" if row["peak_bytes"] is not None else ""
     times_memory = f"{row['x_memory']:.1f}" if row["x_memory"] else ""
+    speed = share = ""
+    if least := row.get("least_bytes"):
+        speed, share = f"{least / total / 1e9:.1f}", f"{100 * least / total / row['copy_bandwidth']:.0f} %"
+    parts = [milliseconds(seconds) for seconds in (spread(forward)[0], spread(backward)[0], total, p20, p80)]
     return (
-        f"| {row['what']} | {row['name']} | {1e3 * spread(forward)[0]:.1f} | {1e3 * spread(backward)[0]:.1f} "
-        f"| {1e3 * total:.1f} ({1e3 * p20:.1f}-{1e3 * p80:.1f}) | {row['x_time']:.1f} | {peak} | {times_memory} |"
+        f"| {row['what']} | {row['name']} | {parts[0]} | {parts[1]} | {parts[2]} ({parts[3]}-{parts[4]}) | {row['x_time']:.1f} "
+        f"| {speed} | {share} | {peak} | {times_memory} |"
     )
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, of what a GPU takes too."""
+    return f"{1e3 * seconds:.1f}" if seconds >= 0.01 or seconds == 0 else f"{1e3 * seconds:.3f}"
 
 
 def _row(what: str, name: str, trial: Trial, timing: Timing | None, ours: Trial, our_timing: Timing) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,18 +12,22 @@ import reference
 import triton_yolo as ty
 from tests import peers
 
-from .cases import REG_MAX, STRIDES, Case, yolo11_preds, yolox_preds
+from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
 
 OURS = "triton_yolo"
 MIN_BOX_SIDE = float(STRIDES[1])  # as in Ultralytics
 
 
 class Step(NamedTuple):
-    """What is timed: ``forward`` returns a tensor; if there are ``leaves``, a gradient of ones goes back to them."""
+    """What is timed: ``forward`` returns a tensor; if there are ``leaves``, a gradient of ones goes back to them.
+
+    ``least_bytes`` is what both must move, 0 where that is not said.
+    """
 
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     device: torch.device
+    least_bytes: int = 0
 
     def backward(self, out: Tensor) -> None:
         if self.leaves:
@@ -39,20 +42,54 @@ class Target(NamedTuple):
         return preds.to(self.device, self.dtype).contiguous().requires_grad_()
 
 
+def compiled(function: Any, is_compiled: bool) -> Any:
+    return torch.compile(function) if is_compiled else function
+
+
+def graphed(build: Callable[[Case, Target], Step], case: Case, target: Target) -> Step:
+    """Forward and backward captured in a CUDA graph; its replay counts as forward."""
+    if target.device.type != "cuda":
+        raise RuntimeError("a CUDA graph needs --device cuda")
+    step, stream, graph = build(case, target), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def both() -> Tensor:
+        for leaf in step.leaves:
+            leaf.grad = None
+        out = step.forward()
+        step.backward(out)
+        return out
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            both()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        out = both()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return Step(replay, (), target.device, step.least_bytes)
+
+
 def _yolo11(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
     leaves = tuple(map(target.leaf, yolo11_preds(case)))
     dist, scores = (x.transpose(1, 2) for x in leaves)
     rows = case.rows.to(target.device)
-    return Step(lambda: criterion(dist, scores, case.feat_shapes, rows).loss, leaves, target.device)
+    least = least_bytes("yolo11", case, target.dtype.itemsize)
+    return Step(lambda: criterion(dist, scores, case.feat_shapes, rows).loss, leaves, target.device, least)
 
 
-def _yolo11_ours(case: Case, target: Target) -> Step:
-    return _yolo11(ty.YOLO11Loss(case.num_classes, strides=STRIDES, min_box_side=MIN_BOX_SIDE), case, target)
+def _yolo11_ours(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
+    criterion = ty.YOLO11Loss(case.num_classes, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE)
+    return _yolo11(compiled(criterion, is_compiled), case, target)
 
 
 def _yolo11_reference(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
-    criterion = torch.compile(reference.yolo11_loss) if is_compiled else reference.yolo11_loss
-    return _yolo11(partial(criterion, strides=STRIDES, min_box_side=MIN_BOX_SIDE), case, target)
+    criterion = compiled(reference.yolo11_loss, is_compiled)
+    return _yolo11(partial(criterion, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE), case, target)
 
 
 def _yolo11_ultralytics(case: Case, target: Target) -> Step:
@@ -65,16 +102,17 @@ def _yolo11_ultralytics(case: Case, target: Target) -> Step:
 
 def _yolox(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
     preds, rows = target.leaf(yolox_preds(case)), case.rows.to(target.device)
-    return Step(lambda: criterion(preds, case.feat_shapes, rows).loss, (preds,), target.device)
+    least = least_bytes("yolox", case, target.dtype.itemsize)
+    return Step(lambda: criterion(preds, case.feat_shapes, rows).loss, (preds,), target.device, least)
 
 
-def _yolox_ours(case: Case, target: Target) -> Step:
-    return _yolox(ty.YOLOXLoss(case.num_classes, strides=STRIDES), case, target)
+def _yolox_ours(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
+    criterion = ty.YOLOXLoss(case.num_classes, strides=STRIDES).to(target.device)
+    return _yolox(compiled(criterion, is_compiled), case, target)
 
 
 def _yolox_reference(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
-    criterion = torch.compile(reference.yolox_loss) if is_compiled else reference.yolox_loss
-    return _yolox(partial(criterion, strides=STRIDES), case, target)
+    return _yolox(partial(compiled(reference.yolox_loss, is_compiled), strides=STRIDES), case, target)
 
 
 def _yolox_peer(case: Case, target: Target) -> Step:
@@ -90,28 +128,21 @@ CRITERIA: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
         "ultralytics": _yolo11_ultralytics,
         "reference": _yolo11_reference,
         "torch.compile(reference)": partial(_yolo11_reference, is_compiled=True),
+        f"torch.compile({OURS})": partial(_yolo11_ours, is_compiled=True),
+        f"CUDA graph of {OURS}": partial(graphed, _yolo11_ours),
     },
     "yolox": {
         OURS: _yolox_ours,
         "pixeltable-yolox": _yolox_peer,
         "reference": _yolox_reference,
         "torch.compile(reference)": partial(_yolox_reference, is_compiled=True),
+        f"torch.compile({OURS})": partial(_yolox_ours, is_compiled=True),
+        f"CUDA graph of {OURS}": partial(graphed, _yolox_ours),
     },
 }
 
 
-def _decode(module: ModuleType, system: str, case: Case, target: Target) -> Step:
-    points, strides = (x.to(target.device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
-    if system == "yolo11":
-        leaf = target.leaf(yolo11_preds(case)[0])
-        return Step(
-            lambda: module.decode_dfl(leaf.transpose(1, 2), points, reg_max=REG_MAX, strides=strides), (leaf,), target.device
-        )
-    leaf = target.leaf(yolox_preds(case))
-    return Step(lambda: module.decode_yolox(leaf, points, strides), (leaf,), target.device)
-
-
-class _Padded(NamedTuple):
+class Padded(NamedTuple):
     """What an assigner takes, with the predictions of a network that has learnt something."""
 
     cls_logits: Tensor
@@ -121,35 +152,17 @@ class _Padded(NamedTuple):
     gt: tuple[Tensor, Tensor, Tensor]
 
 
-def _padded(case: Case, target: Target) -> _Padded:
+def padded(case: Case, target: Target) -> Padded:
     dist, logits = (x.to(target.device, target.dtype).transpose(1, 2) for x in yolo11_preds(case))
     points, strides = (x.to(target.device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
-    boxes = ty.decode_dfl(dist, points, reg_max=REG_MAX, strides=strides)
+    boxes = ty.decode_dfl(dist, points, reg_max=case.reg_max, strides=strides)
     labels, xywh, mask = reference.pad_targets(case.rows.to(target.device), case.batch_size, (case.imgsz, case.imgsz))
     gt = (labels[..., None], reference.xywh_to_xyxy(xywh), mask[..., None])
-    return _Padded(logits, boxes, points * strides[:, None], strides, gt)
-
-
-def _align_metric(module: ModuleType, case: Case, target: Target) -> Step:
-    x = _padded(case, target)
-    args = (x.cls_logits.sigmoid(), x.boxes, x.points, *x.gt)
-    return Step(lambda: module.align_metric(*args, alpha=0.5, beta=6.0)[0], (), target.device)
-
-
-def _topk(module: ModuleType, case: Case, target: Target) -> Step:
-    x = _padded(case, target)
-    metric, _ = ty.align_metric(x.cls_logits.sigmoid(), x.boxes, x.points, *x.gt, alpha=0.5, beta=6.0)
-    return Step(lambda: module.select_topk_candidates(metric, 10), (), target.device)
-
-
-def _bbox_iou(module: ModuleType, case: Case, target: Target) -> Step:
-    boxes = _padded(case, target).boxes.flatten(0, 1)
-    a, b = target.leaf(boxes), target.leaf(boxes.roll(1, 0))
-    return Step(lambda: module.bbox_iou(a, b, kind="ciou"), (a, b), target.device)
+    return Padded(logits, boxes, points * strides[:, None], strides, gt)
 
 
 def _task_aligned(assigner: Callable[..., tuple[Tensor, ...]], case: Case, target: Target) -> Step:
-    x = _padded(case, target)
+    x = padded(case, target)
     args = (x.cls_logits.sigmoid(), x.boxes, x.points, *x.gt)
     return Step(lambda: assigner(*args)[2], (), target.device)
 
@@ -169,7 +182,7 @@ def _task_aligned_ultralytics(case: Case, target: Target) -> Step:
 
 
 def _simota(assigner: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
-    x = _padded(case, target)
+    x = padded(case, target)
     args = (x.cls_logits, x.cls_logits.amax(-1), x.boxes, x.points, x.strides, *x.gt)
     return Step(lambda: assigner(*args).matched_iou, (), target.device)
 
@@ -182,21 +195,6 @@ def _simota_reference(case: Case, target: Target) -> Step:
     return _simota(reference.simota_assign, case, target)
 
 
-def _both(build: Callable[..., Step], *args: str) -> dict[str, Callable[[Case, Target], Step]]:
-    return {name: partial(_of_module, build, name, *args) for name in (OURS, "reference")}
-
-
-def _of_module(build: Callable[..., Step], name: str, *args: Any) -> Step:
-    return build(ty if name == OURS else reference, *args)
-
-
-STAGES: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
-    "decode_dfl": _both(_decode, "yolo11"),
-    "decode_yolox": _both(_decode, "yolox"),
-    "align_metric": _both(_align_metric),
-    "select_topk_candidates": _both(_topk),
-    "bbox_iou (CIoU)": _both(_bbox_iou),
-}
 ASSIGNERS: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
     "TaskAlignedAssigner": {
         OURS: _task_aligned_ours,

@@ -4,10 +4,14 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from . import results
 from .cases import Case, has_coco, make_case
 from .compare import HEADER, Builder, compare, markdown
-from .competitors import ASSIGNERS, CRITERIA, STAGES
+from .competitors import ASSIGNERS, CRITERIA
+from .measure import copy_bandwidth
+from .stages import STAGES
 
 OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS}
 
@@ -19,7 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"B={case.batch_size}, {case.imgsz} px, C={case.num_classes}, {len(case.rows)} boxes ({boxes}), "
         f"{arguments.dtype} on {arguments.device}\n"
     )
-    print(HEADER)
+    arguments.copy_bandwidth = copy_bandwidth(torch.device(arguments.device))
+    print(f"A copy moves {arguments.copy_bandwidth / 1e9:.1f} GB/s.\n\n{HEADER}")
     for what, builders in OPERATIONS[arguments.command].items():
         if arguments.what and what not in arguments.what:
             continue
@@ -32,10 +37,12 @@ def case_of(arguments: argparse.Namespace) -> tuple[str, Case]:
     """The kind of boxes, and the batch."""
     data = Path(arguments.data) if arguments.data else None
     boxes = arguments.boxes or ("coco" if has_coco(data) else "lognormal")
-    options = {"batch_size": arguments.batch_size, "imgsz": arguments.imgsz, "num_classes": arguments.classes}
-    return boxes, make_case(boxes, **options, data=data)
+    return boxes, make_case(
+        boxes, batch_size=arguments.batch_size, imgsz=arguments.imgsz, num_classes=arguments.classes,
+        reg_max=arguments.reg_max, data=data,
+    )  # fmt: skip
 
 
 def sizes(case: Case, boxes: str, arguments: argparse.Namespace) -> dict[str, int | str]:
     found = {"boxes": boxes, "num_boxes": len(case.rows), "device": arguments.device, "dtype": arguments.dtype}
-    return {**found, "batch_size": case.batch_size, "imgsz": case.imgsz, "num_classes": case.num_classes}
+    return {**found, **{name: value for name, value in case._asdict().items() if name != "rows"}}

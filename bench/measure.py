@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import trange
 
 from .competitors import Step
+
+_CACHE = 2**28  # bytes, more than any accelerator's cache
 
 
 class Timing(NamedTuple):
@@ -57,7 +60,7 @@ def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Timing
     for step in steps.values():
         _run(step)
     timings = {name: Timing([], []) for name in steps}
-    for i in range(rounds):
+    for i in trange(rounds, desc="time", leave=False, disable=None):
         names = list(steps)
         for name in names[i % len(names) :] + names[: i % len(names)]:
             forward, backward = _run(steps[name])
@@ -101,20 +104,34 @@ def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: 
         sender.send(Trial(failure=f"{type(error).__name__}: {first_line}"[:160]))
 
 
+def copy_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
+    """Bytes a second, read and written, of a copy within the memory of a device."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_interleaved({"copy": Step(lambda: target.copy_(source), (), device)}, 15)["copy"].forward
+    return 2 * num_bytes / spread(seconds)[0]
+
+
 def _run(step: Step) -> tuple[float, float]:
+    """Seconds forward and backward; on an accelerator those of its own clock, with nothing of the inputs in its cache."""
     for leaf in step.leaves:
         leaf.grad = None
-    start = _now(step)
+    if _is_on_cpu(step):
+        start = time.perf_counter()
+        out = step.forward()
+        middle = time.perf_counter()
+        step.backward(out)
+        return middle - start, time.perf_counter() - middle
+    accelerator = torch.get_device_module(step.device)
+    start, middle, end = (accelerator.Event(enable_timing=True) for _ in range(3))
+    torch.empty(_CACHE, dtype=torch.uint8, device=step.device).zero_()
+    start.record()
     out = step.forward()
-    middle = _now(step)
+    middle.record()
     step.backward(out)
-    return middle - start, _now(step) - middle
-
-
-def _now(step: Step) -> float:
-    if not _is_on_cpu(step):
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+    end.record()
+    accelerator.synchronize()
+    return start.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3
 
 
 def _peak_of_run(step: Step) -> int | None:

@@ -5,13 +5,16 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import triton_yolo as ty
 
-from .cases import REG_MAX, STRIDES, make_case, yolo11_preds, yolox_preds
+from .cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
+
+if TYPE_CHECKING:
+    from .meter import Meter
 
 BARS = Path(__file__).with_name("traffic_bars.json")
 
@@ -29,8 +32,7 @@ class Figures(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("bench traffic meters interpreted kernels: set TRITON_INTERPRET=1")
+    demand_interpreter()
     bars, failed = json.loads(BARS.read_text()), []
     for name, measure in CASES.items():
         figures, table = measure()
@@ -43,11 +45,25 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("past the bar:\n" + "\n".join(failed))
 
 
-def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures, str]:
-    from .meter import Meter, shipped_sizes
+def demand_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("this command meters interpreted kernels: set TRITON_INTERPRET=1")
 
+
+def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures, str]:
     case = make_case("lognormal", batch_size=2, imgsz=256, num_classes=80)
     case = case._replace(rows=case.rows[::4])  # seven boxes an image
+    meter, forward, given = metered_step(system, case, dtype, layout)
+    num_anchors = case.batch_size * sum(height * width for height, width in case.feat_shapes)
+    spare = max(sum(end - start for start, end in t.storages if start not in given) for t in meter.launches[:forward])
+    ratio = meter.requested / least_bytes(system, case, dtype.itemsize)
+    return Figures(forward, len(meter.launches) - forward, round(ratio, 3), round(spare / num_anchors, 1)), meter.table()
+
+
+def metered_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> "tuple[Meter, int, set[int]]":
+    """The launches of a criterion forward and backward, how many are forward, and where its predictions begin."""
+    from .meter import Meter, shipped_sizes
+
     preds = yolo11_preds(case) if system == "yolo11" else (yolox_preds(case).transpose(1, 2),)
     preds = tuple(x.to(dtype).contiguous() for x in preds)
     if layout == "channels last":
@@ -58,12 +74,7 @@ def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures,
         loss = criterion(*inputs, case.feat_shapes, case.rows).loss
         forward = len(meter.launches)
         loss.backward()
-    channels = 3 * case.num_classes + 8 * REG_MAX if system == "yolo11" else 3 * (5 + case.num_classes)
-    num_anchors = case.batch_size * inputs[0].shape[1]
-    given = {x.untyped_storage().data_ptr() for x in inputs}
-    spare = max(sum(end - start for start, end in t.storages if start not in given) for t in meter.launches[:forward])
-    ratio = meter.requested / (num_anchors * channels * dtype.itemsize)
-    return Figures(forward, len(meter.launches) - forward, round(ratio, 3), round(spare / num_anchors, 1)), meter.table()
+    return meter, forward, {x.untyped_storage().data_ptr() for x in inputs}
 
 
 CASES = {

@@ -15,8 +15,8 @@ from .task_aligned import (
     select_topk_candidates,
     task_aligned_assign,
 )
-from .yolo11 import YOLO11LossOutput, yolo11_loss
-from .yolox import YOLOXLossOutput, yolox_loss
+from .yolo11 import YOLO11LossOutput, yolo11_assign, yolo11_loss
+from .yolox import YOLOXLossOutput, yolox_assign, yolox_loss
 
 __all__ = [
     "SimOTAResult",
@@ -36,6 +36,8 @@ __all__ = [
     "task_aligned_assign",
     "xywh_to_xyxy",
     "xyxy_to_xywh",
+    "yolo11_assign",
     "yolo11_loss",
+    "yolox_assign",
     "yolox_loss",
 ]

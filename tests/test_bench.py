@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import report, resources, results, scaling
+from bench import plot, resources, results, scaling
 from bench.compare import check
 from bench.measure import Trial
 
@@ -47,7 +47,7 @@ def test_a_spill_is_past_the_bar_of_some_targets_only():
 def test_tables_replace_what_is_between_their_markers():
     text = "a\n<!-- bench loss -->\nold\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
     filled = "a\n<!-- bench loss -->\nnew\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
-    assert report.fill(text, "loss", "new") == filled
+    assert plot.fill(text, "loss", "new") == filled
 
 
 def test_only_the_last_run_of_a_machine_is_reported(tmp_path, monkeypatch):
