@@ -24,7 +24,7 @@ def main() -> None:
     add = commands.add_parser("resources", help="compile every kernel for every target: registers, spills; fails past the bar")
     add.add_argument("--targets", nargs="+", default=resources.TARGETS)
     add.add_argument("--dtypes", nargs="+", default=resources.DTYPES)
-    add.add_argument("--operators", default="", metavar="PREFIX", help="only those that start so; nothing is saved")
+    add.add_argument("--operators", nargs="+", default=[""], metavar="PREFIX", help="only those; nothing is saved")
     add.add_argument("--verbose", action="store_true", help="a line for every kernel")
     add.add_argument("--json", type=Path, help="write every kernel's figures as JSON lines")
     add.add_argument("--out", type=Path, help="append a line a target and type here instead of bench/results/resources.jsonl")

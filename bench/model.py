@@ -48,9 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.gpu}: {gpu.bandwidth / 1e9:.0f} GB/s by its data sheet; B={arguments.batch_size}, {arguments.imgsz} px, "
         f"C={arguments.classes}, {len(case.rows) // METERED} boxes an image, {arguments.dtype}, channels first.\n"
-        f"Assumed. At best: requested bytes at full bandwidth, {1e6 * LAUNCH[0]} us a launch. At worst: whole sectors at a third of "
-        f"it, or as\nslowly as the loads that registers let be in flight arrive ({1e9 * LATENCY:.0f} ns each), {1e6 * LAUNCH[1]} us a "
-        f"launch. Arithmetic is free in both,\nand so is waiting of one program for another; metered with {METERED} images.\n"
+        f"Assumed at best: requested bytes at full bandwidth, {1e6 * LAUNCH[0]} us a launch.\n"
+        f"Assumed at worst: whole sectors at a third of it, or as slowly as the loads that registers let be in flight arrive\n"
+        f"({1e9 * LATENCY:.0f} ns each); {1e6 * LAUNCH[1]} us a launch.\n"
+        f"In both, arithmetic and waiting for other programs are free. Metered with {METERED} images.\n"
     )
     for system in ("yolo11", "yolox"):
         meter, forward, _ = metered_step(system, case, dtype, "channels first")
@@ -74,20 +75,10 @@ def bytes_in_flight(gpu: GPU, dtype: str) -> dict[str, float]:
     """Of every kernel: bytes that the threads of a multiprocessor wait for if each has one load, of a sector a warp or more."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "resources.jsonl"
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            "resources",
-            "--targets",
-            gpu.target,
-            "--dtypes",
-            dtype,
-            "--operators",
-            "yolo",
-        ]
+        options = ["--targets", gpu.target, "--dtypes", dtype, "--operators", "unpack_rows", "yolo", "--json", str(file)]
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        subprocess.run([*command, "--json", str(file)], env=env, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "bench", "resources", *options]
+        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     found: dict[str, float] = {}
     for row in rows:

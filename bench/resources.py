@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     print(f"Triton {triton.__version__}")
-    operators = {name: value for name, value in OPERATORS.items() if name.startswith(arguments.operators)}
+    operators = {name: value for name, value in OPERATORS.items() if name.startswith(tuple(arguments.operators))}
     rows, failed = [], []
     for target in arguments.targets:
         for dtype in arguments.dtypes:
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"{target:10} {dtype:8} {summary(found)}", flush=True)
             rows += found
             failed += over_the_bar(found)
-            if not arguments.operators:
+            if len(operators) == len(OPERATORS):
                 results.append("resources", {"target": target, "dtype": dtype, **figures(found)}, arguments.out or RESULTS)
     if arguments.json:
         arguments.json.write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")

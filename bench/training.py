@@ -1,4 +1,4 @@
-"""Whole trainings with ``examples/train.py``: mean average precision, time, and the first steps beside the reference's losses."""
+"""Whole trainings with ``examples/train.py``: mean average precision, time, first steps beside the reference's losses."""
 
 import argparse
 import json
