@@ -14,11 +14,7 @@ OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, 
 
 def run(arguments: argparse.Namespace) -> None:
     boxes, case = case_of(arguments)
-    print(", ".join(f"{key} {value}" for key, value in results.machine().items()))
-    print(
-        f"B={case.batch_size}, {case.imgsz} px, C={case.num_classes}, {len(case.rows)} boxes ({boxes}), "
-        f"{arguments.dtype} on {arguments.device}\n"
-    )
+    print(describe(case, boxes, arguments))
     print(HEADER)
     for what, builders in OPERATIONS[arguments.command].items():
         if arguments.what and what not in arguments.what:
@@ -34,6 +30,15 @@ def case_of(arguments: argparse.Namespace) -> tuple[str, Case]:
     boxes = arguments.boxes or ("coco" if has_coco(data) else "lognormal")
     options = {"batch_size": arguments.batch_size, "imgsz": arguments.imgsz, "num_classes": arguments.classes}
     return boxes, make_case(boxes, **options, data=data)
+
+
+def describe(case: Case, boxes: str, arguments: argparse.Namespace) -> str:
+    """The machine, and what is measured on it."""
+    return (
+        ", ".join(f"{key} {value}" for key, value in results.machine().items())
+        + f"\nB={case.batch_size}, {case.imgsz} px, C={case.num_classes}, {len(case.rows)} boxes ({boxes}), "
+        f"{arguments.dtype} on {arguments.device}\n"
+    )
 
 
 def sizes(case: Case, boxes: str, arguments: argparse.Namespace) -> dict[str, int | str]:

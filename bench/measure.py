@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,17 +53,29 @@ def spread(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Timing]:
-    """Run every step once a round, each round beginning with another one, so that a busy machine disturbs all alike."""
+    """Run every step once a round."""
     for step in steps.values():
         _run(step)
     timings = {name: Timing([], []) for name in steps}
-    for i in range(rounds):
-        names = list(steps)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            forward, backward = _run(steps[name])
-            timings[name].forward.append(forward)
-            timings[name].backward.append(backward)
+    for name in interleaved(steps, rounds):
+        forward, backward = _run(steps[name])
+        timings[name].forward.append(forward)
+        timings[name].backward.append(backward)
     return timings
+
+
+def interleaved(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Every name once a round, each round beginning with another one, so that a busy machine disturbs all alike."""
+    names = list(names)
+    for i in range(rounds):
+        yield from names[i % len(names) :] + names[: i % len(names)]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Trial:
@@ -104,17 +116,11 @@ def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: 
 def _run(step: Step) -> tuple[float, float]:
     for leaf in step.leaves:
         leaf.grad = None
-    start = _now(step)
+    start = now(step.device)
     out = step.forward()
-    middle = _now(step)
+    middle = now(step.device)
     step.backward(out)
-    return middle - start, _now(step) - middle
-
-
-def _now(step: Step) -> float:
-    if not _is_on_cpu(step):
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+    return middle - start, now(step.device) - middle
 
 
 def _peak_of_run(step: Step) -> int | None:
