@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import loss, model, parity, plot, resources, scaling, traffic, training
+from . import loss, model, parity, plot, resources, scaling, traffic, train_step, training
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
         ("stages", "decoding, align metric, top-k, IoU, the losses of an assignment", loss.run),
         ("assign", "both assigners, on padded ground truth", loss.run),
         ("scaling", "how the cost of the criteria grows with each size", scaling.run),
+        ("train-step", "whole training steps, and the share of the loss in them", train_step.run),
     ):
         add = commands.add_parser(name, help=what, description=what)
         _add_case(add)

@@ -18,11 +18,7 @@ OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, 
 
 def run(arguments: argparse.Namespace) -> None:
     boxes, case = case_of(arguments)
-    print(", ".join(f"{key} {value}" for key, value in results.machine().items()))
-    print(
-        f"B={case.batch_size}, {case.imgsz} px, C={case.num_classes}, {len(case.rows)} boxes ({boxes}), "
-        f"{arguments.dtype} on {arguments.device}\n"
-    )
+    print(describe(case, boxes, arguments))
     arguments.copy_bandwidth = copy_bandwidth(torch.device(arguments.device))
     print(f"A copy moves {arguments.copy_bandwidth / 1e9:.1f} GB/s.\n\n{HEADER}")
     for what, builders in OPERATIONS[arguments.command].items():
@@ -41,6 +37,15 @@ def case_of(arguments: argparse.Namespace) -> tuple[str, Case]:
         boxes, batch_size=arguments.batch_size, imgsz=arguments.imgsz, num_classes=arguments.classes,
         reg_max=arguments.reg_max, data=data,
     )  # fmt: skip
+
+
+def describe(case: Case, boxes: str, arguments: argparse.Namespace) -> str:
+    """The machine, and what is measured on it."""
+    return (
+        ", ".join(f"{key} {value}" for key, value in results.machine().items())
+        + f"\nB={case.batch_size}, {case.imgsz} px, C={case.num_classes}, {len(case.rows)} boxes ({boxes}), "
+        f"{arguments.dtype} on {arguments.device}\n"
+    )
 
 
 def sizes(case: Case, boxes: str, arguments: argparse.Namespace) -> dict[str, int | str]:

@@ -6,14 +6,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import trange
+from tqdm import tqdm
 
 from .competitors import Step
 
@@ -56,17 +56,29 @@ def spread(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def time_interleaved(steps: Mapping[str, Step], rounds: int) -> dict[str, Timing]:
-    """Run every step once a round, each round beginning with another one, so that a busy machine disturbs all alike."""
+    """Run every step once a round."""
     for step in steps.values():
         _run(step)
     timings = {name: Timing([], []) for name in steps}
-    for i in trange(rounds, desc="time", leave=False, disable=None):
-        names = list(steps)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            forward, backward = _run(steps[name])
-            timings[name].forward.append(forward)
-            timings[name].backward.append(backward)
+    for name in tqdm(interleaved(steps, rounds), "time", rounds * len(steps), leave=False, disable=None):
+        forward, backward = _run(steps[name])
+        timings[name].forward.append(forward)
+        timings[name].backward.append(backward)
     return timings
+
+
+def interleaved(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Every name once a round, each round beginning with another one, so that a busy machine disturbs all alike."""
+    names = list(names)
+    for i in range(rounds):
+        yield from names[i % len(names) :] + names[: i % len(names)]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Trial:

@@ -3,11 +3,11 @@
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import results, train_step
 from .compare import HEADER, markdown
 from .measure import spread
 from .traffic import BARS
@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
         if rows:
             text = fill(text, command, table(rows))
             _draw_bars(command, rows)
+    if rows := results.latest("train-step"):
+        text = fill(text, "train-step", table(rows, train_step.HEADER, train_step.markdown))
     README.write_text(fill(text, "traffic", traffic_table()))
     if rows := results.latest("scaling"):
         _draw_scaling(rows)
@@ -40,15 +42,15 @@ def fill(text: str, command: str, table: str) -> str:
     return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
+def table(rows: Iterable[dict[str, Any]], header: str = HEADER, line: Callable[[dict[str, Any]], str] = markdown) -> str:
     """What was measured where, and the rows, for every machine and size."""
     lines: list[str] = []
     heading = None
     for row in rows:
         if (found := _heading(row)) != heading:
             heading = found
-            lines += ["", heading, "", HEADER] if lines else [heading, "", HEADER]
-        lines.append(markdown(row))
+            lines += ["", heading, "", header] if lines else [heading, "", header]
+        lines.append(line(row))
     return "\n".join(lines)
 
 

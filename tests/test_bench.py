@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import plot, resources, results, scaling
+from bench import plot, resources, results, scaling, train_step
+from bench.cases import make_case
 from bench.compare import check
-from bench.measure import Trial
+from bench.competitors import OURS, Target
+from bench.measure import Trial, interleaved
 
 TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal", "--only", "reference"]
 
@@ -31,6 +33,74 @@ def test_what_disagrees_has_no_time():
     failure = check(Trial(result=1.1), 1.0, 1e-3).failure
     assert failure is not None
     assert "1.1" in failure
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["detector-yolo11", "detector-yolox", pytest.param("yolo11n", marks=pytest.mark.peers)])
+def test_training_steps_are_measured(what, dtype, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.jsonl"
+    monkeypatch.setattr("sys.argv", ["bench", "train-step", *TINY, "--what", what, "--dtype", dtype, "--out", str(file)])
+    bench.main()
+    before, after = (json.loads(line) for line in file.read_text().splitlines())
+    assert before["name"].split()[0] in ("reference", "ultralytics")
+    assert after["name"].split()[0] == OURS
+    assert after["result"] == pytest.approx(before["result"], rel=train_step.TOLERANCE[dtype])
+    for row in (before, after):
+        assert all(len(row[name]) == 3 and min(row[name]) > 0 for name in ("step", *train_step.Parts._fields))
+    lines = [train_step.HEADER, train_step.markdown(before), train_step.markdown(after)]
+    assert capsys.readouterr().out.endswith("\n".join(lines) + "\n")
+    assert plot.table([before, after], train_step.HEADER, train_step.markdown).endswith("\n".join(lines))
+
+
+def test_a_row_adds_up():
+    seconds = {"model_forward": 0.2, "loss_forward": 0.15, "loss_backward": 0.05, "model_backward": 0.5, "optimizer": 0.1}
+    row = {"what": "m", "name": "n", "failure": None, "step": [0.9, 0.9], "busy": 0.6}
+    row |= {part: [value, value] for part, value in seconds.items()}
+    expected = "| m | n | 900.0 (900.0-900.0) | 200.0 | 200.0 (150.0 + 50.0) | 500.0 | 100.0 | 20.0% | 33% |"
+    assert train_step.markdown(row) == expected
+    assert train_step.markdown({**row, "busy": None}) == expected.replace(" 33% ", "  ")
+
+
+def tiny_steps():
+    case = make_case("lognormal", batch_size=1, imgsz=64, num_classes=2)
+    return train_step.MODELS["detector-yolo11"](case, Target(torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize("name", ["reference", OURS])
+def test_a_step_in_parts_is_the_whole_step(name):
+    step = tiny_steps()[name]
+    seen = []
+
+    def keep(optimizer, *_):
+        seen.append([weight.grad.clone() for group in optimizer.param_groups for weight in group["params"]])
+
+    step.optimizer.register_step_pre_hook(keep)
+    loss, _ = step.whole()
+    step.split()
+    assert step.whole()[0] == loss, "the weights have moved"
+    whole, parts, _ = seen
+    assert any(grad.any() for grad in whole)
+    torch.testing.assert_close(parts, whole)
+
+
+def test_steps_whose_losses_disagree_have_no_time():
+    steps = tiny_steps()
+    stock = steps["reference"]
+    steps["reference"] = stock._replace(loss=lambda outputs: 2 * stock.loss(outputs))
+    (row,) = train_step.measure("detector-yolo11", steps, rounds=1, tolerance=1e-4)
+    assert row.keys() == {"what", "name", "failure"}
+    assert train_step.markdown(row).startswith("| detector-yolo11 | reference | gives ")
+
+
+def test_time_on_the_device_counts_once():
+    spans = [("kernel", 0, 10), ("kernel", 5, 10), ("gpu_memcpy", 8, 2), ("gpu_memset", 20, 5)]
+    spans += [("cpu_op", 0, 100), ("gpu_user_annotation", 0, 100)]
+    events = [{"cat": category, "ts": start, "dur": duration} for category, start, duration in spans]
+    assert train_step.busy_seconds({"traceEvents": [{"ph": "M"}, *events]}) == pytest.approx(20e-6)
+
+
+def test_the_order_rotates():
+    assert "".join(interleaved("abc", 4)) == "abcbcacababc"
 
 
 def test_exponent_of_a_power():
