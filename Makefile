@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: train test kernels lint types mutants kernel-mutants peers clean
+.PHONY: train test kernels lint types mutants kernel-mutants peers gpu clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
@@ -35,6 +35,10 @@ kernel-mutants: $(VENV)/installed  ## The same for the kernels, in Triton's inte
 peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
 	$(RUN) -m pip install --quiet --no-deps -c constraints.txt -r tests/peers.txt
 	$(RUN) -m pytest -m peers $(ARGS)
+
+OUT ?= runs/gpu
+gpu:  ## On a machine with a CUDA GPU, with the Python that has torch and triton: tests, sanitizer, benchmarks; ARGS=--rehearse without one.
+	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

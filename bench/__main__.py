@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import loss, model, parity, plot, resources, scaling, traffic, train_step, training
+from . import gpu, loss, model, parity, plot, resources, scaling, traffic, train_step, training
 
 
 def main() -> None:
@@ -48,6 +48,11 @@ def main() -> None:
     add.add_argument("--imgsz", type=int, default=640)
     add.add_argument("--classes", type=int, default=80)
     add.set_defaults(run=model.run)
+    add = commands.add_parser("gpu", help="everything that a CUDA machine can show: tests, sanitizer, benchmarks, with logs")
+    add.add_argument("--parts", nargs="+", choices=gpu.PARTS, help="only these; default: all, some nine minutes")
+    add.add_argument("--rehearse", action="store_true", help="small cases in Triton's interpreter instead")
+    add.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of logs and results; default: %(default)s")
+    add.set_defaults(run=gpu.run)
     add = commands.add_parser("training", help="train the example's detector on digits and, with the data, on BCCD")
     add.add_argument("--what", nargs="+", choices=["digits", "BCCD"], help="only these")
     add.add_argument("--device", default="cpu")

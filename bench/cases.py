@@ -1,6 +1,7 @@
 """Inputs: ground truth with real or realistic box sizes, and predictions of a network that has learnt something."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ def has_coco(data: Path | None) -> bool:
     return data is not None and (data / "coco_boxes.json").is_file()
 
 
+@lru_cache(maxsize=2)
 def yolo11_preds(case: Case) -> tuple[Tensor, Tensor]:
     """Logits of distances (B, 4R, A), a peak at the distance, and of classes (B, C, A)."""
     generator = torch.Generator().manual_seed(1)
@@ -69,6 +71,7 @@ def yolo11_preds(case: Case) -> tuple[Tensor, Tensor]:
     return distances.flatten(1, -2), logits
 
 
+@lru_cache(maxsize=2)
 def yolox_preds(case: Case) -> Tensor:
     """Raw (B, A, 5 + C)."""
     generator = torch.Generator().manual_seed(1)

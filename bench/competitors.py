@@ -39,7 +39,7 @@ class Target(NamedTuple):
     dtype: torch.dtype
 
     def leaf(self, preds: Tensor) -> Tensor:
-        return preds.to(self.device, self.dtype).contiguous().requires_grad_()
+        return preds.detach().to(self.device, self.dtype).contiguous().requires_grad_()
 
 
 def compiled(function: Any, is_compiled: bool) -> Any:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from .competitors import Step
+from .cases import Case
+from .competitors import Step, Target
 
 _CACHE = 2**28  # bytes, more than any accelerator's cache
 
@@ -81,16 +82,19 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Trial:
-    """Build a step in a process of its own and measure the peak of the memory that one run of it takes beyond its inputs.
+def try_alone(limits: Limits, build: Callable[[Case, Target], Step], case: Case, target: Target) -> Trial:
+    """Build a step and measure the peak of the memory that one run of it takes beyond its inputs.
 
-    On the CPU this is the kernel's high-water mark of the resident set, reset just before a warm run: it counts everything,
-    whatever allocates it, and nothing is sampled; gradients of the predictions are part of it. Linux only. The least of
-    several runs, since gaps in the heap only add. On an accelerator it is the peak of torch's allocator.
+    On the CPU this happens in a process of its own and is the kernel's high-water mark of the resident set, reset just before
+    a warm run: it counts everything, whatever allocates it, and nothing is sampled; gradients of the predictions are part of
+    it. Linux only. The least of several runs, since gaps in the heap only add. On an accelerator it is the peak of torch's
+    allocator, which needs no process.
     """
+    if target.device.type != "cpu":
+        return _try(limits, build, case, target)
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_try, args=(sender, limits, build, *args))
+    process = context.Process(target=_try_and_send, args=(sender, limits, build, case, target))
     process.start()
     sender.close()
     try:
@@ -102,18 +106,22 @@ def try_alone(limits: Limits, build: Callable[..., Step], *args: object) -> Tria
         process.join()
 
 
-def _try(sender: Connection, limits: Limits, build: Callable[..., Step], *args: object) -> None:
+def _try_and_send(sender: Connection, limits: Limits, *args: Any) -> None:
     if limits.bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (limits.bytes, limits.bytes))
+    sender.send(_try(limits, *args))
+
+
+def _try(limits: Limits, build: Callable[[Case, Target], Step], case: Case, target: Target) -> Trial:
     try:
-        step = build(*args)
+        step = build(case, target)
         out = step.forward()
         step.backward(out)
         peaks = [_peak_of_run(step) for _ in range(limits.runs)]
-        sender.send(Trial(out.detach().sum(dtype=torch.float64).item(), None if None in peaks else min(peaks)))
+        return Trial(out.detach().sum(dtype=torch.float64).item(), None if None in peaks else min(peaks))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        sender.send(Trial(failure=f"{type(error).__name__}: {first_line}"[:160]))
+        return Trial(failure=f"{type(error).__name__}: {first_line}"[:160])
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:

@@ -1,16 +1,12 @@
-"""From the saved results: bar charts, scaling curves, and the tables of the README between their markers."""
+"""From the saved results: bar charts, a roofline, scaling curves, and the tables of the README."""
 
 import argparse
-import json
-import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import results, train_step
-from .compare import HEADER, markdown
+from . import results
 from .measure import spread
-from .traffic import BARS
+from .tables import fill_all, heading_of
 
 ROOT = Path(__file__).resolve().parents[1]
 _AXES = {
@@ -23,55 +19,15 @@ README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    text = README.read_text()
+    README.write_text(fill_all(README.read_text()))
+    PLOTS.mkdir(exist_ok=True)
     for command in ("loss", "stages", "assign"):
-        rows = results.latest(command)
-        if rows:
-            text = fill(text, command, table(rows))
+        if rows := results.latest(command):
             _draw_bars(command, rows)
-    if rows := results.latest("train-step"):
-        text = fill(text, "train-step", table(rows, train_step.HEADER, train_step.markdown))
-    README.write_text(fill(text, "traffic", traffic_table()))
+    if rows := [row for command in ("loss", "stages") for row in results.latest(command) if row.get("least_bytes")]:
+        _draw_roofline(rows)
     if rows := results.latest("scaling"):
         _draw_scaling(rows)
-
-
-def fill(text: str, command: str, table: str) -> str:
-    """Put a table between the markers of a command, where a text has them."""
-    start, end = f"<!-- bench {command} -->", f"<!-- end of bench {command} -->"
-    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
-
-
-def table(rows: Iterable[dict[str, Any]], header: str = HEADER, line: Callable[[dict[str, Any]], str] = markdown) -> str:
-    """What was measured where, and the rows, for every machine and size."""
-    lines: list[str] = []
-    heading = None
-    for row in rows:
-        if (found := _heading(row)) != heading:
-            heading = found
-            lines += ["", heading, "", header] if lines else [heading, "", header]
-        lines.append(line(row))
-    return "\n".join(lines)
-
-
-def traffic_table() -> str:
-    """The committed bars, which the tests hold the kernels to."""
-    lines = [
-        "| kernels of | launches forward + backward | bytes over the least | bytes an anchor beside |",
-        "|---|--:|--:|--:|",
-    ]
-    for name, bar in json.loads(BARS.read_text()).items():
-        lines.append(f"| {name} | {bar['forward']} + {bar['backward']} | {bar['ratio']:.3f} | {bar['spare']} |")
-    return "\n".join(lines)
-
-
-def _heading(row: dict[str, Any]) -> str:
-    machine = row["machine"]
-    device = machine.get("gpu") if row["device"].startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"{device}, torch {machine['torch']}, {row['date']}, commit {row['commit']}: {row['dtype']}, B={row['batch_size']}, "
-        f"{row['imgsz']} px, C={row['num_classes']}, {row['num_boxes']} boxes ({row['boxes']})."
-    )
 
 
 def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
@@ -88,12 +44,34 @@ def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
         axes.legend()
     axes.bar_label(bars, [f"{f + b:.0f} ms" for f, b in zip(forward, backward, strict=True)], padding=3)
     axes.margins(x=0.12)
-    axes.set(xlabel="milliseconds", title=_heading(timed[0]).split(":")[0])
+    axes.set(xlabel="milliseconds", title=heading_of(timed[0]).split(":")[0])
     axes.title.set_fontsize(8)
     axes.invert_yaxis()
-    PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / f"{command}.svg")
     plt.close(figure)
+
+
+def _draw_roofline(rows: list[dict[str, Any]]) -> None:
+    """Everything here is bound by memory, so the roof is flat: how fast a copy is."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    timed = [row for row in rows if row["forward"]]
+    whats = list(dict.fromkeys(row["what"] for row in timed))
+    for name in dict.fromkeys(row["name"] for row in timed):
+        points = [(whats.index(r["what"]), _speed(r) / 1e9) for r in timed if r["name"] == name]
+        axes.plot(*zip(*points, strict=True), "o", label=name)
+    axes.axhline(timed[0]["copy_bandwidth"] / 1e9, color="gray", linestyle="--", label="a copy")
+    axes.set_xticks(range(len(whats)), whats, rotation=25, ha="right", fontsize=8)
+    axes.set(yscale="log", ylabel="GB/s of the fewest bytes, forward + backward", title=heading_of(timed[0]))
+    axes.title.set_fontsize(8)
+    axes.legend(fontsize=8)
+    figure.savefig(PLOTS / "roofline.svg")
+    plt.close(figure)
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return row["least_bytes"] / spread([f + b for f, b in zip(row["forward"], row["backward"], strict=True)])[0]
 
 
 def _draw_scaling(rows: list[dict[str, Any]]) -> None:
@@ -115,6 +93,5 @@ def _draw_scaling(rows: list[dict[str, Any]]) -> None:
     grid[0][0].set_ylabel("milliseconds, forward + backward")
     for axes in grid[0]:
         axes.legend()
-    PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / "scaling.svg")
     plt.close(figure)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import plot, resources, results, scaling, train_step
+from bench import resources, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Target
@@ -49,7 +49,7 @@ def test_training_steps_are_measured(what, dtype, tmp_path, monkeypatch, capsys)
         assert all(len(row[name]) == 3 and min(row[name]) > 0 for name in ("step", *train_step.Parts._fields))
     lines = [train_step.HEADER, train_step.markdown(before), train_step.markdown(after)]
     assert capsys.readouterr().out.endswith("\n".join(lines) + "\n")
-    assert plot.table([before, after], train_step.HEADER, train_step.markdown).endswith("\n".join(lines))
+    assert tables.table([before, after], train_step.HEADER, train_step.markdown).endswith("\n".join(lines))
 
 
 def test_a_row_adds_up():
@@ -117,7 +117,7 @@ def test_a_spill_is_past_the_bar_of_some_targets_only():
 def test_tables_replace_what_is_between_their_markers():
     text = "a\n<!-- bench loss -->\nold\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
     filled = "a\n<!-- bench loss -->\nnew\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
-    assert plot.fill(text, "loss", "new") == filled
+    assert tables.fill(text, "loss", "new") == filled
 
 
 def test_only_the_last_run_of_a_machine_is_reported(tmp_path, monkeypatch):
