@@ -1,25 +1,22 @@
-"""LibreYOLO's YOLOX models with this package's loss: ``patch()`` before training.
-
-Its YOLOv9 is left alone: there an anchor is a candidate only of boxes within the range of its distance bins, and a box
-without a candidate is given one, so that the loss is another.
-"""
+"""LibreYOLO's YOLOX and YOLOv9 models with this package's losses: ``patch()`` before training."""
 
 import importlib
 from contextlib import AbstractContextManager
 from typing import Any
 
 from ..losses import YOLOXLossOutput
-from . import _yolox_head
+from . import _yolo9_loss, _yolox_head
 from ._patching import Patch, Replacement
 
 TESTED = "libreyolo 1.6.0"
 
 
 def patch() -> None:
-    """Compute the losses of LibreYOLO's YOLOX heads with this package from now on, in this process.
+    """Compute the losses of LibreYOLO's YOLOX and YOLOv9 with this package from now on, in this process.
 
-    ``get_losses`` returns the same named values as before, all 0-d tensors, only ``total_loss`` with a gradient. It reads
-    ``use_l1`` at every call. A head whose class changes the assignment keeps the stock loss, with a warning.
+    Both return the same named values as before, all 0-d tensors, only ``total_loss`` with a gradient. YOLOX's head reads
+    ``use_l1`` at every call. YOLOv9's criterion, that of every branch of its models, keeps its own matcher. A head whose class
+    changes the assignment, and a criterion whose class or terms are others, keep the stock loss, with a warning.
 
     Raises:
         ImportError: LibreYOLO is not installed.
@@ -43,8 +40,8 @@ def patched() -> AbstractContextManager[None]:
 
 
 def _find() -> list[Replacement]:
-    module: Any = importlib.import_module("libreyolo.models.yolox.nn")
-    return _yolox_head.replacements(module.YOLOXHead, TESTED, _named)
+    yolox, yolo9 = map(importlib.import_module, ("libreyolo.models.yolox.nn", "libreyolo.models.yolo9.loss"))
+    return [*_yolox_head.replacements(yolox.YOLOXHead, TESTED, _named), *_yolo9_loss.replacements(yolo9, TESTED)]
 
 
 def _named(out: YOLOXLossOutput) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""What LibreYOLO's YOLOv9 needs to compute its loss with this package.
+
+The assignment stays with its own matcher, whose candidates are not those of ``YOLO11Loss``; the loss that follows is the same.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _ops
+from ._patching import Replacement
+
+_EXPECTED = (
+    ("YOLO9Loss", "__call__", ("predictions", "targets")),
+    ("YOLO9Loss", "_global_cls_norm", ("targets_cls",)),
+    ("Vec2Box", "__call__", ("predicts",)),
+    ("BoxMatcher", "__call__", ("target", "predict", "return_indices")),
+)
+_TERMS = {"cls_loss": "BCELoss", "box_loss": "BoxLoss", "dfl_loss": "DFLoss"}  # attribute of the criterion -> its class
+
+
+def replacements(module: Any, tested: str) -> list[Replacement]:
+    """What to replace in the module of the criterion.
+
+    Args:
+        module: ``libreyolo.models.yolo9.loss``.
+        tested: the version that errors name.
+
+    Raises:
+        RuntimeError: the module is not as expected.
+    """
+    for owner, name, inputs in _EXPECTED:
+        method = vars(getattr(module, owner, object)).get(name)
+        found = tuple(inspect.signature(method).parameters) if inspect.isfunction(method) else None
+        _require(tested, found == ("self", *inputs), f"{owner}.{name} takes {found}, expected {('self', *inputs)}")
+    for name in _TERMS.values():
+        _require(tested, hasattr(module, name), f"{name} is gone")
+    return [(module.YOLO9Loss, "__call__", _criterion_call(module, tested))]
+
+
+def _criterion_call(module: Any, tested: str) -> Any:
+    owner = module.YOLO9Loss
+    stock, parts = owner.__call__, [owner, *(getattr(module, name) for name in _TERMS.values())]
+
+    @functools.wraps(stock)
+    def call(self: Any, predictions: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        try:
+            if [type(part) for part in (self, *(getattr(self, name) for name in _TERMS))] != parts:
+                _warn_once(type(self).__name__)
+                return stock(self, predictions, targets)
+            width, height = self.vec2box.image_size
+            settings = self.num_classes, self.strides, self.reg_max, (self.box_weight, self.cls_weight, self.dfl_weight)
+            matcher = self.matcher
+        except AttributeError as error:
+            raise RuntimeError(_message(tested, f"the criterion's settings have changed: {error}")) from error
+        num_classes, strides, reg_max, gains = settings
+        targets = targets * targets.new_tensor([1, width, height, width, height])
+        with torch.no_grad():
+            scores, _, boxes = self.vec2box(predictions)
+            matched, is_positive, indices = matcher(targets, (scores, boxes), return_indices=True)
+            target_scores = matched[..., :num_classes]
+            norm = self._global_cls_norm(target_scores)
+        batch_size, num_gt, _ = targets.shape
+        first_row = torch.arange(batch_size, device=indices.device)[:, None] * num_gt
+        target_row = torch.where(is_positive, first_row + indices, -1).int()
+
+        preds = torch.cat([level.flatten(2) for level in predictions], 2).transpose(1, 2)
+        pred_dist, pred_scores = preds.split([4 * reg_max, num_classes], 2)
+        shapes, strides = _checks.levels([level.shape[2:] for level in predictions], strides, preds.shape[1])
+        labels, gt_boxes = targets.flatten(0, 1).split([1, 4], 1)
+        loss, terms = _ops.yolo11_loss(
+            pred_dist, pred_scores, target_row, target_scores.sum(-1), norm, 1, labels.squeeze(1).long(), gt_boxes, None,
+            shapes, strides, reg_max, gains,
+        )  # fmt: skip
+        return _named(loss / batch_size, terms, is_positive.sum() / batch_size)
+
+    return call
+
+
+def _named(total: Tensor, terms: Tensor, num_fg: Tensor) -> dict[str, Tensor]:
+    box, cls, dfl = terms.unbind()
+    weighted = {"box_loss": box, "dfl_loss": dfl, "cls_loss": cls}
+    return {"total_loss": total, **weighted, "box": box, "dfl": dfl, "cls": cls, "num_fg": num_fg}
+
+
+@functools.cache
+def _warn_once(name: str) -> None:
+    warnings.warn(f"{name} changes YOLOv9's loss and keeps the stock one", stacklevel=3)
+
+
+def _require(tested: str, condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(_message(tested, what))
+
+
+def _message(tested: str, what: str) -> str:
+    return f"LibreYOLO's YOLOv9 is not what the adapter was written for ({tested}): {what}"
