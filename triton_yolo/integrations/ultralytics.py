@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._precision import working_dtype
 from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
 from ._patching import Patch, Replacement
@@ -132,7 +133,7 @@ def _criterion_loss(owner: Any) -> Any:
             columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
         except (AttributeError, KeyError) as error:
             raise RuntimeError(_message(f"the criterion's settings or inputs have changed: {error}")) from error
-        rows = torch.cat([column.to(dist.device, torch.float32) for column in columns], 1)
+        rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
         out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
 
