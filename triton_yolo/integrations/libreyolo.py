@@ -5,7 +5,6 @@ without a candidate is given one, so that the loss is another.
 """
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 from ..losses import YOLOXLossOutput
@@ -25,21 +24,7 @@ def patch() -> None:
         ImportError: LibreYOLO is not installed.
         RuntimeError: its internals are not those that were tested.
     """
-    _PATCH.apply()
-
-
-def unpatch() -> None:
-    """Undo ``patch``.
-
-    Raises:
-        RuntimeError: somebody else has replaced the same methods in the meantime.
-    """
-    _PATCH.restore()
-
-
-def patched() -> AbstractContextManager[None]:
-    """``patch`` for the length of a ``with`` block."""
-    return _PATCH.applied()
+    _PATCH.patch()
 
 
 def _find() -> list[Replacement]:
@@ -59,3 +44,4 @@ def _named(out: YOLOXLossOutput) -> dict[str, Any]:
 
 
 _PATCH = Patch(_find)
+unpatch, patched = _PATCH.unpatch, _PATCH.patched
