@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 import tempfile
 import time
@@ -116,7 +117,6 @@ def train(
     model = YOLO(f"{arguments.model}.yaml")
     if arguments.double:
         model.add_callback("on_pretrain_routine_end", in_double)
-        model.add_callback("on_train_epoch_start", lambda trainer: trainer.ema.ema.double())
         model.add_callback("on_train_batch_start", lambda _: torch.set_default_dtype(torch.float64))
         model.add_callback("on_train_batch_end", lambda _: torch.set_default_dtype(torch.float32))
     if perturbation:
@@ -134,14 +134,18 @@ def train(
 
 
 def in_double(trainer: Any) -> None:
-    """Compute the steps in float64; the trainer validates its averaged model in float32, and leaves it there."""
-    stock = trainer.preprocess_batch
+    """Compute the steps in float64. The averaged model stays float32: the trainer validates it so, in place."""
+    preprocess, update, rounded = trainer.preprocess_batch, trainer.ema.update, copy.deepcopy(trainer.model)
 
-    def preprocess_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-        batch = stock(batch)
+    def preprocess_double(batch: Mapping[str, Any]) -> dict[str, Any]:
+        batch = preprocess(batch)
         return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
-    trainer.preprocess_batch = preprocess_batch
+    def update_rounded(model: torch.nn.Module) -> None:
+        rounded.load_state_dict(model.state_dict())
+        update(rounded)
+
+    trainer.preprocess_batch, trainer.ema.update = preprocess_double, update_rounded
     trainer.model.double()
 
 
