@@ -38,8 +38,10 @@ def main() -> None:
     add.add_argument("--imgsz", type=int, default=320)
     add.add_argument("--batch-size", type=int, default=8)
     add.add_argument("--threads", type=int, default=1)
+    add.add_argument("--double", action="store_true", help="train in float64: rounding grows too little to be seen")
     add.add_argument("--perturb", type=float, default=1e-7, help="noise on the weights of a third run, stock too; 0: none")
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
+    _add_out(add)
     add.set_defaults(run=parity.run)
     add = commands.add_parser("model", help="an estimate of the kernels' time on a GPU, at best and at worst")
     add.add_argument("--gpu", choices=model.GPUS, default="H100-SXM")
@@ -58,7 +60,7 @@ def main() -> None:
     add.add_argument("--device", default="cpu")
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
-    add.add_argument("--out", type=Path, help="append to this file instead of bench/results/<machine>.jsonl")
+    _add_out(add)
     add.set_defaults(run=training.run)
     add = commands.add_parser("plot", help="draw the plots, and write the tables of the README, from the saved results")
     add.set_defaults(run=plot.run)
@@ -83,6 +85,10 @@ def _add_case(add: argparse.ArgumentParser) -> None:
     add.add_argument("--only", nargs="+", metavar="NAME", help="other implementations to compare with; default: all")
     add.add_argument("--time-limit", type=float, default=600, metavar="S", help="of the process that first tries each alone")
     add.add_argument("--memory-limit", type=float, metavar="GIB", help="address space of that process")
+    _add_out(add)
+
+
+def _add_out(add: argparse.ArgumentParser) -> None:
     add.add_argument("--out", type=Path, help="append to this file instead of bench/results/<machine>.jsonl")
 
 

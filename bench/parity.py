@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 import tempfile
 import time
@@ -14,7 +15,7 @@ import torch
 from tests import peers
 from triton_yolo.integrations import ultralytics as integration
 
-from .results import machine
+from . import results
 from .voc import write_yolo
 
 CLASSES = ("RBC", "WBC", "Platelets")
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("parity needs a folder with bccd/: TRITON_YOLO_DATA or --data")
     voc = (Path(arguments.data) / "bccd").resolve()
     torch.set_num_threads(arguments.threads)
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(", ".join(f"{key} {value}" for key, value in results.machine().items()))
     with tempfile.TemporaryDirectory() as name, peers.contained():
         data = write_yolo(voc, Path(name) / "data", CLASSES, arguments.images)
         same_weights: list[dict[str, float]] = []
@@ -46,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.perturb:
             runs["perturbed"] = train(arguments, data, contextlib.nullcontext, arguments.perturb)
     report(arguments, runs, same_weights)
+    for name in list(runs)[1:]:
+        results.append("parity", figures(arguments, runs["stock"], runs[name], name), arguments.out)
 
 
 @contextlib.contextmanager
@@ -103,7 +106,7 @@ def train(
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for weight in trainer.model.parameters():
-                weight *= 1 + perturbation * torch.randn(weight.shape, generator=generator)
+                weight *= 1 + perturbation * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
 
     def record(trainer: Any) -> None:
         steps.append({**{k: float(v) for k, v in trainer.loss_items.items()}, "sum": trainer.loss.item()})
@@ -112,6 +115,10 @@ def train(
         metrics.update({name.removeprefix("metrics/"): float(value) for name, value in trainer.metrics.items()})
 
     model = YOLO(f"{arguments.model}.yaml")
+    if arguments.double:
+        model.add_callback("on_pretrain_routine_end", in_double)
+        model.add_callback("on_train_batch_start", lambda _: torch.set_default_dtype(torch.float64))
+        model.add_callback("on_train_batch_end", lambda _: torch.set_default_dtype(torch.float32))
     if perturbation:
         model.add_callback("on_pretrain_routine_end", perturb)
     model.add_callback("on_train_batch_end", record)
@@ -126,11 +133,27 @@ def train(
     return Run(steps, len(model.trainer.train_loader), metrics, time.perf_counter() - start)
 
 
+def in_double(trainer: Any) -> None:
+    """Compute the steps in float64. The averaged model stays float32: the trainer validates it so, in place."""
+    preprocess, update, rounded = trainer.preprocess_batch, trainer.ema.update, copy.deepcopy(trainer.model)
+
+    def preprocess_double(batch: Mapping[str, Any]) -> dict[str, Any]:
+        batch = preprocess(batch)
+        return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+
+    def update_rounded(model: torch.nn.Module) -> None:
+        rounded.load_state_dict(model.state_dict())
+        update(rounded)
+
+    trainer.preprocess_batch, trainer.ema.update = preprocess_double, update_rounded
+    trainer.model.double()
+
+
 def report(arguments: argparse.Namespace, runs: dict[str, Run], same_weights: list[dict[str, float]]) -> None:
     stock, others = runs["stock"], {name: other for name, other in runs.items() if name != "stock"}
     print(
         f"\n{arguments.model}, {arguments.images} images of BCCD at {arguments.imgsz} px, batches of {arguments.batch_size}, "
-        f"{arguments.epochs} epochs, float32; relative differences from the stock trainer's losses\n"
+        f"{arguments.epochs} epochs, {dtype(arguments)}; relative differences from the stock trainer's losses\n"
     )
     names = list(stock.steps[0])
     header = ["step", *(f"{name} {loss}" for name in others for loss in names)]
@@ -150,6 +173,40 @@ def report(arguments: argparse.Namespace, runs: dict[str, Run], same_weights: li
         print(f"| {name} | " + " | ".join(f"{max(row[column] for row in rows):.1e}" for column in columns) + " |")
     print(f"\nwithin {TOLERANCE} for the first {steps_within(stock, runs['patched'])} of {stock.steps_an_epoch} steps", end="")
     print(f", perturbed for {steps_within(stock, runs['perturbed'])}" if "perturbed" in runs else "")
+
+
+def figures(arguments: argparse.Namespace, stock: Run, other: Run, name: str) -> dict[str, Any]:
+    """What is kept of a run."""
+    return {
+        **{key: getattr(arguments, key) for key in ("model", "images", "imgsz", "batch_size", "epochs")},
+        "dtype": dtype(arguments),
+        "device": "cpu",
+        "name": name,
+        "largest_first_epoch": largest(stock, other, stock.steps_an_epoch),
+        "largest_all": largest(stock, other, len(stock.steps)),
+        "steps_within": steps_within(stock, other),
+        "steps_an_epoch": stock.steps_an_epoch,
+        "map50": other.metrics["mAP50(B)"],
+        "stock_map50": stock.metrics["mAP50(B)"],
+    }
+
+
+HEADER = (
+    "| model | type | images | run | largest difference of a loss, first epoch | all epochs | steps within 1e-4 | mAP@50 (stock) |\n"
+    "|---|---|--:|---|--:|--:|--:|--:|"
+)
+
+
+def markdown(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['model']} | {row['dtype']} | {row['images']} | {row['name']} | {row['largest_first_epoch']:.1e} "
+        f"| {row['largest_all']:.1e} | {row['steps_within']} of {row['steps_an_epoch']} | {row['map50']:.5f} "
+        f"({row['stock_map50']:.5f}) |"
+    )
+
+
+def dtype(arguments: argparse.Namespace) -> str:
+    return "float64" if arguments.double else "float32"
 
 
 def steps_within(stock: Run, other: Run) -> int:

@@ -38,7 +38,7 @@ def latest(command: str) -> list[dict[str, Any]]:
     last: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in read(command):
         machine = row["machine"].get("gpu") or row["machine"]["cpu"]
-        run = last.setdefault((machine, row.get("dtype"), row.get("batch_size"), row.get("boxes")), [])
+        run = last.setdefault((machine, row.get("dtype"), row.get("batch_size"), row.get("boxes"), row.get("model")), [])
         if run and run[-1]["run"] != row["run"]:
             run.clear()
         run.append(row)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Target
 from bench.measure import Trial, interleaved
+from tests import peers
 
 TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal", "--only", "reference"]
 
@@ -26,6 +29,43 @@ def test_operations_are_measured(command, what, tmp_path, monkeypatch, capsys):
     assert all(row["failure"] is None and len(row["forward"]) == 3 for row in rows)
     assert all(f"| {row['what']} | {row['name']} |" in capsys.readouterr().out for row in rows[:1])
     assert {"commit", "date", "machine"} <= set(rows[0])
+
+
+def write_voc(folder: Path) -> None:
+    """Four noisy pictures of 64 px with a box in each."""
+    import cv2
+
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    for name in ("train", "val"):
+        (folder / f"ImageSets/Main/{name}.txt").write_text("0 1 2 3")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    for index in range(4):
+        cv2.imwrite(str(folder / f"JPEGImages/{index}.jpg"), pixels[index])
+        box = f"<xmin>{5 * index}</xmin><ymin>9</ymin><xmax>{9 * index + 20}</xmax><ymax>50</ymax>"
+        (folder / f"Annotations/{index}.xml").write_text(
+            "<annotation><size><width>64</width><height>64</height></size>"
+            f"<object><name>RBC</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Ultralytics imports
+def test_trainings_in_float64_are_the_same(tmp_path, monkeypatch, capsys):
+    if not peers.is_installed("ultralytics"):
+        pytest.skip("ultralytics is not installed; `make peers` installs it")
+    write_voc(tmp_path / "bccd")
+    file = tmp_path / "results.jsonl"
+    # The trainer gathers the gradients of 64 images for a step.
+    options = ["--double", "--imgsz", "64", "--batch-size", "64", "--epochs", "3", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["bench", "parity", "ultralytics", *options, "--data", str(tmp_path), "--out", str(file)])
+    bench.main()
+    patched, perturbed = (json.loads(line) for line in file.read_text().splitlines())
+    assert (patched["name"], patched["dtype"], patched["epochs"]) == ("patched", "float64", 3)
+    assert patched["largest_all"] < 1e-10 < 1e-8 < perturbed["largest_all"]
+    assert patched["steps_within"] == patched["steps_an_epoch"] == 1
+    assert patched["map50"] == pytest.approx(patched["stock_map50"], abs=1e-6)
+    assert "3 epochs, float64" in capsys.readouterr().out
 
 
 def test_what_disagrees_has_no_time():

@@ -121,6 +121,31 @@ def test_class_weights():
     assert step(model, make_batch())[1]["cls_loss"] != before
 
 
+@pytest.mark.parametrize("class_weights", [None, torch.tensor([[[0.25, 1.0, 4.0]]])])
+def test_steps_share_a_criterion(class_weights, calls):
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    model.criterion.class_weights = class_weights
+    for gain in (7.5, 7.5, 2.0):
+        vars(model.args).update(box=gain)
+        compare_steps(model, make_batch())
+    assert calls[0] is calls[1] is not calls[2]
+
+
+def test_float64():
+    """Ultralytics makes its targets in the default type."""
+    model, batch = make_model("yolo26n").double(), {name: value.double() for name, value in make_batch().items()}
+    torch.set_default_dtype(torch.float64)
+    try:
+        stock = step(model, batch)
+        with integration.patched():
+            ours = step(model, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip((ours[0], *ours[1].values(), ours[2]), (stock[0].sum(), *stock[1].values(), stock[2]), strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
 @pytest.mark.parametrize("name", BRANCHED)
 def test_branches_keep_their_decaying_weights(name):
     model, weights = make_model(name), []
@@ -464,9 +489,9 @@ def compare_trainings(ours: Training, stock: Training) -> None:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """A growing list of the calls of our criterion."""
-    calls, ours = [], integration.YOLO11Loss
-    monkeypatch.setattr(integration, "YOLO11Loss", lambda *args, **kwargs: calls.append(kwargs) or ours(*args, **kwargs))
+    """A growing list of what was called, our criterion at every step."""
+    calls, forward = [], integration.YOLO11Loss.forward
+    monkeypatch.setattr(integration.YOLO11Loss, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
     return calls
 
 
@@ -481,7 +506,7 @@ def test_training(name, pictures, tmp_path, calls):
     branches = 2 if name == "yolo26n" else 1
     # Every epoch has two steps and one batch of validation.
     assert len(calls) == branches * EPOCHS * (2 + 1)
-    assert all((call["class_weights"] is not None) == bool(options) for call in calls)
+    assert all((call.class_weights is not None) == bool(options) for call in calls)
     compare_trainings(ours, stock)
     for file in (ours.folder / "whole.pt", ours.trainer.last):
         assert_loads_without_us(file)

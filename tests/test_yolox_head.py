@@ -13,6 +13,7 @@ import torch
 from tests import peers
 from tests.compare import assert_close
 from triton_yolo.integrations import _yolox_head
+from triton_yolo.integrations._patching import kept
 
 pytestmark = [
     pytest.mark.peers,
@@ -120,6 +121,25 @@ def test_step(peer, use_l1, iou_loss):
     model = peer.make_model()
     model.head.use_l1, model.head.iou_loss.loss_type = use_l1, iou_loss
     assert (compare_steps(peer, model, *make_batch())["l1_loss"] > 0) == use_l1
+
+
+def test_steps_share_a_criterion_for_each_state_of_the_switch(peer, monkeypatch):
+    calls, forward = [], _yolox_head.YOLOXLoss.forward
+    monkeypatch.setattr(_yolox_head.YOLOXLoss, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    model = peer.make_model()
+    for use_l1 in (False, True, True, False):
+        model.head.use_l1 = use_l1
+        assert (compare_steps(peer, model, *make_batch())["l1_loss"] > 0) == use_l1
+    off, on, still_on, off_again = calls
+    assert off is off_again is not on is still_on
+
+
+def test_a_criterion_of_inference_mode_trains(peer):
+    kept.cache_clear()
+    model = peer.make_model()
+    with peer.integration.patched(), torch.inference_mode():
+        model(*make_batch())
+    compare_steps(peer, model, *make_batch())
 
 
 @pytest.mark.parametrize("empty", ["one", "all"])

@@ -1,17 +1,30 @@
-"""Replace attributes of another package, and put them back."""
+"""Replace attributes of another package, put them back, and keep what the replacements make."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Replacement = tuple[Any, str, Callable]  # owner, attribute, what takes its place
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # a buffer made while validating must do for training too
+def kept(make: Callable, device: torch.device | None, *args: Any, **settings: Any) -> Any:
+    """Make a module and move it to a device: the same object for the same settings, so that no step makes or copies one.
+
+    It is kept here and not in the caller, whose object is copied, saved and compared with others of its package.
+    """
+    return make(*args, **settings).to(device)
 
 
 class Patch:
     """Attributes of another package that can be replaced and put back.
 
     Args:
-        find: called by ``apply``; looks at the package, raises if it is not as expected, and returns what to replace.
+        find: called by ``patch``; looks at the package, raises if it is not as expected, and returns what to replace.
     """
 
     def __init__(self, find: Callable[[], list[Replacement]]) -> None:
@@ -22,7 +35,7 @@ class Patch:
     def is_applied(self) -> bool:
         return bool(self._saved)
 
-    def apply(self) -> None:
+    def patch(self) -> None:
         """Replace. Nothing happens if it is done already."""
         if self.is_applied:
             return
@@ -31,11 +44,11 @@ class Patch:
         for owner, name, new in replacements:
             setattr(owner, name, new)
 
-    def restore(self) -> None:
-        """Put back. Nothing happens if nothing was replaced.
+    def unpatch(self) -> None:
+        """Undo ``patch``. Nothing happens if nothing was replaced.
 
         Raises:
-            RuntimeError: somebody else has replaced an attribute in the meantime.
+            RuntimeError: somebody else has replaced the same methods in the meantime.
         """
         for owner, name, _, new in self._saved:
             if vars(owner)[name] is not new:
@@ -45,12 +58,12 @@ class Patch:
         self._saved = []
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Replace for the length of a ``with`` block, unless it is done already."""
+    def patched(self) -> Iterator[None]:
+        """``patch`` for the length of a ``with`` block, unless it is done already."""
         was_applied = self.is_applied
-        self.apply()
+        self.patch()
         try:
             yield
         finally:
             if not was_applied:
-                self.restore()
+                self.unpatch()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..losses import YOLOXLoss, YOLOXLossOutput
 from ..targets import Targets
-from ._patching import Replacement
+from ._patching import Replacement, kept
 
 Result = Callable[[YOLOXLossOutput], Any]  # puts the output into the form that the head returns
 
@@ -95,18 +95,20 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         )
         preds = torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
         targets = Targets.from_padded(labels[..., 0], labels[..., 1:5], box_format="xywh")
-        return result(_criterion(self, tested)(preds, shapes, targets))
+        return result(_criterion(self, preds.device, tested)(preds, shapes, targets))
 
     return get_losses
 
 
-def _criterion(head: Any, tested: str) -> YOLOXLoss:
+def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
     """Our criterion with the settings that the head has at this moment."""
     candidates, radius = next(mode for name, mode in _MATCHING.items() if hasattr(head, name))
     try:
-        return YOLOXLoss(
+        return kept(
+            YOLOXLoss,
+            device,
             head.num_classes,
-            strides=head.strides,
+            strides=tuple(head.strides),
             candidates=candidates,
             center_radius=radius,
             iou_loss=head.iou_loss.loss_type,

@@ -1,7 +1,6 @@
 """LibreYOLO's YOLOX and YOLOv9 models with this package's losses: ``patch()`` before training."""
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 from ..losses import YOLOXLossOutput
@@ -22,21 +21,7 @@ def patch() -> None:
         ImportError: LibreYOLO is not installed.
         RuntimeError: its internals are not those that were tested.
     """
-    _PATCH.apply()
-
-
-def unpatch() -> None:
-    """Undo ``patch``.
-
-    Raises:
-        RuntimeError: somebody else has replaced the same methods in the meantime.
-    """
-    _PATCH.restore()
-
-
-def patched() -> AbstractContextManager[None]:
-    """``patch`` for the length of a ``with`` block."""
-    return _PATCH.applied()
+    _PATCH.patch()
 
 
 def _find() -> list[Replacement]:
@@ -56,3 +41,4 @@ def _named(out: YOLOXLossOutput) -> dict[str, Any]:
 
 
 _PATCH = Patch(_find)
+unpatch, patched = _PATCH.unpatch, _PATCH.patched

@@ -12,16 +12,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._precision import working_dtype
 from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
-from ._patching import Patch, Replacement
+from ._patching import Patch, Replacement, kept
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -46,21 +46,7 @@ def patch() -> None:
     Warns:
         UserWarning: the version of Ultralytics is outside the tested range.
     """
-    _PATCH.apply()
-
-
-def unpatch() -> None:
-    """Undo ``patch``.
-
-    Raises:
-        RuntimeError: somebody else has replaced the same methods in the meantime.
-    """
-    _PATCH.restore()
-
-
-def patched() -> AbstractContextManager[None]:
-    """``patch`` for the length of a ``with`` block."""
-    return _PATCH.applied()
+    _PATCH.patch()
 
 
 def __getattr__(name: str) -> Any:
@@ -109,6 +95,7 @@ def _find() -> list[Replacement]:
 
 _ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bboxes", "mask_gt")
 _PATCH = Patch(_find)
+unpatch, patched = _PATCH.unpatch, _PATCH.patched
 
 
 def _modules() -> tuple[str, Any, Any, Any]:
@@ -126,26 +113,29 @@ def _criterion_loss(owner: Any) -> Any:
             _say_once(vars(self).get(_KEEPS_STOCK) or type(self).__name__)
             return stock(self, preds, batch)
         try:
-            criterion, names = _criterion(self), self.loss_names
             dist, scores = preds["boxes"], preds["scores"]
+            criterion, names = _criterion(self, dist.device), self.loss_names
             shapes = [feature.shape[2:] for feature in preds["feats"]]
             columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
         except (AttributeError, KeyError) as error:
             raise RuntimeError(_message(f"the criterion's settings or inputs have changed: {error}")) from error
-        rows = torch.cat([column.to(dist.device, torch.float32) for column in columns], 1)
+        rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
         out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
 
     return loss
 
 
-def _criterion(stock: Any) -> YOLO11Loss:
+def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
     """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
     assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
     _require(assigner.eps == _EPS, f"the assigner's eps is {assigner.eps}, expected {_EPS}")
-    return YOLO11Loss(
-        stock.nc,
-        strides=assigner.stride,
+    return kept(
+        _weighted,
+        device,
+        weights,
+        num_classes=stock.nc,
+        strides=tuple(assigner.stride),
         reg_max=stock.reg_max,
         topk=assigner.topk,
         topk2=_topk2(assigner),
@@ -155,8 +145,11 @@ def _criterion(stock: Any) -> YOLO11Loss:
         cls_gain=gains.cls,
         dfl_gain=gains.dfl,
         min_box_side=assigner.stride_val,
-        class_weights=None if weights is None else weights.reshape(-1),
     )
+
+
+def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
+    return YOLO11Loss(class_weights=None if class_weights is None else class_weights.reshape(-1), **settings)
 
 
 def _assigner_forward(owner: Any) -> Any:
@@ -171,7 +164,7 @@ def _assigner_forward(owner: Any) -> Any:
             settings = self.topk, self.num_classes, self.alpha, self.beta, self.eps, _topk2(self), self.stride_val
         except AttributeError as error:
             raise RuntimeError(_message(f"the assigner's settings have changed: {error}")) from error
-        return tuple(TaskAlignedAssigner(*settings)(*args, **kwargs))
+        return tuple(kept(TaskAlignedAssigner, None, *settings)(*args, **kwargs))
 
     return forward
 

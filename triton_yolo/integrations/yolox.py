@@ -5,7 +5,6 @@ its losses; heads, models and checkpoints stay YOLOX's own objects.
 """
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 from . import _yolox_head
@@ -26,21 +25,7 @@ def patch() -> None:
         ImportError: ``yolox`` is not installed.
         RuntimeError: its internals are not those that were tested.
     """
-    _PATCH.apply()
-
-
-def unpatch() -> None:
-    """Undo ``patch``.
-
-    Raises:
-        RuntimeError: somebody else has replaced the same methods in the meantime.
-    """
-    _PATCH.restore()
-
-
-def patched() -> AbstractContextManager[None]:
-    """``patch`` for the length of a ``with`` block."""
-    return _PATCH.applied()
+    _PATCH.patch()
 
 
 def _find() -> list[Replacement]:
@@ -50,3 +35,4 @@ def _find() -> list[Replacement]:
 
 
 _PATCH = Patch(_find)
+unpatch, patched = _PATCH.unpatch, _PATCH.patched
