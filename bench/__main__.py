@@ -8,6 +8,11 @@ from . import gpu, loss, model, parity, plot, resources, scaling, traffic, train
 
 
 def main() -> None:
+    arguments = make_parser().parse_args()
+    arguments.run(arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, what, run in (
@@ -64,8 +69,7 @@ def main() -> None:
     add.set_defaults(run=training.run)
     add = commands.add_parser("plot", help="draw the plots, and write the tables of the README, from the saved results")
     add.set_defaults(run=plot.run)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    return parser
 
 
 def _add_case(add: argparse.ArgumentParser) -> None:

@@ -192,7 +192,8 @@ def figures(arguments: argparse.Namespace, stock: Run, other: Run, name: str) ->
 
 
 HEADER = (
-    "| model | type | images | run | largest difference of a loss, first epoch | all epochs | steps within 1e-4 | mAP@50 (stock) |\n"
+    "| model | type | images | run | largest difference of a loss, first epoch | all epochs | steps within 1e-4 "
+    "| mAP@50 (stock) |\n"
     "|---|---|--:|---|--:|--:|--:|--:|"
 )
 

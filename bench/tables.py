@@ -55,16 +55,21 @@ def traffic_table() -> str:
 
 
 def resources_table(rows: Iterable[Row]) -> str:
-    """A line for every version of Triton and target; the latest figures of each type."""
+    """A line for every version of Triton, of the latest figures of each target and type."""
     latest = {(row["triton"], row["target"], row["dtype"]): row for row in rows}
-    lines = ["| Triton | target | types | specialisations | most registers | spills |", "|---|---|---|--:|--:|---|"]
-    for triton, target in dict.fromkeys(key[:2] for key in sorted(latest)):
-        found = {dtype: row for (*key, dtype), row in latest.items() if tuple(key) == (triton, target)}
-        spilled = [f"{name} ({dtype}): {size} B" for dtype, row in found.items() for name, size in row["spilled"].items()]
-        lines.append(
-            f"| {triton} | {target} | {', '.join(found)} | {sum(row['specialisations'] for row in found.values())} "
-            f"| {max(row['registers'] for row in found.values())} | {'; '.join(spilled) or 'none'} |"
-        )
+    lines = [
+        "| Triton | targets x types | specialisations | spills on sm_80, sm_90 | spills elsewhere |",
+        "|---|--:|--:|---|---|",
+    ]
+    for triton in sorted({key[0] for key in latest}):
+        found = {key: row for key, row in latest.items() if key[0] == triton}
+        barred, others = [], []
+        for (_, target, dtype), row in found.items():
+            kernels = [f"{target} {dtype} {name.split()[-1]}: {size} B" for name, size in row["spilled"].items()]
+            (barred if target in ("cuda:80", "cuda:90") else others).extend(kernels)
+        number = sum(row["specialisations"] for row in found.values())
+        cells = [triton, len(found), number, "; ".join(barred) or "none", "; ".join(others) or "none"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) if latest else ""
 
 

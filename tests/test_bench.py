@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import resources, results, scaling, tables, train_step
+from bench import gpu, resources, results, scaling, small_step, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Target
@@ -152,6 +153,34 @@ def test_a_spill_is_past_the_bar_of_some_targets_only():
     spilling = dataclasses.replace(row, spill=8)
     assert resources.over_the_bar([row, spilling, dataclasses.replace(spilling, target="cuda:75")]) == [spilling]
     assert resources.figures([row, spilling])["spilled"] == {"decode channel-first _kernel": 8}
+
+
+def test_the_small_step_runs(capsys):
+    small_step.main()
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+@pytest.mark.parametrize("options", [(), ("--rehearse",)])
+def test_commands_of_a_gpu_machine_exist(options, tmp_path):
+    arguments = bench.make_parser().parse_args(["gpu", "--out", str(tmp_path), *options])
+    tasks = [task for part in gpu.PARTS.values() for task in part(arguments)]
+    benchmarks = [task.command[task.command.index("bench") + 1 :] for task in tasks if "bench" in task.command]
+    assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "train-step"}
+    for command in benchmarks:
+        bench.make_parser().parse_args(command)
+    files = [word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests")]
+    assert files
+    assert all(Path(file).exists() for file in files)
+    if not options:
+        assert sum(task.limit for task in tasks) < 1800  # the most that they may take; nine minutes are expected
+
+
+def test_a_task_that_fails_or_hangs_is_named(tmp_path):
+    commands = {code: (sys.executable, "-c", code) for code in ("pass", "raise SystemExit(3)", "import time; time.sleep(60)")}
+    with (tmp_path / "log").open("w") as log:
+        results = [gpu.attempt(gpu.Task(code, 5, command), {}, log.fileno(), 5) for code, command in commands.items()]
+        results.append(gpu.attempt(gpu.Task("absent", 5, ("no-such-tool",)), {}, log.fileno(), 5))
+    assert results == ["passed", "failed 3", "too long", "absent"]
 
 
 def test_tables_replace_what_is_between_their_markers():
