@@ -1,5 +1,6 @@
 """Both assigners against the reference: exactly, wherever more than rounding decides."""
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -164,6 +165,40 @@ def test_simota_ties_between_infeasible_anchors_follow_float32():
     expected, result = ref.simota_assign(*args), ty.SimOTAAssigner(num_classes=1)(*args)
     assert torch.equal(result.fg_mask, expected.fg_mask)
     assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("candidates", "center_radius"), [("center", 0.6), ("center", 1.5), ("box_and_center", 1.5)])
+@pytest.mark.parametrize(
+    ("num_classes", "num_certain"),
+    [
+        pytest.param(3, (0, 0), id="few feasible anchors"),
+        pytest.param(10000, (4997, 5003), id="feasible costs about half a million"),
+        pytest.param(20000, (0, 20000), id="feasible costs of up to two millions"),
+    ],
+)
+@pytest.mark.parametrize("share_of_nan", [0.0, 0.3])
+def test_simota_where_infeasible_anchors_may_win(seed, candidates, center_radius, num_classes, num_certain, share_of_nan):
+    torch.manual_seed(seed)
+    points, strides = ty.make_anchors([(5, 5), (2, 2)], (8, 16), dtype=torch.float64)
+    points, num_anchors = points * strides[:, None], len(points)
+    low = 40 * torch.rand(1, 12, 2, dtype=torch.float64)
+    gt = torch.cat([low, low + 6 + 14 * torch.rand_like(low)], -1)
+    # Predictions overlap boxes far away too, so that rows take several anchors.
+    pred = gt[:, torch.randint(0, 4, (num_anchors,))] + torch.rand(1, num_anchors, 4, dtype=torch.float64)
+    number = torch.randint(num_certain[0], num_certain[1] + 1, (1, num_anchors, 1))
+    is_certain = torch.rand(1, num_anchors, num_classes).argsort(-1).argsort(-1) < number
+    is_nan = torch.rand(1, num_anchors) < share_of_nan
+    cls = torch.randn(1, num_anchors, num_classes, dtype=torch.float64).where(torch.tensor(num_classes < 5), -100)
+    cls = cls.masked_fill(is_certain, 100).masked_fill(is_nan[..., None], torch.nan)
+    obj = torch.full((1, num_anchors), 100.0, dtype=torch.float64)
+    labels, mask = torch.randint(0, num_classes, (1, 12)), torch.ones(1, 12).bool()
+    args = tuple(x.to(DEVICE) for x in (cls, obj, pred, points, strides, labels, gt, mask))
+    options = {"candidates": candidates, "center_radius": center_radius}
+    expected, result = ref.simota_assign(*args, **options), ty.SimOTAAssigner(num_classes, **options)(*args)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+    assert expected.num_fg > 3
 
 
 def test_crowded_image_is_cut_into_blocks_without_a_trace(monkeypatch):

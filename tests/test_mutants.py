@@ -25,6 +25,7 @@ SIMOTA, YOLOX = "triton_yolo/eager/simota.py", "triton_yolo/eager/yolox.py"
 IOU, DECODING = "tests/test_stages.py::test_bbox_iou", "tests/test_stages.py::test_decode_dfl"
 METRIC, TOPK = "tests/test_stages.py::test_align_metric", "tests/test_stages.py::test_select_topk_candidates"
 TAL, SIM = "tests/test_assigners.py::test_task_aligned_assigner", "tests/test_assigners.py::test_simota_assigner"
+INFEASIBLE = "tests/test_assigners.py::test_simota_where_infeasible_anchors_may_win"
 LOSS11, LOSSX = "tests/test_losses.py::test_yolo11_loss", "tests/test_losses.py::test_yolox_loss"
 REFERENCE = "tests/test_reference.py"
 
@@ -65,6 +66,11 @@ MUTANTS = {
     "infeasible pairs cost nothing": Mutant(SIMOTA, "INFEASIBLE_COST = 1e6", "INFEASIBLE_COST = 0.0", SIM),
     "equal costs to the higher anchor": Mutant(SIMOTA, "(is_equal & (is_equal.cumsum(1) <= room))", "(is_equal & (is_equal.flip(1).cumsum(1).flip(1) <= room))", SIM),
     "later blocks win ties": Mutant(SIMOTA, "(best < cheapest) |", "(best <= cheapest) |", "tests/test_assigners.py::test_crowded_image_is_cut_into_blocks_without_a_trace"),
+    "infeasible anchors are never claimed": Mutant(SIMOTA, ".bincount(minlength=len(k)) >= k", ".bincount(minlength=len(k)) >= 1", INFEASIBLE),
+    "feasible anchors are always cheaper": Mutant(SIMOTA, "members.background_cost < INFEASIBLE_COST / 2", "members.background_cost < torch.inf", INFEASIBLE),
+    "costs that are no number are feasible": Mutant(SIMOTA, "members.background_cost < INFEASIBLE_COST / 2", "~(members.background_cost >= INFEASIBLE_COST / 2)", INFEASIBLE),
+    "dear feasible anchors are forgotten": Mutant(SIMOTA, "    anything = _Choice.of_images(rows, members, torch.arange", "    nth, member, is_cheap = nth[is_cheap], member[is_cheap], is_cheap[is_cheap]\n    anything = _Choice.of_images(rows, members, torch.arange", INFEASIBLE),
+    "conflict among feasible rows only": Mutant(SIMOTA, "[feasible, anything], members, cost_of)", "[feasible], members, cost_of)", INFEASIBLE),
     "class target is one": Mutant(YOLOX, "(pos.label_logits * pos.ious).sum()", "pos.label_logits.sum()", LOSSX),
     "L1 without its small constant or the cell": Mutant(YOLOX, "gt_cell[:, :2] - corner", "gt_cell[:, :2] - corner - 0.5", LOSSX),
     "objectness gradient only on positives": Mutant(YOLOX, "    result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)\n", "", LOSSX),

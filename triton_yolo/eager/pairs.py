@@ -83,6 +83,11 @@ def point_pairs(low: Tensor, high: Tensor, points: Tensor) -> tuple[Tensor, Tens
     anchors = by_x[first[rows] + position]
     y = points[anchors, 1]
     inside = (y > low[rows, 1]) & (y < high[rows, 1])
-    order = (rows[inside] * len(points) + anchors[inside]).sort().values
-    rows = torch.div(order, max(len(points), 1), rounding_mode="floor")
-    return rows, order - rows * len(points)
+    return in_order(rows[inside], anchors[inside], len(points))
+
+
+def in_order(rows: Tensor, anchors: Tensor, num_anchors: int) -> tuple[Tensor, Tensor]:
+    """Pairs row after row, the anchors of each in order."""
+    order = (rows * num_anchors + anchors).sort().values
+    rows = torch.div(order, max(num_anchors, 1), rounding_mode="floor")
+    return rows, order - rows * num_anchors

@@ -1,6 +1,7 @@
 """SimOTA assignment (YOLOX, arXiv 2107.08430): every ground truth against the anchors that take part in its image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from .._precision import working
 from .boxes import bbox_iou
-from .pairs import point_pairs, valid_rows
+from .pairs import expand, in_order, point_pairs, valid_rows
 from .task_aligned import is_inside
 
 INFEASIBLE_COST = 1e6
@@ -19,7 +20,8 @@ _BLOCK = 1 << 14  # pairs at a time: they stay in the processor's cache, and cro
 class Regions(NamedTuple):
     """Where a ground truth may find anchors: ``points`` (2, A) and ``strides`` (A,) in pixels, and the rule.
 
-    The finders give supersets of the pairs (rows, anchors) near centres (n, 2) or in boxes from low (n, 2) to high (n, 2).
+    The finders give supersets of the pairs (rows, anchors) near centres (n, 2) or in boxes from low (n, 2) to high (n, 2),
+    row after row, and the anchors of each in order.
     """
 
     points: Tensor
@@ -34,23 +36,24 @@ class Regions(NamedTuple):
         return torch.maximum((points[0] - centres[0]).abs(), (points[1] - centres[1]).abs()) < self.radius * strides
 
     def is_feasible(self, points: Tensor, strides: Tensor, rows: "_Rows") -> Tensor:
-        """Whether pairs (n, P) of rows (n,) and points (2, n, P) may be matched at no extra cost."""
-        in_centre = self.in_centre(points, strides, rows.centres[..., None])
-        if self.candidates == "center":
-            return in_centre
-        return in_centre & is_inside(points, rows.boxes[..., None], 0.0)
+        """Whether points (2, P) may be matched with rows (P,), one each, at no extra cost."""
+        in_centre = self.in_centre(points, strides, rows.centres)
+        return in_centre if self.candidates == "center" else in_centre & is_inside(points, rows.boxes, 0.0)
 
-    def takes_part(self, rows: "_Rows", batch_size: int) -> Tensor:
-        """Which anchors (B, A) take part in their image."""
-        result = torch.zeros(batch_size, len(self.strides), dtype=torch.bool, device=self.points.device)
+    def find(self, rows: "_Rows", batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which anchors (B, A) take part in their image; the feasible pairs, of the nth row and an anchor."""
+        takes_part = torch.zeros(batch_size, len(self.strides), dtype=torch.bool, device=self.points.device)
         nth, anchors = self.find_near(rows.centres.T)
         kept = self.in_centre(self.points[:, anchors], self.strides[anchors], rows.centres[:, nth])
-        result[rows.images[nth[kept]], anchors[kept]] = True
+        nth, anchors = nth[kept], anchors[kept]
+        takes_part[rows.images[nth], anchors] = True
         if self.candidates == "box_and_center":
-            nth, anchors = self.find_in_box(rows.boxes[:2].T, rows.boxes[2:].T)
+            in_box, inner = self.find_in_box(rows.boxes[:2].T, rows.boxes[2:].T)
+            kept = is_inside(self.points[:, inner], rows.boxes[:, in_box], 0.0)
+            takes_part[rows.images[in_box[kept]], inner[kept]] = True
             kept = is_inside(self.points[:, anchors], rows.boxes[:, nth], 0.0)
-            result[rows.images[nth[kept]], anchors[kept]] = True
-        return result
+            nth, anchors = nth[kept], anchors[kept]
+        return takes_part, nth, anchors
 
 
 class _Rows(NamedTuple):
@@ -62,12 +65,12 @@ class _Rows(NamedTuple):
     boxes: Tensor
     centres: Tensor
 
-    def take(self, index: Tensor | slice) -> "_Rows":
+    def take(self, index: Tensor) -> "_Rows":
         return _Rows(self.ids[index], self.images[index], self.labels[index], self.boxes[:, index], self.centres[:, index])
 
 
 class _Members(NamedTuple):
-    """Anchors (M,) that take part, image after image; ``number`` and ``first`` (B,) say which are whose.
+    """Anchors (M,) that take part, image after image.
 
     ``table`` (9, M) holds what every pair needs, so that it is gathered at once: box, point, stride, objectness probability
     and the cost of no class.
@@ -75,18 +78,52 @@ class _Members(NamedTuple):
 
     images: Tensor
     anchors: Tensor
-    number: Tensor
-    first: Tensor
     table: Tensor
 
     @property
     def boxes(self) -> Tensor:
         return self.table[:4]
 
+    @property
+    def background_cost(self) -> Tensor:
+        return self.table[8]
+
     def take(self, index: Tensor) -> "_Members":
-        images = self.images[index]
-        number = images.bincount(minlength=len(self.number))
-        return _Members(images, self.anchors[index], number, number.cumsum(0) - number, self.table[:, index])
+        return _Members(self.images[index], self.anchors[index], self.table.index_select(1, index))
+
+
+class _Choice(NamedTuple):
+    """What rows (n,) choose from: ``number`` (n,) of the ``members``, beginning with the one at ``first`` (n,)."""
+
+    rows: Tensor
+    first: Tensor
+    number: Tensor
+    members: Tensor
+
+    @staticmethod
+    def of_pairs(rows: _Rows, nth: Tensor, member: Tensor) -> "_Choice":
+        """Every row chooses from its pairs; these are in order of row."""
+        number = nth.bincount(minlength=len(rows.ids))
+        return _Choice(torch.arange(len(number), device=nth.device), number.cumsum(0) - number, number, member)
+
+    @staticmethod
+    def of_images(rows: _Rows, members: _Members, index: Tensor) -> "_Choice":
+        """Every row chooses from those of the members ``index`` (m,) that are in its image."""
+        images = members.images[index]
+        first, end = (torch.searchsorted(images, rows.images, right=right) for right in (False, True))
+        return _Choice(torch.arange(len(first), device=index.device), first, end - first, index)
+
+    def take(self, index: Tensor) -> "_Choice":
+        return _Choice(self.rows[index], self.first[index], self.number[index], self.members)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Some rows (n,) at a time with their pairs (P,): which of the rows, place in its list, member."""
+        for block in _row_blocks(self.number):
+            nth, place = expand(self.number[block])
+            yield self.rows[block], nth, place, self.members[self.first[block][nth] + place]
+
+
+_Cost = Callable[[Tensor, Tensor], Tensor]  # of pairs (P,) of the nth row and a member
 
 
 def simota_assign(
@@ -102,7 +139,7 @@ def simota_assign(
             reach = 1.001 * radius * stride
             rows, nth = point_pairs(centres - reach, centres + reach, points[of_stride])
             found.append((rows, of_stride[nth]))
-        return torch.cat([rows for rows, _ in found]), torch.cat([anchors for _, anchors in found])
+        return in_order(torch.cat([rows for rows, _ in found]), torch.cat([anchors for _, anchors in found]), len(points))
 
     def find_in_box(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return point_pairs(low, high, points)
@@ -127,13 +164,14 @@ def match(
     ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
     ids = ids[image_index[ids].sort(stable=True).indices]
     rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
-    takes_part = regions.takes_part(rows, batch_size)
+    takes_part, nth, anchors = regions.find(rows, batch_size)
     members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
-    rows = rows.take(members.number[rows.images] > 0)
-    winner, contested = _claim(rows, members, cls_logits, regions)
-    contested = contested.nonzero().squeeze(1)
-    winner[contested] = _cheapest_rows(rows, members.take(contested), cls_logits, regions)
+    member = (takes_part.flatten().cumsum(0) - 1).view_as(takes_part)[rows.images[nth], anchors]
 
+    def cost_of(nth: Tensor, member: Tensor) -> Tensor:
+        return _costs(rows.take(nth), members.take(member), cls_logits, regions)
+
+    winner = _choose_rows(rows, members, nth, member, cost_of)
     positive = (winner >= 0).nonzero().squeeze(1)
     at, winner = (members.images[positive], members.anchors[positive]), winner[positive]
     target_row = torch.full_like(takes_part, -1, dtype=torch.int32)
@@ -143,70 +181,93 @@ def match(
     return target_row, matched_iou
 
 
-def _claim(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+def _choose_rows(rows: _Rows, members: _Members, nth: Tensor, member: Tensor, cost_of: _Cost) -> Tensor:
+    """The row (M,) of each member, -1 for background; the feasible pairs are of the nth row and a member.
+
+    A feasible pair of a cheap member costs less than any infeasible one, whatever its class and IoU. So infeasible pairs
+    matter only to rows with fewer of those than they take, and to contested members without any.
+    """
+    is_cheap = (members.background_cost < INFEASIBLE_COST / 2)[member]
+    anything = _Choice.of_images(rows, members, torch.arange(len(members.images), device=nth.device))
+    feasible = _Choice.of_pairs(rows, nth, member)
+    k = _dynamic_ks(rows, members, anything)
+    is_enough = nth[is_cheap].bincount(minlength=len(k)) >= k
+    choices = [feasible.take(is_enough), anything.take(~is_enough & (anything.number > 0))]
+    winner, contested = _claim(choices, k, members, cost_of)
+
+    is_settled = torch.zeros_like(contested).index_fill_(0, member[is_cheap], True)
+    kept = (contested & is_settled)[member]
+    feasible = _Choice.of_pairs(rows, nth[kept], member[kept])
+    anything = _Choice.of_images(rows, members, (contested & ~is_settled).nonzero().squeeze(1))
+    return _cheapest_rows([feasible, anything], members, cost_of).where(contested, winner)
+
+
+def _dynamic_ks(rows: _Rows, members: _Members, choice: _Choice) -> Tensor:
+    """Dynamic k (n,) of every row."""
+    result = torch.ones_like(rows.ids)
+    for block in _row_blocks(choice.number):
+        number = choice.number[block, None]
+        place = torch.arange(int(number.max()), device=number.device)
+        member = (choice.first[block, None] + place).clamp(max=len(members.images) - 1)
+        boxes = members.boxes.index_select(1, member.flatten()).unflatten(1, member.shape)
+        result[block] = dynamic_k(_iou(rows.boxes[:, block, None], boxes).where(place < number, 0))
+    return result
+
+
+def _claim(choices: list[_Choice], k: Tensor, members: _Members, cost_of: _Cost) -> tuple[Tensor, Tensor]:
     """A row (M,) that takes each member, -1 if none does, and whether several do."""
     winner = torch.full_like(members.images, -1)
     num_claims = torch.zeros_like(members.images)
-    for block in _row_blocks(members.number[rows.images]):
-        is_pair, pairs, cost, ious = _pair_costs(rows.take(block), members, cls_logits, regions)
-        nth, column = (cheapest_k(cost, dynamic_k(ious)) & is_pair).nonzero().unbind(-1)
-        claimed = pairs[nth, column]
+    for rows, nth, place, member in chain.from_iterable(choice.blocks() for choice in choices):
+        pair_cost = cost_of(rows[nth], member)
+        cost = pair_cost.new_full((len(rows), int(place.max()) + 1), torch.inf)
+        cost[nth, place] = pair_cost
+        is_claim = cheapest_k(cost, k[rows])[nth, place]
+        claimed = member[is_claim]
         num_claims.index_add_(0, claimed, torch.ones_like(claimed))
-        winner[claimed] = nth + block.start
+        winner[claimed] = rows[nth[is_claim]]
     return winner, num_claims > 1
 
 
-def _cheapest_rows(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> Tensor:
-    """The row (M,) of all of its image to which each member costs least."""
-    (index,) = (members.number[rows.images] > 0).nonzero(as_tuple=True)
-    rows = rows.take(index)
+def _cheapest_rows(choices: list[_Choice], members: _Members, cost_of: _Cost) -> Tensor:
+    """The row (M,) to which each member costs least, -1 if none may choose it."""
     cheapest = torch.full_like(members.table[0], torch.inf)
     result = torch.full_like(members.images, -1)
-    for block in _row_blocks(members.number[rows.images]):
-        is_pair, pairs, cost, _ = _pair_costs(rows.take(block), members, cls_logits, regions)
-        nth, column = is_pair.nonzero().unbind(-1)
-        pairs, cost = pairs[nth, column], cost[nth, column]
-        best = torch.full_like(cheapest, torch.inf).scatter_reduce_(0, pairs, cost, "amin")
-        is_best = cost == best[pairs]
-        best_row = torch.full_like(result, len(index)).scatter_reduce_(0, pairs[is_best], nth[is_best] + block.start, "amin")
+    for rows, nth, _, member in chain.from_iterable(choice.blocks() for choice in choices):
+        cost = cost_of(rows[nth], member)
+        best = torch.full_like(cheapest, torch.inf).scatter_reduce_(0, member, cost, "amin")
+        is_best = cost == best[member]
+        none = torch.iinfo(result.dtype).max
+        row = torch.full_like(result, none).scatter_reduce_(0, member[is_best], rows[nth[is_best]], "amin")
         # Only a strictly cheaper row displaces one from an earlier block, so equal costs go to the lower slot.
-        is_cheaper = (best < cheapest) | ((result < 0) & (best_row < len(index)))
-        cheapest, result = best.where(is_cheaper, cheapest), best_row.where(is_cheaper, result)
-    return index[result]
+        is_cheaper = (best < cheapest) | ((result < 0) & (row < none))
+        cheapest, result = best.where(is_cheaper, cheapest), row.where(is_cheaper, result)
+    return result
 
 
 def _gather_members(
     cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions, takes_part: Tensor
 ) -> _Members:
     images, anchors = takes_part.nonzero().unbind(-1)
-    count = takes_part.sum(1)
     obj_probs = working(obj_logits[images, anchors]).sigmoid()
     background_cost = torch.empty_like(obj_probs)
     for chunk in torch.arange(len(images), device=images.device).split(max(1, _BLOCK // cls_logits.shape[2])):
         cls = working(cls_logits[images[chunk], anchors[chunk]])
         background_cost[chunk] = -_log_not(_joint_probability(cls, obj_probs[chunk, None])).sum(-1)
     rest = torch.stack([regions.strides[anchors], obj_probs, background_cost])
-    table = torch.cat([working(boxes_at(images, anchors)).T, regions.points[:, anchors], rest])
-    return _Members(images, anchors, count, count.cumsum(0) - count, table)
+    return _Members(images, anchors, torch.cat([working(boxes_at(images, anchors)).T, regions.points[:, anchors], rest]))
 
 
-def _pair_costs(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rows (n,) against the members of their images, padded to (n, P): is it a pair, its member, cost and IoU."""
-    count = members.number[rows.images][:, None]
-    position = torch.arange(int(count.max()), device=count.device)
-    is_pair = position < count
-    pairs = (members.first[rows.images][:, None] + position).where(is_pair, 0)
-    table = members.table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
-    boxes, points, (strides, obj_probs, background_cost) = table[:4], table[4:6], table[6:]
-
-    ious = _iou(rows.boxes[..., None], boxes).where(is_pair, 0)
-    label_logits = cls_logits[rows.images[:, None], members.anchors[pairs], rows.labels[:, None]]
+def _costs(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions) -> Tensor:
+    """Cost (P,) of pairs of a row (P,) and a member (P,), infinite rather than NaN."""
+    boxes, points, (strides, obj_probs, background_cost) = members.boxes, members.table[4:6], members.table[6:]
+    label_logits = cls_logits[rows.images, members.anchors, rows.labels]
     probs = _joint_probability(working(label_logits), obj_probs)
     # BCE against the one-hot class differs from that against no class by two terms.
     cost = background_cost + _log_not(probs) - probs.log().clamp(min=-100)
-    cost = cost + 3.0 * -torch.log(ious + 1e-8)
+    cost = cost + 3.0 * -torch.log(_iou(rows.boxes, boxes) + 1e-8)
     cost = cost + INFEASIBLE_COST * ~regions.is_feasible(points, strides, rows)
-    return is_pair, pairs, cost.where(is_pair & (cost < torch.inf), torch.inf), ious
+    return cost.where(cost < torch.inf, torch.inf)
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
