@@ -33,7 +33,7 @@ def assert_close(
 def is_decided(values: Tensor, count: Tensor | int, rtol: float = 1e-5, atol: float = 0.0) -> bool:
     """Whether the ``count`` largest of every row of ``values`` (n, m), in float64, are a matter of more than rounding.
 
-    An exact tie is decided: the tie rule says how. Two values that differ by less than float32 resolves are not.
+    An exact tie is decided: the tie rule says how. Values that differ by less than float32 resolves are not, beside a tie too.
     """
     if values.shape[1] < 2:
         return True
@@ -41,9 +41,9 @@ def is_decided(values: Tensor, count: Tensor | int, rtol: float = 1e-5, atol: fl
     count = torch.as_tensor(count, device=values.device).expand(len(values))
     boundary = count.clamp(1, values.shape[1] - 1)[:, None]
     inside, outside = ordered.gather(1, boundary - 1), ordered.gather(1, boundary)
-    gap = inside - outside
-    close = (gap > 0) & (gap <= rtol * inside.abs() + atol) & (count[:, None] < values.shape[1])
-    return not bool(close.any())
+    resolved = rtol * inside.abs() + atol
+    is_rival = ((ordered - inside).abs() <= resolved) & (inside - outside <= resolved)
+    return not bool((is_rival & (ordered != inside) & (count[:, None] < values.shape[1])).any())
 
 
 def is_assignment_decided(

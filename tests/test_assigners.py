@@ -127,6 +127,15 @@ def is_simota_decided(case, result_args, options) -> bool:
     return True
 
 
+def test_a_tie_is_decided_unless_something_is_within_rounding_of_it():
+    close = torch.tensor([[1.0, 1.0, 1.0 - 1e-9]], dtype=torch.float64)
+    assert is_decided(close.round(), 1)
+    assert not is_decided(close, 1)
+    assert not is_decided(close, 2)
+    assert is_decided(close, 3)
+    assert is_decided(torch.tensor([[1.0, 1.0 - 1e-9, 0.5]], dtype=torch.float64), 2)
+
+
 simota_options = st.sampled_from(
     [
         {"candidates": "center", "center_radius": 1.5},
