@@ -156,6 +156,27 @@ def test_padding_rows_change_nothing(system):
         assert torch.equal(loss_of(criterion, preds, padded(rows, 9)), loss_of(criterion, preds, rows))
 
 
+class Loss(nn.Module):
+    """The loss alone, of tensors alone."""
+
+    def __init__(self, system: str) -> None:
+        super().__init__()
+        self.criterion = make_criterion(system).to(DEVICE)
+
+    def forward(self, preds: Tensor, rows: Tensor) -> Tensor:
+        return loss_of(self.criterion, preds, rows)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_criterion_can_be_exported(system):
+    loss, preds = Loss(system), make_model(system)(make_inputs()).detach()
+    rows = ROWS.to(DEVICE)
+    program = torch.export.export(loss, (preds, rows), dynamic_shapes=(None, {0: torch.export.Dim.AUTO})).module()
+    for chosen in (rows, rows[:2]):
+        assert torch.equal(program(preds, chosen), loss(preds, chosen))
+    assert not torch.equal(loss(preds, rows), loss(preds, rows[:2]))
+
+
 def run_sharded(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
