@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import reference
 import triton_yolo as ty
@@ -100,6 +100,19 @@ def _yolo11_ultralytics(case: Case, target: Target) -> Step:
     return Step(lambda: criterion(preds, batch)[0].sum(), leaves, target.device)
 
 
+def _yolo11_libreyolo(case: Case, target: Target) -> Step:
+    """Its YOLOv9, with another rule for candidates."""
+    criterion = peers.libreyolo_yolo9_criterion(case.num_classes, case.reg_max, STRIDES, case.imgsz, target.device)
+    leaves = tuple(map(target.leaf, yolo11_preds(case)))
+    targets = peers.libreyolo_targets(case.rows, case.batch_size).to(target.device)
+
+    def forward() -> Tensor:
+        maps = peers.libreyolo_maps(*leaves, case.feat_shapes)
+        return case.batch_size * criterion(maps, targets)["total_loss"]
+
+    return Step(forward, leaves, target.device)
+
+
 def _yolox(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
     preds, rows = target.leaf(yolox_preds(case)), case.rows.to(target.device)
     least = least_bytes("yolox", case, target.dtype.itemsize)
@@ -115,8 +128,8 @@ def _yolox_reference(case: Case, target: Target, *, is_compiled: bool = False) -
     return _yolox(partial(compiled(reference.yolox_loss, is_compiled), strides=STRIDES), case, target)
 
 
-def _yolox_peer(case: Case, target: Target) -> Step:
-    head = peers.yolox_head(case.num_classes, STRIDES).to(target.device)
+def _yolox_peer(make_head: Callable[[int, tuple[int, ...]], nn.Module], case: Case, target: Target) -> Step:
+    head = make_head(case.num_classes, STRIDES).to(target.device)
     preds = target.leaf(yolox_preds(case))
     labels = peers.yolox_labels(case.rows, case.batch_size, (case.imgsz, case.imgsz)).to(target.device)
     return Step(lambda: peers.yolox_losses(head, preds, case.feat_shapes, labels)[0], (preds,), target.device)
@@ -126,6 +139,7 @@ CRITERIA: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
     "yolo11": {
         OURS: _yolo11_ours,
         "ultralytics": _yolo11_ultralytics,
+        "libreyolo": _yolo11_libreyolo,
         "reference": _yolo11_reference,
         "torch.compile(reference)": partial(_yolo11_reference, is_compiled=True),
         f"torch.compile({OURS})": partial(_yolo11_ours, is_compiled=True),
@@ -133,7 +147,8 @@ CRITERIA: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
     },
     "yolox": {
         OURS: _yolox_ours,
-        "pixeltable-yolox": _yolox_peer,
+        "pixeltable-yolox": partial(_yolox_peer, peers.yolox_head),
+        "libreyolo": partial(_yolox_peer, peers.libreyolo_yolox_head),
         "reference": _yolox_reference,
         "torch.compile(reference)": partial(_yolox_reference, is_compiled=True),
         f"torch.compile({OURS})": partial(_yolox_ours, is_compiled=True),

@@ -16,7 +16,7 @@ import torch
 from tests import peers
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-PEERS = ("ultralytics", "pixeltable-yolox")
+PEERS = ("ultralytics", "pixeltable-yolox", "libreyolo")
 
 
 class Task(NamedTuple):

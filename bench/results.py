@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "numpy", "ultralytics", "pixeltable-yolox")
+_PACKAGES = ("torch", "triton", "numpy", "ultralytics", "pixeltable-yolox", "libreyolo")
 
 
 def append(command: str, row: dict[str, Any], file: Path | None = None) -> None:

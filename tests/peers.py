@@ -64,6 +64,37 @@ def yolox_head(num_classes: int, strides: Sequence[int], *, iou_loss: str = "iou
     return head
 
 
+def libreyolo_yolox_head(num_classes: int, strides: Sequence[int]) -> nn.Module:
+    """LibreYOLO's counterpart of ``yolox_head``."""
+    with contained(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from libreyolo.models.yolox.nn import YOLOXHead
+
+        return YOLOXHead(num_classes, width=0.125, strides=list(strides))
+
+
+def libreyolo_yolo9_criterion(num_classes: int, reg_max: int, strides: Sequence[int], imgsz: int, device: torch.device) -> Any:
+    """LibreYOLO's YOLOv9 criterion, of maps (B, 4R + C, H, W) and padded targets (B, G, 5)."""
+    with contained(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from libreyolo.models.yolo9.loss import YOLO9Loss
+
+        return YOLO9Loss(num_classes, reg_max, list(strides), [imgsz, imgsz], device)
+
+
+def libreyolo_maps(pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """What that criterion takes as predictions, from (B, 4R, A) and (B, C, A)."""
+    levels = torch.cat([pred_dist, pred_scores], 1).split([height * width for height, width in feat_shapes], 2)
+    return [level.unflatten(2, shape) for level, shape in zip(levels, feat_shapes, strict=True)]
+
+
+def libreyolo_targets(rows: Tensor, batch_size: int) -> Tensor:
+    """Padded class and corners (B, G, 5), 0-1 of the image, from YOLO rows (N, 6)."""
+    per_image = [rows[rows[:, 0] == image, 1:] for image in range(batch_size)]
+    label, centre, size = nn.utils.rnn.pad_sequence(per_image, batch_first=True).split([1, 2, 2], 2)
+    return torch.cat([label, centre - size / 2, centre + size / 2], 2)
+
+
 def yolox_models(*names: str) -> list[type]:
     """Classes of the fork by their names, or Megvii's."""
     from yolox import models
@@ -88,7 +119,8 @@ def yolox_losses(head: nn.Module, preds: Tensor, feat_shapes: Sequence[tuple[int
     x, y = ([grid[..., axis] for grid in grids] for axis in (0, 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch.cuda.amp.autocast\(args...\)` is deprecated", FutureWarning)
-        return head.get_losses(None, x, y, strides, labels, decoded, raw_boxes, preds.dtype)
+        losses = head.get_losses(None, x, y, strides, labels, decoded, raw_boxes, preds.dtype)
+    return tuple(losses.values()) if isinstance(losses, dict) else losses
 
 
 def yolox_labels(rows: Tensor, batch_size: int, imgsz: tuple[int, int]) -> Tensor:

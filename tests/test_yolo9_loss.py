@@ -69,16 +69,11 @@ def sized_case(sides: str) -> Case:
 
 
 def targets_of(case: Case) -> Tensor:
-    """Padded (B, G, 5): class and corners, 0-1 of the image."""
-    per_image = [case.rows[case.rows[:, 0] == image, 1:] for image in range(case.batch_size)]
-    label, centre, size = torch.nn.utils.rnn.pad_sequence(per_image, batch_first=True).split([1, 2, 2], 2)
-    return torch.cat([label, centre - size / 2, centre + size / 2], 2)
+    return peers.libreyolo_targets(case.rows, case.batch_size)
 
 
 def maps_of(case: Case) -> list[Tensor]:
-    """The head's output (B, 64 + C, H, W) of every level."""
-    preds = torch.cat(yolo11_preds(case), 1).split([height * width for height, width in case.feat_shapes], 2)
-    return [level.unflatten(2, shape) for level, shape in zip(preds, case.feat_shapes, strict=True)]
+    return peers.libreyolo_maps(*yolo11_preds(case), case.feat_shapes)
 
 
 def criterion_of(peer: Peer, case: Case, strides: tuple[int, ...] = STRIDES, **settings: Any) -> Any:
