@@ -16,6 +16,8 @@ from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
 
 OURS = "triton_yolo"
 MIN_BOX_SIDE = float(STRIDES[1])  # as in Ultralytics
+_ASSIGNED = 8 + 16 + 1 + 8  # bytes an anchor of what the task-aligned assigner returns: label, box, is foreground, index
+_MATCHED = 1 + 8 + 4  # of SimOTA: is foreground, index, IoU
 
 
 class Step(NamedTuple):
@@ -179,7 +181,8 @@ def padded(case: Case, target: Target) -> Padded:
 def _task_aligned(assigner: Callable[..., tuple[Tensor, ...]], case: Case, target: Target) -> Step:
     x = padded(case, target)
     args = (x.cls_logits.sigmoid(), x.boxes, x.points, *x.gt)
-    return Step(lambda: assigner(*args)[2], (), target.device)
+    least = x.boxes.nbytes + x.boxes[..., 0].numel() * (_ASSIGNED + 4 * case.num_classes)
+    return Step(lambda: assigner(*args)[2], (), target.device, least)
 
 
 def _task_aligned_ours(case: Case, target: Target) -> Step:
@@ -199,7 +202,8 @@ def _task_aligned_ultralytics(case: Case, target: Target) -> Step:
 def _simota(assigner: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
     x = padded(case, target)
     args = (x.cls_logits, x.cls_logits.amax(-1), x.boxes, x.points, x.strides, *x.gt)
-    return Step(lambda: assigner(*args).matched_iou, (), target.device)
+    least = x.boxes.nbytes + x.cls_logits.nbytes + x.boxes[..., 0].numel() * _MATCHED
+    return Step(lambda: assigner(*args).matched_iou, (), target.device, least)
 
 
 def _simota_ours(case: Case, target: Target) -> Step:

@@ -141,7 +141,7 @@ def _run(step: Step) -> tuple[float, float]:
         out = step.forward()
         middle = time.perf_counter()
         step.backward(out)
-        return middle - start, time.perf_counter() - middle
+        return middle - start, time.perf_counter() - middle if step.leaves else 0.0
     accelerator = torch.get_device_module(step.device)
     start, middle, end = (accelerator.Event(enable_timing=True) for _ in range(3))
     torch.empty(_CACHE, dtype=torch.uint8, device=step.device).zero_()

@@ -75,7 +75,9 @@ def resources_table(rows: Iterable[Row]) -> str:
 
 def heading_of(row: dict[str, Any]) -> str:
     machine = row["machine"]
-    device = machine.get("gpu") if row.get("device", "cpu").startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
+    device = (
+        machine.get("gpu") if row.get("device", "cpu").startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
+    )
     heading = f"{device}, torch {machine['torch']}, {row['date']}, commit {row['commit']}"
     if "boxes" not in row:
         return f"{heading}."
