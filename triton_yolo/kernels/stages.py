@@ -20,11 +20,11 @@ def _align_metric_kernel(
     DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program writes metric and overlap of BLOCK_G rows with BLOCK_P anchors, both (N, A)."""
-    offs_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
     wide = widened(box, MIN_SIDE)
     length = walk_length(info[2], wide, (1, 1), A, (1.0,), False)
-    nth = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    nth = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, (1, 1), (1.0,), False, EPS, DTYPE)
     overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, False, DTYPE)
     metric = pair_metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, False, ALPHA, BETA, DTYPE)
@@ -83,7 +83,8 @@ def align_metric(
         image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
         gt, gt_stride = gt_rows(image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4))
         block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors)
-        _align_metric_kernel[(triton.cdiv(num_anchors, block_p), triton.cdiv(batch_size * num_slots, block_g))](
+        # Rows come first: CUDA takes 2^31 programs in that dimension, 65,535 in the others.
+        _align_metric_kernel[(triton.cdiv(batch_size * num_slots, block_g), triton.cdiv(num_anchors, block_p))](
             metric, overlaps, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(),
             gt, gt_stride, batch_size * num_slots, batch_size, num_anchors,
             C=scores.shape[2], ALPHA=alpha, BETA=beta, MIN_SIDE=min_box_side, EPS=1e-9,
