@@ -37,7 +37,7 @@ peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
 	$(RUN) -m pytest -m peers $(ARGS)
 
 OUT ?= runs/gpu
-gpu:  ## On a machine with a CUDA GPU, with the Python that has torch and triton: tests, sanitizer, benchmarks; ARGS=--rehearse without one.
+gpu:  ## On a machine with a CUDA GPU, with a Python that has torch, triton and the extras test, examples and bench; ARGS=--rehearse without one.
 	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import gpu, loss, model, parity, plot, resources, scaling, traffic, train_step, training
+from . import gpu, launches, loss, model, parity, plot, scaling, traffic, train_step, training
 
 
 def main() -> None:
@@ -28,13 +28,13 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("traffic", help="bytes and launches of the kernels, in the interpreter; fails past the bar")
     add.set_defaults(run=traffic.run)
     add = commands.add_parser("resources", help="compile every kernel for every target: registers, spills; fails past the bar")
-    add.add_argument("--targets", nargs="+", default=resources.TARGETS)
-    add.add_argument("--dtypes", nargs="+", default=resources.DTYPES)
+    add.add_argument("--targets", nargs="+", default=launches.TARGETS)
+    add.add_argument("--dtypes", nargs="+", default=launches.DTYPES)
     add.add_argument("--operators", nargs="+", default=[""], metavar="PREFIX", help="only those; nothing is saved")
     add.add_argument("--verbose", action="store_true", help="a line for every kernel")
     add.add_argument("--json", type=Path, help="write every kernel's figures as JSON lines")
     add.add_argument("--out", type=Path, help="append a line a target and type here instead of bench/results/resources.jsonl")
-    add.set_defaults(run=resources.run)
+    add.set_defaults(run=_compile_everything)
     add = commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step")
     add.add_argument("trainer", choices=["ultralytics"])
     add.add_argument("--model", default="yolo11n", help="name of a model that Ultralytics builds, e.g. yolo26n")
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.set_defaults(run=parity.run)
     add = commands.add_parser("model", help="an estimate of the kernels' time on a GPU, at best and at worst")
     add.add_argument("--gpu", choices=model.GPUS, default="H100-SXM")
-    add.add_argument("--dtype", choices=resources.DTYPES, default="bfloat16")
+    add.add_argument("--dtype", choices=launches.DTYPES, default="bfloat16")
     add.add_argument("--batch-size", type=int, default=64)
     add.add_argument("--imgsz", type=int, default=640)
     add.add_argument("--classes", type=int, default=80)
@@ -70,6 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("plot", help="draw the plots, and write the tables of the README, from the saved results")
     add.set_defaults(run=plot.run)
     return parser
+
+
+def _compile_everything(arguments: argparse.Namespace) -> None:
+    from . import resources  # needs Triton, which the others do without
+
+    resources.run(arguments)
 
 
 def _add_case(add: argparse.ArgumentParser) -> None:

@@ -78,10 +78,14 @@ def graphed(build: Callable[[Case, Target], Step], case: Case, target: Target) -
 
 def _yolo11(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
     leaves = tuple(map(target.leaf, yolo11_preds(case)))
-    dist, scores = (x.transpose(1, 2) for x in leaves)
     rows = case.rows.to(target.device)
     least = least_bytes("yolo11", case, target.dtype.itemsize)
-    return Step(lambda: criterion(dist, scores, case.feat_shapes, rows).loss, leaves, target.device, least)
+
+    def forward() -> Tensor:
+        dist, scores = (x.transpose(1, 2) for x in leaves)
+        return criterion(dist, scores, case.feat_shapes, rows).loss
+
+    return Step(forward, leaves, target.device, least)
 
 
 def _yolo11_ours(case: Case, target: Target, *, is_compiled: bool = False) -> Step:

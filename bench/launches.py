@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+TARGETS = (*(f"cuda:{arch}" for arch in (75, 80, 86, 89, 90, 100, 120)), "hip:gfx90a", "hip:gfx942")
+DTYPES = ("float16", "bfloat16", "float32")
+
 BATCH, SHAPES, STRIDES, CLASSES, REG_MAX, ROWS, SLOTS = 16, (80, 80, 40, 40, 20, 20), (8.0, 16.0, 32.0), 80, 16, 112, 20
 ANCHORS = 8400
 

@@ -161,7 +161,8 @@ def _peak_of_run(step: Step) -> int | None:
     if not _is_on_cpu(step):
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
-        _run(step)
+        step.backward(step.forward())
+        torch.accelerator.synchronize()
         return torch.accelerator.max_memory_allocated() - before
     if sys.platform != "linux":
         return None

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .meter import Traffic
 
 from . import results
 from .cases import make_case
 from .measure import spread
-from .meter import SECTOR, Traffic
 from .traffic import demand_interpreter, metered_step
 
 METERED = 2  # images; what every launch moves grows with the images
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(measured(system, arguments), flush=True)
 
 
-def bracket(launch: Traffic, gpu: GPU, scale: float, in_flight: float) -> tuple[float, float]:
+def bracket(launch: "Traffic", gpu: GPU, scale: float, in_flight: float) -> tuple[float, float]:
     """Seconds of a launch at best and at worst."""
     worst_bandwidth = min(gpu.bandwidth / 3, gpu.processors * in_flight / LATENCY)
     return LAUNCH[0] + scale * launch.requested / gpu.bandwidth, LAUNCH[1] + scale * launch.sectors / worst_bandwidth
@@ -83,7 +85,7 @@ def bytes_in_flight(gpu: GPU, dtype: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in rows:
         warps = min(gpu.warps, gpu.registers // (32 * max(row["registers"], 1)))
-        loads = warps * max(32 * row["widest_load"] // 8, SECTOR)
+        loads = warps * max(32 * row["widest_load"] // 8, 32)
         found[row["kernel"]] = min(found.get(row["kernel"], float("inf")), loads)
     return found
 

@@ -1,6 +1,7 @@
 """From the saved results: bar charts, a roofline, scaling curves, and the tables of the README."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,26 @@ def run(arguments: argparse.Namespace) -> None:
     README.write_text(fill_all(README.read_text()))
     PLOTS.mkdir(exist_ok=True)
     for command in ("loss", "stages", "assign"):
-        if rows := results.latest(command):
-            _draw_bars(command, rows)
-    if rows := [row for command in ("loss", "stages") for row in results.latest(command) if row.get("least_bytes")]:
-        _draw_roofline(rows)
-    if rows := results.latest("scaling"):
-        _draw_scaling(rows)
+        for name, rows in by_device(results.latest(command)):
+            _draw_bars(f"{command}{name}", rows)
+    both = [row for command in ("loss", "stages") for row in results.latest(command) if row.get("least_bytes")]
+    for name, rows in by_device(both):
+        _draw_roofline(f"roofline{name}", rows)
+    for name, rows in by_device(results.latest("scaling")):
+        _draw_scaling(f"scaling{name}", rows)
 
 
-def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
+def by_device(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What was measured alike, with the end of a file's name: none for float32 on a CPU, else device, type and batch size."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        is_plain = (row["device"], row["dtype"]) == ("cpu", "float32")
+        name = "" if is_plain else f"-{row['device'].partition(':')[0]}-{row['dtype']}"
+        groups.setdefault(name if is_plain or "size" in row else f"{name}-{row['batch_size']}", []).append(row)
+    yield from groups.items()
+
+
+def _draw_bars(name: str, rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     timed = [row for row in rows if row["forward"]]
@@ -47,26 +59,26 @@ def _draw_bars(command: str, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="milliseconds", title=heading_of(timed[0]).split(":")[0])
     axes.title.set_fontsize(8)
     axes.invert_yaxis()
-    figure.savefig(PLOTS / f"{command}.svg")
+    figure.savefig(PLOTS / f"{name}.svg")
     plt.close(figure)
 
 
-def _draw_roofline(rows: list[dict[str, Any]]) -> None:
+def _draw_roofline(name: str, rows: list[dict[str, Any]]) -> None:
     """Everything here is bound by memory, so the roof is flat: how fast a copy is."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     timed = [row for row in rows if row["forward"]]
     whats = list(dict.fromkeys(row["what"] for row in timed))
-    for name in dict.fromkeys(row["name"] for row in timed):
-        points = [(whats.index(r["what"]), _speed(r) / 1e9) for r in timed if r["name"] == name]
-        axes.plot(*zip(*points, strict=True), "o", label=name)
+    for implementation in dict.fromkeys(row["name"] for row in timed):
+        points = [(whats.index(r["what"]), _speed(r) / 1e9) for r in timed if r["name"] == implementation]
+        axes.plot(*zip(*points, strict=True), "o", label=implementation)
     axes.axhline(timed[0]["copy_bandwidth"] / 1e9, color="gray", linestyle="--", label="a copy")
     axes.set_xticks(range(len(whats)), whats, rotation=25, ha="right", fontsize=8)
     axes.set(yscale="log", ylabel="GB/s of the fewest bytes, forward + backward", title=heading_of(timed[0]))
     axes.title.set_fontsize(8)
     axes.legend(fontsize=8)
-    figure.savefig(PLOTS / "roofline.svg")
+    figure.savefig(PLOTS / f"{name}.svg")
     plt.close(figure)
 
 
@@ -74,7 +86,7 @@ def _speed(row: dict[str, Any]) -> float:
     return row["least_bytes"] / spread([f + b for f, b in zip(row["forward"], row["backward"], strict=True)])[0]
 
 
-def _draw_scaling(rows: list[dict[str, Any]]) -> None:
+def _draw_scaling(name: str, rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     sizes = list(dict.fromkeys(row["size"] for row in rows))
@@ -93,5 +105,5 @@ def _draw_scaling(rows: list[dict[str, Any]]) -> None:
     grid[0][0].set_ylabel("milliseconds, forward + backward")
     for axes in grid[0]:
         axes.legend()
-    figure.savefig(PLOTS / "scaling.svg")
+    figure.savefig(PLOTS / f"{name}.svg")
     plt.close(figure)

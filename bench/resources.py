@@ -27,8 +27,6 @@ from triton.backends.driver import DriverBase
 from . import results
 from .launches import OPERATORS, Operator
 
-TARGETS = (*(f"cuda:{arch}" for arch in (75, 80, 86, 89, 90, 100, 120)), "hip:gfx90a", "hip:gfx942")
-DTYPES = ("float16", "bfloat16", "float32")
 BARS = Path(__file__).with_name("resources_bars.json")
 RESULTS = results.FOLDER / "resources.jsonl"
 

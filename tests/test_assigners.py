@@ -127,6 +127,14 @@ def is_simota_decided(case, result_args, options) -> bool:
     return True
 
 
+def test_simota_without_anchors():
+    empty = [torch.zeros(2, 0, *shape, device=DEVICE) for shape in ((3,), (), (4,))]
+    points, strides = torch.zeros(0, 2, device=DEVICE), torch.zeros(0, device=DEVICE)
+    gt = torch.zeros(2, 1, 1, device=DEVICE).long(), torch.ones(2, 1, 4, device=DEVICE), torch.ones(2, 1, 1, device=DEVICE)
+    result = ty.SimOTAAssigner(3)(*empty, points, strides, *gt)
+    assert result.fg_mask.shape == result.matched_iou.shape == (2, 0)
+
+
 def test_a_tie_is_decided_unless_something_is_within_rounding_of_it():
     close = torch.tensor([[1.0, 1.0, 1.0 - 1e-9]], dtype=torch.float64)
     assert is_decided(close.round(), 1)

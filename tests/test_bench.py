@@ -172,7 +172,7 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     assert files
     assert all(Path(file).exists() for file in files)
     if not options:
-        assert sum(task.limit for task in tasks) < 1800  # the most that they may take; nine minutes are expected
+        assert sum(task.limit for task in tasks) < 2400  # the most that they may take; nine minutes are expected
 
 
 def test_a_task_that_fails_or_hangs_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What only a CUDA device can show: no synchronisation, graphs that are captured and replayed, and many equal repeats."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,8 +24,10 @@ def train_step(criterion: nn.Module, model: nn.Module, inputs: Tensor, rows: Ten
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # a prototype, it says
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -77,6 +80,7 @@ def test_cuda_graph(system):
     with torch.cuda.graph(graph):
         loss = loss_of(criterion, model(inputs), rows)
         loss.backward()
+        loss = loss.detach()  # the graph of its gradient would tie the weights to the stream of the capture
     captured = [p.grad for p in model.parameters()]
     for number in (4, 0, 2):
         inputs.copy_(make_inputs(number))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._precision import working
+from .._precision import working, working_dtype
 from .boxes import bbox_iou
 from .pairs import expand, in_order, point_pairs, valid_rows
 from .task_aligned import is_inside
@@ -133,7 +133,8 @@ def simota_assign(
     points, strides = working(points), working(strides)
 
     def find_near(centres: Tensor) -> tuple[Tensor, Tensor]:
-        found = []
+        none = torch.arange(0, device=points.device)
+        found = [(none, none)]
         for stride in strides.unique():
             (of_stride,) = (strides == stride).nonzero(as_tuple=True)
             reach = 1.001 * radius * stride
@@ -145,10 +146,11 @@ def simota_assign(
         return point_pairs(low, high, points)
 
     regions = Regions(points.T.contiguous(), strides, candidates, radius, find_near, find_in_box)
-    return match(
+    target_row, matched_iou = match(
         cls_logits, obj_logits, lambda images, anchors: boxes[images, anchors], regions,
         image_index, labels, gt_boxes, gt_xywh,
     )  # fmt: skip
+    return target_row, matched_iou.to(working_dtype(boxes.dtype))
 
 
 def match(
