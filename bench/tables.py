@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,17 +59,23 @@ def resources_table(rows: Iterable[Row]) -> str:
     """A line for every version of Triton, of the latest figures of each target and type."""
     latest = {(row["triton"], row["target"], row["dtype"]): row for row in rows}
     lines = [
-        "| Triton | targets x types | specialisations | spills on sm_80, sm_90 | spills elsewhere |",
-        "|---|--:|--:|---|---|",
+        "| Triton | targets (types) | specialisations | spills on sm_80, sm_90 | spills elsewhere |",
+        "|---|---|--:|---|---|",
     ]
     for triton in sorted({key[0] for key in latest}):
         found = {key: row for key, row in latest.items() if key[0] == triton}
+        targets = Counter(target for _, target, _ in found)
         barred, others = [], []
         for (_, target, dtype), row in found.items():
-            kernels = [f"{target} {dtype} {name.split()[-1]}: {size} B" for name, size in row["spilled"].items()]
+            kernels = [f"{name.split()[-1]} {size} B ({target} {dtype})" for name, size in row["spilled"].items()]
             (barred if target in ("cuda:80", "cuda:90") else others).extend(kernels)
-        number = sum(row["specialisations"] for row in found.values())
-        cells = [triton, len(found), number, "; ".join(barred) or "none", "; ".join(others) or "none"]
+        cells = [
+            triton,
+            ", ".join(f"{target} ({number})" for target, number in sorted(targets.items())),
+            sum(row["specialisations"] for row in found.values()),
+            "; ".join(barred) or "none",
+            "; ".join(others) or "none",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) if latest else ""
 
