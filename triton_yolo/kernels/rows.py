@@ -19,7 +19,7 @@ CONTESTED: tl.constexpr = tl.constexpr(1 << 30)
 _LOWEST: tl.constexpr = tl.constexpr(-(1 << 63))
 
 
-def row_sizes(num_rows: int, num_anchors: int) -> tuple[int, int, int]:
+def row_sizes(num_rows: int, num_anchors: int, block_p: int = 512) -> tuple[int, int, int]:
     """Rows and anchors a tile, and warps, of a kernel that walks the anchors of ground-truth rows.
 
     One row a program. 512 anchors hold all cells of three quarters of COCO's boxes at 640 px in one tile; four a thread leave
@@ -28,7 +28,7 @@ def row_sizes(num_rows: int, num_anchors: int) -> tuple[int, int, int]:
     if INTERPRETED:
         block_p = min(max(triton.next_power_of_2(num_anchors), 32), 2**14)
         return min(triton.next_power_of_2(num_rows), 2**18 // block_p), block_p, 1
-    return 1, 512, 4
+    return 1, block_p, 4
 
 
 def gt_rows(image_index: Tensor, labels: Tensor, *boxes: Tensor) -> tuple[Any, Any]:

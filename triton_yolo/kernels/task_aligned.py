@@ -277,10 +277,11 @@ def _assign(
         "DTYPE": compute_type(boxes.dtype), "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": num_warps, **FIXED,
     }  # fmt: skip
     exponents = {"ALPHA": alpha, "BETA": beta}
-    # Two anchors a thread: with four, Triton 3.6 spills 8 to 16 bytes on sm_80.
+    # Beside its list one anchor a thread: with more, one version of Triton or another spills 8 to 16 bytes on sm_80 or sm_90.
+    claim_sizes = {**geometry, "BLOCK_P": row_sizes(num_rows, num_anchors, 256)[1], "num_warps": 2 * num_warps}
     _claim_kernel[grid](
         target_row, best, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(), gt, gt_stride,
-        shapes, *sizes, **list_sizes(topk, num_anchors), **exponents, **{**geometry, "num_warps": 2 * num_warps},
+        shapes, *sizes, **list_sizes(topk, num_anchors), **exponents, **claim_sizes,
     )  # fmt: skip
     for is_tie_break in (False, True) if boxes.dtype == torch.float64 else (False,):
         _contest_kernel[grid](
