@@ -105,7 +105,7 @@ YOLO26_BRANCHES = {"one2many": {"topk": 10}, "one2one": {"topk": 7, "topk2": 1}}
 @pytest.mark.parametrize("branch", YOLO26_BRANCHES)
 @pytest.mark.parametrize("is_learnt", [True, False])
 def test_yolo26(case, branch, is_learnt):
-    preds = yolo11_preds(case, reg_max=1)
+    preds = yolo11_preds(case._replace(reg_max=1))
     preds = preds if is_learnt else noise_like(preds)
     criterion = getattr(criterion_of("yolo26n.yaml"), branch)
     loss = yolo11_loss(80, reg_max=1, **YOLO26_BRANCHES[branch])
@@ -115,7 +115,7 @@ def test_yolo26(case, branch, is_learnt):
 @pytest.mark.parametrize("image", [0, None])
 @pytest.mark.parametrize("branch", YOLO26_BRANCHES)
 def test_yolo26_without_boxes(case, branch, image):
-    preds, case = yolo11_preds(case, reg_max=1), without_image(case, image)
+    preds, case = yolo11_preds(case._replace(reg_max=1)), without_image(case, image)
     criterion = getattr(criterion_of("yolo26n.yaml"), branch)
     loss = yolo11_loss(80, reg_max=1, **YOLO26_BRANCHES[branch])
     compare_yolo11(criterion, loss, preds, case.feat_shapes, case.rows)
