@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 18  # elements
+_PART = 1 << 14  # elements that are gathered: such copies are held, and leave gaps in the heap
 
 
 def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -17,6 +18,13 @@ def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
     for b in range(0, batch_size, images):
         for a in range(0, num_anchors, anchors):
             yield slice(b, b + images), slice(a, a + anchors)
+
+
+def row_parts(rows: Tensor, width: int) -> Iterator[slice]:
+    """Cut ``rows`` (n,) with ``width`` numbers each into pieces of about ``_PART`` numbers."""
+    number = max(1, _PART // max(1, width))
+    for start in range(0, len(rows), number):
+        yield slice(start, start + number)
 
 
 def untouched_zeros_like(x: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .._precision import working, working_dtype
 from .boxes import bbox_iou
+from .memory import row_parts
 from .pairs import expand, in_order, point_pairs, valid_rows
 from .task_aligned import is_inside
 
 INFEASIBLE_COST = 1e6
 MAX_DYNAMIC_K = 10
 _BLOCK = 1 << 14  # pairs at a time: they stay in the processor's cache, and crowded images do not grow the memory
+_PART = 1 << 12  # pairs whose costs are computed at a time: of everything here they take the most numbers a pair
 
 
 class Regions(NamedTuple):
@@ -168,10 +170,12 @@ def match(
     rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
     takes_part, nth, anchors = regions.find(rows, batch_size)
     members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
-    member = (takes_part.flatten().cumsum(0) - 1).view_as(takes_part)[rows.images[nth], anchors]
+    places = members.images * takes_part.shape[1] + members.anchors
+    member = torch.searchsorted(places, rows.images[nth] * takes_part.shape[1] + anchors)
 
     def cost_of(nth: Tensor, member: Tensor) -> Tensor:
-        return _costs(rows.take(nth), members.take(member), cls_logits, regions)
+        parts = zip(nth.split(_PART), member.split(_PART), strict=True)
+        return torch.cat([_costs(rows.take(n), members.take(m), cls_logits, regions) for n, m in parts])
 
     winner = _choose_rows(rows, members, nth, member, cost_of)
     positive = (winner >= 0).nonzero().squeeze(1)
@@ -253,9 +257,9 @@ def _gather_members(
     images, anchors = takes_part.nonzero().unbind(-1)
     obj_probs = working(obj_logits[images, anchors]).sigmoid()
     background_cost = torch.empty_like(obj_probs)
-    for chunk in torch.arange(len(images), device=images.device).split(max(1, _BLOCK // cls_logits.shape[2])):
-        cls = working(cls_logits[images[chunk], anchors[chunk]])
-        background_cost[chunk] = -_log_not(_joint_probability(cls, obj_probs[chunk, None])).sum(-1)
+    for part in row_parts(images, cls_logits.shape[2]):
+        cls = working(cls_logits[images[part], anchors[part]])
+        background_cost[part] = -_log_not(_joint_probability(cls, obj_probs[part, None])).sum(-1)
     rest = torch.stack([regions.strides[anchors], obj_probs, background_cost])
     return _Members(images, anchors, torch.cat([working(boxes_at(images, anchors)).T, regions.points[:, anchors], rest]))
 

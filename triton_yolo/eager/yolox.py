@@ -1,6 +1,6 @@
 """YOLOX's assignment from raw predictions, and its loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from .._precision import working
 from ..targets import Targets
 from .boxes import bbox_iou, bbox_iou_derivative
 from .decode import decode_yolox, yolox_raw_grad
-from .memory import untouched_zeros_like
+from .memory import blocks, row_parts, untouched_zeros_like
 from .pairs import anchor_table, grid_pairs
 from .simota import Regions, match
 
@@ -35,7 +35,7 @@ def yolox_assign(
     target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh)
     num_gt = Targets(image_index, labels, gt_boxes, gt_xywh).is_valid(len(preds), preds.shape[2] - 5).sum()
     is_broken = (0 * preds.sum(dtype=matched_iou.dtype)).isnan()
-    return target_row, matched_iou, torch.stack([(target_row >= 0).sum(), num_gt, is_broken.long()])
+    return target_row, matched_iou, torch.stack([(target_row >= 0).count_nonzero(), num_gt, is_broken.long()])
 
 
 def yolox_loss(
@@ -46,7 +46,9 @@ def yolox_loss(
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
     obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum()
-    cls = F.softplus(pos.raw[:, 5:], threshold=40).sum() - (pos.label_logits * pos.ious).sum()
+    cls = -(pos.label_logits * pos.ious).sum()
+    for _, images, anchors in pos.parts(preds.shape[2]):
+        cls += F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(l1_gain > 0, 0)
     items = torch.stack([iou_gain * iou, obj, cls, l1]) / _normaliser(counts, num_ranks, iou.dtype)
     return items.sum(), torch.cat([items, counts[:1].to(items.dtype) / counts[1:2].clamp(min=1)])
@@ -58,21 +60,23 @@ def yolox_loss_backward(
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
-    pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     scale = grad / _normaliser(counts, num_ranks, grad.dtype)
+    result = untouched_zeros_like(preds)
+    for images, anchors in blocks(preds[..., 4:5]):
+        result[images, anchors, 4] = working(preds[images, anchors, 4]).sigmoid().mul_(scale)
 
+    pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
     slope = -2 * overlap if iou_loss == "iou" else -((overlap >= -1) & (overlap <= 1)).to(overlap.dtype)
     grad_boxes = iou_gain * slope * bbox_iou_derivative(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
-    grad_pos = pos.raw.sigmoid()
-    grad_pos[:, :4] = yolox_raw_grad(grad_boxes, pos.raw[:, 2:4], pos.strides)
-    grad_pos[:, 4] -= 1
-    grad_pos[torch.arange(len(pos.rows), device=preds.device), 5 + pos.labels] -= pos.ious
-    grad_pos[:, :4] += torch.sign(pos.raw[:, :4] - pos.l1_targets) * l1_gain
-
-    result = untouched_zeros_like(preds)
-    result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)
-    result[pos.images, pos.anchors] = grad_pos.mul_(scale).to(result.dtype)
+    grad_raw = yolox_raw_grad(grad_boxes, pos.raw[:, 2:4], pos.strides)
+    grad_raw += torch.sign(pos.raw[:, :4] - pos.l1_targets) * l1_gain
+    grad_obj = pos.raw[:, 4:].sigmoid() - 1
+    result[pos.images, pos.anchors, :5] = torch.cat([grad_raw, grad_obj], 1).mul_(scale).to(result.dtype)
+    for part, images, anchors in pos.parts(preds.shape[2]):
+        grad_cls = working(preds[images, anchors, 5:]).sigmoid()
+        grad_cls[torch.arange(len(images), device=preds.device), pos.labels[part]] -= pos.ious[part]
+        result[images, anchors, 5:] = grad_cls.mul_(scale).to(result.dtype)
     return result
 
 
@@ -92,8 +96,8 @@ class _Positives:
         self.images, self.anchors = (target_row >= 0).nonzero().unbind(-1)
         self.rows = target_row[self.images, self.anchors].long()
         self.labels, self.ious = labels[self.rows], matched_iou[self.images, self.anchors]
-        self.raw = working(preds[self.images, self.anchors])
-        self.label_logits = self.raw.gather(1, 5 + self.labels[:, None]).squeeze(1)
+        self.raw = working(preds[self.images, self.anchors, :5])
+        self.label_logits = working(preds[self.images, self.anchors, 5 + self.labels])
         corner, self.strides = points.T[self.anchors] - 0.5, point_strides[self.anchors][:, None]
         gt_xywh = gt_xywh.to(points.dtype)[self.rows]
         # Boxes from the corner of the cell: far from the origin float32 would round the overlap's derivative to 1e-5.
@@ -102,3 +106,8 @@ class _Positives:
         self.boxes = decode_yolox(self.raw, torch.full_like(corner, 0.5), self.strides[:, 0])
         gt_cell = gt_xywh / self.strides
         self.l1_targets = torch.cat([gt_cell[:, :2] - corner, torch.log(gt_cell[:, 2:] + 1e-8)], -1)
+
+    def parts(self, num_channels: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some positives at a time, few enough that their classes stay in the processor's cache; their images and anchors."""
+        for part in row_parts(self.rows, num_channels):
+            yield part, self.images[part], self.anchors[part]
