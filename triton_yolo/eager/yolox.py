@@ -62,8 +62,8 @@ def yolox_loss_backward(
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
     scale = grad / _normaliser(counts, num_ranks, grad.dtype)
     result = untouched_zeros_like(preds)
-    for images, anchors in blocks(preds[..., 4:5]):
-        result[images, anchors, 4] = working(preds[images, anchors, 4]).sigmoid().mul_(scale)
+    for block in blocks(preds[..., 4:5]):
+        result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)
 
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
