@@ -19,6 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.prepare()
 
+if EMULATED := os.environ.get("EMULATE"):
+    from bench.emulator import emulated
+
+    _emulation = emulated(EMULATED)
+    _emulation.__enter__()
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

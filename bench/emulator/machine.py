@@ -1,0 +1,107 @@
+"""Programs of one launch side by side: registers, control flow, and the memory that they reach.
+
+A value is an array that broadcasts to (programs, threads): what all threads share is computed once. Lanes that diverge are
+executed from the lowest block on, so that they meet again where compiled code joins.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .memory import EmulationError, Memory, SharedMemory
+from .parser import Program
+
+WARP = 32
+WIDTHS = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64, "tmp": np.uint32}
+
+
+class Machine:
+    """Some programs of a launch, from their first instruction to their last.
+
+    Attributes:
+        mask: which lanes execute, None for all that are left.
+    """
+
+    def __init__(
+        self, program: Program, params: Mapping[str, bytes], index: np.ndarray, grid: tuple[int, int, int],
+        memory: Memory, shared_bytes: int, rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        x, y, _ = grid
+        self.program, self.params, self.memory, self.rng = program, params, memory, rng
+        self.index = index
+        self.shape = (len(index), program.num_threads)
+        self.shared = SharedMemory(len(index), shared_bytes, program.num_threads // WARP)
+        self.registers: dict[str, np.ndarray] = {}
+        self.mask: np.ndarray | None = None
+        threads = np.arange(program.num_threads, dtype=np.uint32)[None]
+        self.special = {
+            "%tid.x": threads,
+            "%laneid": threads % WARP,
+            "%ctaid.x": (index % x)[:, None].astype(np.uint32),
+            "%ctaid.y": (index // x % y)[:, None].astype(np.uint32),
+            "%ctaid.z": (index // (x * y))[:, None].astype(np.uint32),
+            **{f"%nctaid.{axis}": np.full((1, 1), size, np.uint32) for axis, size in zip("xyz", grid, strict=True)},
+            "%ntid.x": np.full((1, 1), program.num_threads, np.uint32),
+        }
+
+    def run(self, blocks: list[list[Any]]) -> None:
+        """Execute; ``blocks`` has a function of the machine for each instruction, a branch returns its target and lanes."""
+        pending: dict[int, np.ndarray | None] = {0: None}
+        while pending:
+            block = min(pending)
+            mask = pending.pop(block)
+            if mask is not None and not pending and mask.all():
+                mask = None
+            self.mask, self.is_alone = mask, not pending
+            target, taken = block + 1, None
+            for step in blocks[block]:
+                if (branch := step(self)) is not None:
+                    target, taken = branch
+            for to, lanes in self._split(target, taken, block + 1):
+                earlier = pending.get(to, False)
+                pending[to] = lanes if earlier is False else None if lanes is None or earlier is None else earlier | lanes
+
+    def _split(self, target: int, taken: np.ndarray | None, following: int) -> list[tuple[int, np.ndarray | None]]:
+        """Where the lanes go: those ``taken`` (None: all) to ``target``, -1 for the end, the rest to the ``following`` block."""
+        mask = self.mask
+        if taken is None or taken.all():
+            parts = [(target, mask)]
+        elif not taken.any():
+            parts = [(following, mask)]
+        else:
+            alive = np.ones((1, 1), np.bool_) if mask is None else mask
+            parts = [(to, lanes) for to, lanes in ((target, alive & taken), (following, alive & ~taken)) if lanes.any()]
+        return [part for part in parts if part[0] >= 0]
+
+    # ---- registers
+
+    def write(self, name: str, value: np.ndarray, guard: np.ndarray | None) -> None:
+        """Set a register in the lanes that execute and that the guard lets through."""
+        mask = guard if self.is_alone else self.mask if guard is None else self.active(guard)
+        if mask is not None and not mask.all():
+            old = self.registers.get(name)
+            value = value if old is None else np.where(mask, value, old)
+        self.registers[name] = value
+
+    def active(self, guard: np.ndarray | None) -> np.ndarray:
+        """Lanes that execute an instruction, as a mask that broadcasts."""
+        masks = [mask for mask in (self.mask, guard) if mask is not None]
+        return np.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else np.ones((1, 1), np.bool_)
+
+    # ---- warps
+
+    def lanes(self, value: np.ndarray) -> np.ndarray:
+        """A value by program, warp and lane."""
+        return np.broadcast_to(value, self.shape).reshape(len(self.index), -1, WARP)
+
+    def threads(self, value: np.ndarray) -> np.ndarray:
+        """Back from ``lanes``."""
+        return value.reshape(self.shape)
+
+    def meet(self, guard: np.ndarray | None, unit: int, what: str) -> np.ndarray:
+        """Programs (or warps) that execute a collective instruction: with all of their threads, or none."""
+        active = np.broadcast_to(self.active(guard), self.shape).reshape(len(self.index), -1, unit)
+        if (active.any(-1) != active.all(-1)).any():
+            raise EmulationError(f"{what} reached by some threads only")
+        return active.any(-1)
