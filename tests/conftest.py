@@ -9,6 +9,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 settings.register_profile("ci", derandomize=True, max_examples=60, deadline=None, suppress_health_check=QUIET)
 settings.register_profile("random", max_examples=500, deadline=None, suppress_health_check=QUIET)
 settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=15)
+settings.register_profile("emulator", settings.get_profile("ci"), max_examples=5, phases=[Phase.explicit, Phase.generate])
 settings.register_profile(
     "mutants", settings.get_profile("ci"), max_examples=300, phases=[Phase.explicit, Phase.generate], database=None
 )

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from triton_yolo import _backend
 from .instructions import compile_block
 from .machine import Machine
 from .memory import EmulationError, Memory
-from .parser import parse
+from .parser import Program, parse
 
 _LANES = 2**15  # of programs that run side by side
 # A row writes its number where it is the owner, and others take that for the same answer as the contest's.
@@ -102,14 +103,19 @@ def _flat(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-def _launch(ptx: str, shared: int, grid: tuple[int, int, int], arguments: list[tuple[str, Any]], rng: Any) -> None:
+@lru_cache(maxsize=512)
+def _load(ptx: str) -> tuple[Program, list[list[Any]]]:
     program = parse(ptx)
+    return program, [compile_block(block, program.labels) for block in program.blocks]
+
+
+def _launch(ptx: str, shared: int, grid: tuple[int, int, int], arguments: list[tuple[str, Any]], rng: Any) -> None:
+    program, blocks = _load(ptx)
     packed = [_packed(kind, value) for kind, value in arguments]
     packed += [bytes(8)] * (len(program.params) - len(packed))  # scratch memory that none of these kernels takes
     params = dict(zip(program.params, packed, strict=True))
     tensors = [value for _, value in arguments if isinstance(value, torch.Tensor)]
     memory = Memory((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
-    blocks = [compile_block(block, program.labels) for block in program.blocks]
     index = rng.permutation(grid[0] * grid[1] * grid[2])
     with np.errstate(all="ignore"):
         for start in range(0, len(index), max(1, _LANES // program.num_threads)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import WARP, WIDTHS, Machine
+from .machine import WARP, WIDTHS, Machine, expand
 from .memory import EmulationError
 from .numbers import COMPARISONS, OPERATIONS, TYPES, convert, from_bfloat16
 
@@ -61,8 +61,8 @@ def _read(operand: str, kind: str) -> Read:
 
 
 def _immediate(text: str, bits: np.dtype) -> np.ndarray:
-    if text in ("global_smem", "-1") and bits == np.bool_ or text == "global_smem":
-        value = 0
+    if text == "global_smem":
+        value = 0  # where a program's shared memory begins
     elif text.startswith(("0f", "0d")):
         value = int(text[2:], 16)
     else:
@@ -221,11 +221,9 @@ class _Access:
 
     def __init__(self, machine: Machine, address: np.ndarray, guard: np.ndarray | None, size: int) -> None:
         self.machine, active = machine, machine.active(guard)
-        self.shape = np.broadcast_shapes(address.shape, active.shape)
-        if self.shape[0] == 1 or self.shape[1] == 1:
-            self.shape = machine.shape
-        self.lanes = np.nonzero(np.broadcast_to(active, self.shape))
-        self.address = np.broadcast_to(address, self.shape)[self.lanes]
+        self.shape = machine.shape
+        self.lanes = np.nonzero(expand(active, self.shape))
+        self.address = expand(address, self.shape)[self.lanes]
         if (self.address % size).any():
             raise EmulationError(f"{size} bytes at {self.address[self.address % size != 0][0]:#x}, which is no multiple of that")
 
@@ -241,7 +239,7 @@ class _Access:
 
     def store(self, space: str, offset: int, value: np.ndarray) -> None:
         programs, threads = self.lanes
-        bits = np.broadcast_to(value, self.shape)[self.lanes].view(f"u{value.dtype.itemsize}")
+        bits = expand(value, self.shape)[self.lanes].view(f"u{value.dtype.itemsize}")
         if space == "global":
             self.machine.memory.store(self.address + offset, bits, self.machine.index[programs])
         else:
@@ -256,7 +254,7 @@ def _atomic(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
     def step(machine: Machine) -> None:
         allowed = guard(machine)
         access = _Access(machine, address(machine), allowed, np.dtype(TYPES[kind]).itemsize)
-        value = np.broadcast_to(read(machine), access.shape)
+        value = expand(read(machine), access.shape)
         result = np.zeros(access.shape, value.dtype)
         order = machine.rng.permutation(len(access.address))
         result[access.lanes] = machine.memory.update(access.address, value[access.lanes], operation, order)
@@ -308,7 +306,7 @@ def _reduce(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
         machine.meet(guard(machine), WARP, "redux.sync")
         value = machine.lanes(read(machine))
         result = operation.reduce(value, -1, keepdims=True, dtype=value.dtype)
-        write(machine, machine.threads(np.broadcast_to(result, value.shape)), guard(machine))
+        write(machine, machine.threads(expand(result, value.shape)), guard(machine))
 
     return step
 

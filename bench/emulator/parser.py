@@ -1,7 +1,6 @@
 """PTX text of one kernel as basic blocks of instructions."""
 
 import re
-from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -28,7 +27,6 @@ _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{\[][^,]*")
 
 
-@lru_cache(maxsize=256)
 def parse(ptx: str) -> Program:
     """Parse the only kernel of a module."""
     name, params, threads, body = _ENTRY.search(ptx).groups()
