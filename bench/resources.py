@@ -9,11 +9,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from . import results
 from .launches import OPERATORS, Operator
+from .target import TargetDriver, active
 
 BARS = Path(__file__).with_name("resources_bars.json")
 RESULTS = results.FOLDER / "resources.jsonl"
@@ -139,35 +136,6 @@ def _binary(target: str) -> str:
 # ---- compilation
 
 
-class _Target(DriverBase):
-    """A driver that only says what to compile for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-
 @dataclass
 class Launch:
     kernel: str
@@ -187,22 +155,9 @@ def compile_launches(target: str, function: Callable[[], Any]) -> list[Launch]:
         launched.append(Launch(kernel.__name__, compiled, time.perf_counter() - start))
         return compiled
 
-    with _active(target), mock.patch.object(triton.JITFunction, "run", compile_only):
+    with active(TargetDriver(target)), mock.patch.object(triton.JITFunction, "run", compile_only):
         function()
     return launched
-
-
-@contextmanager
-def _active(target: str) -> Iterator[None]:
-    backend, _, arch = target.partition(":")
-    gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
-    triton.runtime.driver.set_active(_Target(gpu))
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("triton_yolo.kernels"):
-            for value in vars(module).values():
-                if isinstance(value, triton.JITFunction):
-                    value.device_caches.clear()
-    yield
 
 
 # ---- reading what came out

@@ -1,10 +1,10 @@
 """A driver of Triton whose device is the emulator, and whose binaries are PTX."""
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,85 +13,68 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
+from bench.target import TargetDriver, active
 from triton_yolo import _backend
 
 from .instructions import compile_block
-from .machine import Machine
+from .machine import Block, Machine
 from .memory import EmulationError, Memory
 from .parser import Program, parse
 
 _LANES = 2**15  # of programs that run side by side
 # A row writes its number where it is the owner, and others take that for the same answer as the contest's.
 _MAY_MEET = ("_score_kernel",)
-_SCALARS = {"u1": "?", "i1": "?", "fp32": "f4", "fp64": "f8", "fp16": "f2", **{f"{s}{8 * n}": f"{s}{n}" for s in "iu" for n in (1, 2, 4, 8)}}
+_SCALARS = {"u1": "?", "i1": "?", "i32": "i4", "i64": "i8", "u64": "u8", "fp32": "f4", "fp64": "f8"}
+
+
+@dataclass
+class Launch:
+    """What ran: ``instructions`` (programs,) is how many a warp of each program issued."""
+
+    kernel: str
+    num_warps: int
+    instructions: np.ndarray = field(repr=False)
 
 
 @contextmanager
-def emulated(target: str, *, seed: int = 0) -> Iterator[None]:
-    """Launch kernels on CPU tensors as compiled for ``target`` ("cuda:90"); ``seed`` orders atomic operations."""
-    with ExitStack() as patches:
-        folder = Path(tempfile.gettempdir()) / f"triton_yolo_ptx_{triton.__version__}"
-        patches.enter_context(mock.patch.dict("os.environ", TRITON_CACHE_DIR=str(folder)))
-        patches.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()))
-        patches.enter_context(mock.patch.object(_backend, "_is_interpreted", lambda: True))
-        emulator = _Emulator(int(target.removeprefix("cuda:")), seed)
-        patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", emulator))
-        patches.callback(_forget_binaries)
-        _forget_binaries()
-        yield
+def emulated(target: str, *, seed: int = 0) -> Iterator[list[Launch]]:
+    """Launch kernels on CPU tensors as compiled for ``target`` ("cuda:90").
+
+    ``seed`` decides in which order programs and atomic operations run. Yields the list of launches.
+    """
+    driver = _Emulator(target, seed)
+    # Binaries of this kind stay apart from real ones.
+    folder = Path(tempfile.gettempdir()) / f"triton_yolo_ptx_{triton.__version__}"
+    with (
+        mock.patch.dict("os.environ", TRITON_CACHE_DIR=str(folder)),
+        mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
+        mock.patch.object(_backend, "_is_interpreted", return_value=True),
+        active(driver),
+    ):
+        yield driver.launches
 
 
-def _forget_binaries() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("triton_yolo.kernels"):
-            for value in vars(module).values():
-                if isinstance(value, triton.JITFunction):
-                    value.device_caches.clear()
-
-
-class _Emulator(DriverBase):
-    def __init__(self, arch: int, seed: int) -> None:
-        self.target, self.rng = GPUTarget("cuda", arch, 32), np.random.default_rng(seed)
+class _Emulator(TargetDriver):
+    def __init__(self, target: str, seed: int) -> None:
+        super().__init__(target)
+        self.launches: list[Launch] = []
+        self._rng = np.random.default_rng(seed)
+        self.launcher_cls = self._launcher
         self.utils = SimpleNamespace(
             load_binary=lambda name, ptx, shared, device: (ptx, (ptx.decode(), shared), 0, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 48 * 1024},
         )
-        self.launcher_cls = self._launcher
 
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
         types = tuple(source.signature.values())
 
         def launch(x: int, y: int, z: int, stream: int, function: Any, packed: Any, *rest: Any) -> None:
             arguments = list(_flat(types, rest[3:]))  # after the launch's metadata and two hooks
-            _launch(*function, (x, y, z), arguments, self.rng)
+            self.launches.append(_launch(*function, (x, y, z), arguments, self._rng))
 
         return launch
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
 
 def _flat(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
@@ -103,25 +86,30 @@ def _flat(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-@lru_cache(maxsize=512)
-def _load(ptx: str) -> tuple[Program, list[list[Any]]]:
-    program = parse(ptx)
-    return program, [compile_block(block, program.labels) for block in program.blocks]
-
-
-def _launch(ptx: str, shared: int, grid: tuple[int, int, int], arguments: list[tuple[str, Any]], rng: Any) -> None:
+def _launch(
+    ptx: str, shared_bytes: int, grid: tuple[int, int, int], arguments: list[tuple[str, Any]], rng: np.random.Generator
+) -> Launch:
     program, blocks = _load(ptx)
     packed = [_packed(kind, value) for kind, value in arguments]
     packed += [bytes(8)] * (len(program.params) - len(packed))  # scratch memory that none of these kernels takes
     params = dict(zip(program.params, packed, strict=True))
-    tensors = [value for _, value in arguments if isinstance(value, torch.Tensor)]
-    memory = Memory((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
-    index = rng.permutation(grid[0] * grid[1] * grid[2])
+    storages = [value.untyped_storage() for _, value in arguments if isinstance(value, torch.Tensor)]
+    memory = Memory((storage.data_ptr(), storage.nbytes()) for storage in storages)
+    order, at_once = rng.permutation(grid[0] * grid[1] * grid[2]), max(1, _LANES // program.num_threads)
+    instructions = np.zeros(len(order), np.int64)
     with np.errstate(all="ignore"):
-        for start in range(0, len(index), max(1, _LANES // program.num_threads)):
-            chunk = index[start : start + max(1, _LANES // program.num_threads)]
-            Machine(program, params, chunk, grid, memory, shared, rng).run(blocks)
+        for start in range(0, len(order), at_once):
+            machine = Machine(program, params, order[start : start + at_once], grid, memory, shared_bytes, rng)
+            machine.run(blocks)
+            instructions[machine.index] = machine.instructions
     memory.check_races(may_meet=program.name in _MAY_MEET)
+    return Launch(program.name, program.num_threads // 32, instructions)
+
+
+@lru_cache(maxsize=512)
+def _load(ptx: str) -> tuple[Program, list[Block]]:
+    program = parse(ptx)
+    return program, [compile_block(block, program.labels, program.num_threads) for block in program.blocks]
 
 
 def _packed(kind: str, value: Any) -> bytes:

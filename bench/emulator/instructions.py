@@ -1,25 +1,30 @@
 """What each PTX instruction does, as a function of the machine."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from .machine import WARP, WIDTHS, Machine, expand
+from .arithmetic import COMPARISONS, OPERATIONS, TYPES, convert, from_bfloat16
+from .machine import WARP, Block, Machine, expand, width_of
 from .memory import EmulationError
-from .numbers import COMPARISONS, OPERATIONS, TYPES, convert, from_bfloat16
+from .parser import COLLECTIVE, Instruction
 
 Step = Callable[[Machine], Any]
 Read = Callable[[Machine], np.ndarray]
 
 
-def compile_block(instructions: tuple[Any, ...], labels: dict[str, int]) -> list[Step]:
-    return [_step(instruction, labels) for instruction in instructions]
+def compile_block(instructions: tuple[Instruction, ...], labels: dict[str, int], num_threads: int) -> Block:
+    unit = 0
+    if instructions and instructions[0].opcode[0] in COLLECTIVE:
+        unit = num_threads if instructions[0].opcode[:2] == ("bar", "sync") else WARP
+    return Block([_step(instruction, labels) for instruction in instructions], unit)
 
 
-def _step(instruction: Any, labels: dict[str, int]) -> Step:
+def _step(instruction: Instruction, labels: dict[str, int]) -> Step:
     name, *modifiers = instruction.opcode
+    if name in COLLECTIVE and instruction.guard:
+        raise EmulationError(f"{name} for some threads only")
     guard = _guard(instruction.guard)
     if name in ("bra", "ret"):
         target = labels[instruction.operands[0]] if name == "bra" else -1
@@ -42,10 +47,6 @@ def _is_register(operand: str) -> bool:
     return operand[0] == "%" or operand in ("tmp", "_")
 
 
-def _width_of(register: str) -> type:
-    return WIDTHS["tmp"] if register == "_" else WIDTHS[re.match(r"%?[a-z]+", register)[0]]
-
-
 def _read(operand: str, kind: str) -> Read:
     """A value of type ``kind``; a register may be wider."""
     dtype = TYPES[kind]
@@ -55,7 +56,7 @@ def _read(operand: str, kind: str) -> Read:
     if not _is_register(operand):
         constant = _immediate(operand, bits).view(dtype)
         return lambda machine: constant
-    if bits == _width_of(operand):
+    if bits == width_of(operand):
         return lambda machine: machine.registers[operand].view(dtype)
     return lambda machine: machine.registers[operand].astype(bits).view(dtype)
 
@@ -76,7 +77,7 @@ def _write(register: str, kind: str) -> Callable[[Machine, np.ndarray, np.ndarra
     """Set a register, which may be wider than the type."""
     if register == "_":
         return lambda machine, value, guard: None
-    width, dtype = np.dtype(_width_of(register)), np.dtype(TYPES[kind])
+    width, dtype = np.dtype(width_of(register)), np.dtype(TYPES[kind])
     signed = np.dtype(f"i{width.itemsize}") if kind[0] == "s" else width
 
     def write(machine: Machine, value: np.ndarray, guard: np.ndarray | None) -> None:
@@ -225,7 +226,9 @@ class _Access:
         self.lanes = np.nonzero(expand(active, self.shape))
         self.address = expand(address, self.shape)[self.lanes]
         if (self.address % size).any():
-            raise EmulationError(f"{size} bytes at {self.address[self.address % size != 0][0]:#x}, which is no multiple of that")
+            raise EmulationError(
+                f"{size} bytes at {self.address[self.address % size != 0][0]:#x}, which is no multiple of that"
+            )
 
     def load(self, space: str, offset: int, dtype: np.dtype) -> np.ndarray:
         programs, threads = self.lanes
@@ -267,15 +270,9 @@ def _atomic(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
 
 
 def _barrier(name: str, modifiers: list[str], operands: tuple[str, ...], guard: Any) -> Step:
-    is_of_warp = modifiers == ["warp", "sync"]
-
-    def step(machine: Machine) -> None:
-        if is_of_warp:
-            machine.meet(None, WARP, "bar.warp.sync")
-        else:
-            machine.shared.barrier(machine.meet(None, machine.shape[1], "bar.sync")[:, 0])
-
-    return step
+    if "warp" in modifiers:
+        return lambda machine: None
+    return lambda machine: machine.shared.barrier(expand(machine.active(None), machine.shape)[:, 0])
 
 
 def _shuffle(name: str, modifiers: list[str], operands: tuple[str, ...], guard: Any) -> Step:
@@ -285,7 +282,6 @@ def _shuffle(name: str, modifiers: list[str], operands: tuple[str, ...], guard: 
         raise EmulationError(f"unknown shuffle {operands}")
 
     def step(machine: Machine) -> None:
-        machine.meet(guard(machine), WARP, "shfl.sync")
         source = machine.lanes(lane(machine)).astype(np.int64) % WARP
         if how == "bfly":
             source = source ^ np.arange(WARP)
@@ -303,7 +299,6 @@ def _reduce(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
     operation = {"max": np.maximum, "min": np.minimum, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[how]
 
     def step(machine: Machine) -> None:
-        machine.meet(guard(machine), WARP, "redux.sync")
         value = machine.lanes(read(machine))
         result = operation.reduce(value, -1, keepdims=True, dtype=value.dtype)
         write(machine, machine.threads(expand(result, value.shape)), guard(machine))
@@ -326,14 +321,12 @@ def _matrix(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
         return machine.threads(rows + 2 * column)
 
     def load(machine: Machine) -> None:
-        machine.meet(guard(machine), WARP, name)
         for matrix, register in enumerate(registers):
             low, high = (_Access(machine, places(machine, matrix, half), guard(machine), 2) for half in (0, 1))
             bits = [part.load("shared", 0, np.dtype(np.uint16)).astype(np.uint32) for part in (low, high)]
             _write(register, "b32")(machine, bits[0] | bits[1] << np.uint32(16), guard(machine))
 
     def store(machine: Machine) -> None:
-        machine.meet(guard(machine), WARP, name)
         for matrix, register in enumerate(registers):
             value = machine.registers[register]
             for half, bits in enumerate((value.astype(np.uint16), (value >> np.uint32(16)).astype(np.uint16))):

@@ -4,8 +4,9 @@ A value is an array that broadcasts to (programs, threads): what all threads sha
 executed from the lowest block on, so that they meet again where compiled code joins.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from .memory import EmulationError, Memory, SharedMemory
 from .parser import Program
 
 WARP = 32
-WIDTHS = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64, "tmp": np.uint32}
+WIDTHS = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%rd": np.uint64, "tmp": np.uint32, "_": np.uint32}
 
 _ALL = np.ones((1, 1), np.bool_)
 
@@ -27,12 +28,35 @@ def expand(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return result
 
 
+def width_of(register: str) -> type:
+    """Bits of a register, unsigned; ``tmp`` is the compiler's name for half of what it splits, ``_`` a part that it drops."""
+    return WIDTHS[re.match(r"%?[a-z]+|_", register)[0]]
+
+
+class Registers(dict[str, np.ndarray]):
+    """By name. What was never written is full of ones, NaN among them: compiled code may read it where it does not matter."""
+
+    def __missing__(self, register: str) -> np.ndarray:
+        return ~np.zeros((1, 1), width_of(register))
+
+
+class Block(NamedTuple):
+    """Instructions as functions of the machine; a branch, the last, returns its target and the lanes that take it.
+
+    The first may be one that all threads of a ``unit`` (warp or program) execute together: it waits for the last of them.
+    """
+
+    steps: list[Callable[["Machine"], Any]]
+    unit: int
+
+
 class Machine:
     """Some programs of a launch, from their first instruction to their last.
 
     Attributes:
         mask: which lanes execute, None for all that are left.
         kept: the same where other lanes go on later, whose registers must not change.
+        instructions: how many were issued, by program.
     """
 
     def __init__(
@@ -44,7 +68,8 @@ class Machine:
         self.index = index
         self.shape = (len(index), program.num_threads)
         self.shared = SharedMemory(len(index), shared_bytes, program.num_threads // WARP)
-        self.registers: dict[str, np.ndarray] = {}
+        self.registers = Registers()
+        self.instructions = np.zeros(len(index), np.int64)
         self.mask: np.ndarray | None = None
         self.kept: np.ndarray | None = None
         threads = np.arange(program.num_threads, dtype=np.uint32)[None]
@@ -58,25 +83,39 @@ class Machine:
             "%ntid.x": np.full((1, 1), program.num_threads, np.uint32),
         }
 
-    def run(self, blocks: list[list[Any]]) -> None:
-        """Execute; ``blocks`` has a function of the machine for each instruction, a branch returns its target and lanes."""
+    def run(self, blocks: Sequence[Block]) -> None:
         pending: dict[int, np.ndarray | None] = {0: None}
         while pending:
-            block = min(pending)
-            mask = pending.pop(block)
-            if mask is not None and not pending and mask.all():
-                mask = None
+            block, mask = self._next(pending, blocks)
             self.mask, self.kept = mask, mask if pending else None
+            self.instructions += len(blocks[block].steps) * (1 if mask is None else expand(mask, self.shape).any(1))
             target, taken = block + 1, None
-            for step in blocks[block]:
+            for step in blocks[block].steps:
                 if (branch := step(self)) is not None:
                     target, taken = branch
             for to, lanes in self._split(target, taken, block + 1):
                 earlier = pending.get(to, False)
                 pending[to] = lanes if earlier is False else None if lanes is None or earlier is None else earlier | lanes
 
+    def _next(self, pending: dict[int, np.ndarray | None], blocks: Sequence[Block]) -> tuple[int, np.ndarray | None]:
+        """Take the lowest block that lanes can execute from those where some are, and these lanes."""
+        for block in sorted(pending):
+            mask, unit = pending.pop(block), blocks[block].unit
+            if mask is None or (not pending and mask.all()):
+                return block, None
+            if unit:
+                lanes = expand(mask, self.shape).reshape(len(self.index), -1, unit)
+                is_whole = np.broadcast_to(lanes.all(-1, keepdims=True), lanes.shape).reshape(self.shape)
+                if (mask & ~is_whole).any():
+                    pending[block] = mask & ~is_whole
+                mask = is_whole
+                if not mask.any():
+                    continue
+            return block, mask
+        raise EmulationError("threads wait for others that never come")
+
     def _split(self, target: int, taken: np.ndarray | None, following: int) -> list[tuple[int, np.ndarray | None]]:
-        """Where the lanes go: those ``taken`` (None: all) to ``target``, -1 for the end, the rest to the ``following`` block."""
+        """Where the lanes go: those ``taken`` (None: all) to ``target``, -1 for the end, the rest to ``following``."""
         mask = self.mask
         if taken is None or taken.all():
             parts = [(target, mask)]
@@ -113,13 +152,3 @@ class Machine:
     def threads(self, value: np.ndarray) -> np.ndarray:
         """Back from ``lanes``."""
         return value.reshape(self.shape)
-
-    def meet(self, guard: np.ndarray | None, unit: int, what: str) -> np.ndarray:
-        """Programs (or warps) that execute a collective instruction: with all of their threads, or none."""
-        active = self.active(guard)
-        if active.size == 1 and active:
-            return np.ones((len(self.index), 1), np.bool_)
-        active = expand(active, self.shape).reshape(len(self.index), -1, unit)
-        if (active.any(-1) != active.all(-1)).any():
-            raise EmulationError(f"{what} reached by some threads only")
-        return active.any(-1)

@@ -62,8 +62,6 @@ class Memory:
         inside = (storage >= 0) & (address + width <= self._ends[np.maximum(storage, 0)])
         if not inside.all():
             raise EmulationError(f"{width} bytes at {address[~inside][0]:#x}, outside of every argument")
-        if (address % width).any():
-            raise EmulationError(f"{width} bytes at {address[address % width != 0][0]:#x}, which is no multiple of that")
         first = storage[0]
         if (storage == first).all():
             yield first, slice(None), (address - self._starts[first]) // width

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+COLLECTIVE = ("bar", "shfl", "redux", "ldmatrix", "stmatrix")  # what threads execute together
+
 
 class Instruction(NamedTuple):
     """``@guard opcode operands``; the opcode is split at its dots, a guard is a register and the value that it must have."""
@@ -13,7 +15,10 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A kernel: its name, its parameters' names, threads a program, and blocks, of which only the last instruction may branch."""
+    """A kernel: its name, its parameters' names, threads a program, and blocks.
+
+    Only the last instruction of a block branches, and only the first is collective.
+    """
 
     name: str
     params: tuple[str, ...]
@@ -40,8 +45,11 @@ def parse(ptx: str) -> Program:
                     blocks.append([])
                 labels[statement[:-1]] = len(blocks) - 1
             elif not statement.startswith("."):
-                blocks[-1].append(_instruction(statement))
-                if blocks[-1][-1].opcode[0] in ("bra", "ret"):
+                instruction = _instruction(statement)
+                if instruction.opcode[0] in COLLECTIVE and blocks[-1]:
+                    blocks.append([])
+                blocks[-1].append(instruction)
+                if instruction.opcode[0] in ("bra", "ret"):
                     blocks.append([])
     return Program(name, tuple(re.findall(r"\w+_param_\d+", params)), int(threads), tuple(map(tuple, blocks)), labels)
 

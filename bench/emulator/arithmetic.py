@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 
 TYPES: dict[str, type] = {
-    "pred": np.bool_, "f16": np.float16, "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "f32": np.float32, "f64": np.float64,
+    "pred": np.bool_,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "f16x2": np.uint32,
+    "bf16x2": np.uint32,
+    "f32": np.float32,
+    "f64": np.float64,
     **{f"{sign}{8 * size}": np.dtype(f"{code}{size}").type for size in (1, 2, 4, 8) for sign, code in ("bu", "uu", "si")},
-}  # fmt: skip
+}
 
 Operation = Callable[..., Any]
 
