@@ -22,8 +22,7 @@ def sigmoid(x):
 def _log1p(e):
     """log(1 + e) for 0 <= e <= 1 with a relative error of 2e-7 in float32: the log of 1 + 1e-9 would lose the 1e-9."""
     if e.dtype == tl.float64:
-        u = 1 + e
-        result = tl.log(u) + (e - (u - 1)) / u
+        result = log_product(e)
     else:
         p = tl.fma(e, 0.005232690833508968, -0.029505228623747826)
         p = tl.fma(e, p, 0.07822594791650772)
@@ -37,17 +36,42 @@ def _log1p(e):
 
 
 @triton.jit
-def log_not(p):
-    """log(1 - p) for 0 <= p <= 1 with the relative error of ``_log1p``."""
-    rest = 1 - p
+def log_product(excess):
+    """log(1 + excess) for any excess >= 0, for instance of a product over 1. Give the rounding of the sum back to it."""
+    u = 1 + excess
+    return tl.log(u) + (excess - (u - 1)) / u
+
+
+@triton.jit
+def log_rest(p, rest):
+    """log(rest) for rest = 1 - p, 0 <= p <= 1, both known: with the relative error of ``_log1p`` however small p is."""
     return tl.where(p <= 0.5, -_log1p(p / rest), tl.log(rest))
 
 
 @triton.jit
-def cross_entropy_with_logits(x, target):
-    """softplus(x) - x * target; NaN where x is not finite, which (x + |x|) / 2 for max(x, 0) makes of -inf."""
+def log_not(p):
+    return log_rest(p, 1 - p)
+
+
+@triton.jit
+def split_softplus(x):
+    """Twice a number, and another one, so that softplus(x) = number + log(1 + other).
+
+    The first is NaN where x is not finite: x + |x| for twice max(x, 0) makes that of -inf, and 0 * x of inf.
+    """
     size = tl.abs(x)
-    return (x + size) * 0.5 - x * target + _log1p(tl.exp(-size))
+    return x + size + x * 0.0, tl.exp(-size)
+
+
+@triton.jit
+def softplus(x):
+    twice, e = split_softplus(x)
+    return twice * 0.5 + _log1p(e)
+
+
+@triton.jit
+def cross_entropy_with_logits(x, target):
+    return softplus(x) - x * target
 
 
 @triton.jit

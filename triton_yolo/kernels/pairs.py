@@ -1,7 +1,7 @@
 """Tile functions of task-aligned assignment: ground-truth rows with their candidates, overlap and metric of both.
 
-The anchors of a row are the cells of its rectangle of the grid (``IS_GRID``: boxes contiguous in float32 or float64, scores are
-logits), or all ``A`` of arbitrary points (boxes with any strides, scores are probabilities).
+The anchors of a row are the cells of its rectangle of the grid (``IS_GRID``: scores are logits), or all ``A`` of arbitrary
+points (scores are probabilities).
 """
 
 import triton
@@ -52,9 +52,9 @@ def candidates(
 
 
 @triton.jit
-def pair_overlaps(image, anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID: tl.constexpr, DTYPE: tl.constexpr):
+def pair_overlaps(image, anchor, mask, box, boxes_ptr, boxes_stride, DTYPE: tl.constexpr):
     """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
-    x1, y1, x2, y2 = load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+    x1, y1, x2, y2 = load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, DTYPE)
     ciou = overlap(box[0], box[1], box[2], box[3], x1, y1, x2, y2, "ciou", 1e-7)
     return tl.where(mask & (ciou > 0), ciou, 0.0)
 

@@ -7,34 +7,45 @@ in which programs run. ``best`` (B, A) means something at contested anchors only
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import box_columns
 from .launching import INTERPRETED
-from .topk import NONE, pack, unpack_index
+from .topk import LOWEST, pack, unpack_index
 
 CONTESTED: tl.constexpr = tl.constexpr(1 << 30)
-_LOWEST: tl.constexpr = tl.constexpr(-(1 << 63))
 
 
-def row_sizes(num_rows: int, num_anchors: int, block_p: int = 512) -> tuple[int, int, int]:
+def row_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -> tuple[int, int, int]:
     """Rows and anchors a tile, and warps, of a kernel that walks the anchors of ground-truth rows.
 
-    One row a program. 512 anchors hold all cells of three quarters of COCO's boxes at 640 px in one tile; four a thread leave
-    room for the CIoU's values without spills.
+    One row a program. Most rows have few anchors, so that wide tiles would be empty, and a few have thousands, for which the
+    others wait: the figures behind each choice are in NOTES.md.
     """
     if INTERPRETED:
         block_p = min(max(triton.next_power_of_2(num_anchors), 32), 2**14)
         return min(triton.next_power_of_2(num_rows), 2**18 // block_p), block_p, 1
-    return 1, block_p, 4
+    return 1, block_p, num_warps
+
+
+def claim_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -> dict[str, int]:
+    """The same for a kernel that keeps a list of the best: ``PARTS`` lists a row, a warp each, that are merged at the end."""
+    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, block_p, num_warps)
+    return {"BLOCK_G": block_g, "PARTS": 1 if INTERPRETED else num_warps, "BLOCK_P": block_p, "num_warps": num_warps}
 
 
 def gt_rows(image_index: Tensor, labels: Tensor, *boxes: Tensor) -> tuple[Any, Any]:
     """Ground-truth rows and their strides as kernels take them; ``boxes`` are (N, 4), corners first."""
     strides = [stride for box in boxes for stride in box.stride()]
     return (image_index, labels, *boxes), (image_index.stride(0), labels.stride(0), *strides)
+
+
+@triton.jit
+def places(start, PARTS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Numbers [parts, n] from ``start`` on, those of a part in one warp."""
+    return start + tl.arange(0, PARTS)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
 
 
 @triton.jit
@@ -58,19 +69,30 @@ def load_rows(gt, gt_stride, offs_g, N, B, C: tl.constexpr, DTYPE: tl.constexpr)
     return (image.to(tl.int64), label.to(tl.int64), is_gt), (x1, y1, x2, y2)
 
 
+def empty_boxes(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boxes (B, A, 4) of predictions (B, A, ...), one coordinate after another: a warp reads neighbours of each at once."""
+    return like.new_empty((like.shape[0], 4, like.shape[1]), dtype=dtype).transpose(1, 2)
+
+
 @triton.jit
-def load_anchor_boxes(image, anchor, mask, ptr, stride, A, IS_DENSE: tl.constexpr, DTYPE: tl.constexpr):
-    """Four coordinates [g, n] of the boxes (B, A, 4) of anchors [g, n] of images [g, 1]; ``IS_DENSE`` if contiguous."""
-    if IS_DENSE:
-        offs, step = (image * A + anchor) * 4, 1
-    else:
-        offs, step = image * stride[0] + anchor.to(tl.int64) * stride[1], stride[2]
-    offs = tl.reshape(offs, (anchor.numel,))[:, None] + tl.arange(0, 4)[None, :] * step
-    boxes = tl.load(ptr + offs, mask=tl.reshape(mask, (anchor.numel,))[:, None], other=0.0).to(DTYPE)
-    x1, y1, x2, y2 = box_columns(boxes)
-    x1, y1 = tl.reshape(x1, anchor.shape), tl.reshape(y1, anchor.shape)
-    x2, y2 = tl.reshape(x2, anchor.shape), tl.reshape(y2, anchor.shape)
+def load_anchor_boxes(image, anchor, mask, ptr, stride, DTYPE: tl.constexpr):
+    """Four coordinates [g, n] of the boxes (B, A, 4) of anchors [g, n] of images [g, 1]."""
+    ptr += image * stride[0] + anchor.to(tl.int64) * stride[1]
+    x1 = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    y1 = tl.load(ptr + stride[2], mask=mask, other=0.0).to(DTYPE)
+    x2 = tl.load(ptr + 2 * stride[2], mask=mask, other=0.0).to(DTYPE)
+    y2 = tl.load(ptr + 3 * stride[2], mask=mask, other=0.0).to(DTYPE)
     return x1, y1, x2, y2
+
+
+@triton.jit
+def store_anchor_boxes(image, anchor, mask, ptr, stride, x1, y1, x2, y2):
+    """The same for anchors [n] of one image."""
+    ptr += image * stride[0] + anchor.to(tl.int64) * stride[1]
+    tl.store(ptr, x1, mask=mask)
+    tl.store(ptr + stride[2], y1, mask=mask)
+    tl.store(ptr + 2 * stride[2], x2, mask=mask)
+    tl.store(ptr + 3 * stride[2], y2, mask=mask)
 
 
 @triton.jit
@@ -86,7 +108,7 @@ def claim(target_row_ptr, best_ptr, first_cell, anchor, offs_g, is_claim):
     is_contested = is_claim & (earlier >= 0)
     tl.atomic_max(target_row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_contested, sem="relaxed")
     # A minimum, since Triton 3.7 has no exchange for gfx942.
-    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, _LOWEST, tl.int64), mask=is_contested, sem="relaxed")
+    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_contested, sem="relaxed")
 
 
 @triton.jit
@@ -98,7 +120,7 @@ def contest(target_row_ptr, best_ptr, cell, value, offs_g, mask, IS_TIE_BREAK: t
     """
     key, order = pack(value, offs_g.to(tl.int32)[:, None] + tl.zeros(cell.shape, tl.int32), IS_WIDE)
     if IS_TIE_BREAK:
-        mask = mask & (tl.load(best_ptr + cell, mask=mask, other=NONE) == key)
+        mask = mask & (tl.load(best_ptr + cell, mask=mask, other=LOWEST) == key)
         tl.atomic_max(target_row_ptr + cell, order, mask=mask, sem="relaxed")
     else:
         tl.atomic_max(best_ptr + cell, key, mask=mask, sem="relaxed")

@@ -1,8 +1,8 @@
 """SimOTA assignment (YOLOX, arXiv 2107.08430): one program a ground-truth row, no tensor of pairs.
 
-Which anchors take part in their image is one bit an anchor in ``words`` (B, ceil(A / 32)): a row that walks over all anchors
-of its image reads 32 at a time, and nothing else of those that do not take part. Anchors are cells of a grid (``IS_GRID``), or
-any points, each with its stride.
+The anchors that take part in an image, the members, are listed: ``members`` is (B, A) of which ``num_members`` (B,) count, in
+whatever order the programs ran, on which nothing may depend. A bit an anchor in ``words`` (B, ceil(A / 32)) keeps each in there
+once. Anchors are cells of a grid (``IS_GRID``), or any points, each with its stride.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .._precision import working_dtype
-from .boxes import box_columns, box_rows, log_not, overlap, sigmoid
+from .boxes import log_not, log_rest, overlap, sigmoid
 from .decode import channel_sizes, load_raw_boxes, raw_corners
 from .grid import cell_centres, rectangle_cells, rectangle_size
 from .launching import FIXED, compute_type, on_device
-from .rows import CONTESTED, claim, contest, gt_rows, load_anchor_boxes, load_rows, owner, row_sizes
-from .topk import NONE, empty_list, keep_best, pack, rank, unpack_index, unpack_positive
+from .rows import (
+    CONTESTED,
+    claim,
+    claim_sizes,
+    contest,
+    empty_boxes,
+    gt_rows,
+    load_anchor_boxes,
+    load_rows,
+    owner,
+    places,
+    row_sizes,
+    store_anchor_boxes,
+)
+from .topk import empty_list, index_of, is_taken, keep_best, merged, none, ordered, rank, value_of
 
 _INFEASIBLE_COST: tl.constexpr = tl.constexpr(1e6)
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
-_LIST: tl.constexpr = tl.constexpr(16)
+_LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
+_UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
 # ---- tiles
 
@@ -62,13 +76,15 @@ def _load_centres(gt, gt_stride, offs_g, N, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _members(words_ptr, image, is_gt, start, A, BLOCK_P: tl.constexpr):
-    """Which of the anchors from ``start`` take part in images [g, 1]: [g, BLOCK_P]; none where ``is_gt`` is false."""
-    num_words = (A + 31) // 32
-    word = start // 32 + tl.arange(0, BLOCK_P // 32)[None, :]
-    words = tl.load(words_ptr + image * num_words + word, mask=is_gt & (word < num_words), other=0)
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (words.shape[0], BLOCK_P)) != 0
+def _load_members(members, image, is_gt, nth, A):
+    """The ``nth`` members [g, n] of images [g, 1], and whether there are so many; none where ``is_gt`` is false."""
+    mask = is_gt & (nth < tl.load(members[1] + image, mask=is_gt, other=0))
+    return tl.load(members[0] + image * A + nth, mask=mask, other=0), mask
+
+
+@triton.jit
+def _most_members(members, image, is_gt):
+    return tl.max(tl.load(members[1] + image, mask=is_gt, other=0))
 
 
 @triton.jit
@@ -91,12 +107,12 @@ def _iou(box, boxes):
 
 @triton.jit
 def _pair_costs(
-    info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes, A,
+    info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride, shapes, A,
     RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Cost, infinite rather than NaN, and IoU of rows [g, 1] with anchors [g, n] that take part."""
     image, label = info[0], info[1]
-    iou = _iou(box, load_anchor_boxes(image, anchor, mask, boxes_ptr, (0, 0, 0), A, True, DTYPE))
+    iou = _iou(box, load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, DTYPE))
     cell = image * A + anchor
     cost = tl.load(table[0] + cell, mask=mask, other=0.0)
     obj_probs = tl.load(table[1] + cell, mask=mask, other=0.0)
@@ -119,14 +135,15 @@ def _pair_costs(
 
 @triton.jit
 def _prepare_kernel(
-    boxes_ptr, table, target_row_ptr, words_ptr, counts_ptr, broken_ptr, raw_ptr, raw_stride, obj_ptr, obj_stride,
+    boxes_ptr, boxes_stride, table, target_row_ptr, words_ptr, num_members_ptr, counts_ptr, broken_ptr, raw_ptr, raw_stride,
+    obj_ptr, obj_stride,
     cls_ptr, cls_stride, shapes, A, C,
     STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
 
     It writes their boxes, decoded if ``IS_GRID``, and the ``table`` of two (B, A), the cost of no class and the objectness
-    probability; to ``broken`` (programs,) 1 if a prediction is not finite, else 0. The first also clears ``counts``.
+    probability; to ``broken`` (programs,) 1 if a prediction is not finite, else 0. It clears what the next launches count in.
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -141,21 +158,28 @@ def _prepare_kernel(
     if IS_GRID:
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
         boxes = raw_corners(raw, x - 0.5, y - 0.5, stride)
-    corners = boxes_ptr + cell[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(corners, box_rows(boxes[0], boxes[1], boxes[2], boxes[3]), mask=mask_a[:, None])
+    store_anchor_boxes(image, offs_a, mask_a, boxes_ptr, boxes_stride, boxes[0], boxes[1], boxes[2], boxes[3])
 
     cls_ptr += image * cls_stride[0]
     cost = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     cls_poison = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     start = 0
     while start < C:
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = mask_a[:, None] & (offs_c < C)[None, :]
-        offs = offs_a.to(tl.int64)[:, None] * cls_stride[1] + offs_c.to(tl.int64)[None, :] * cls_stride[2]
-        logits = tl.load(cls_ptr + offs, mask=mask, other=0.0).to(DTYPE)
-        cost -= tl.where(mask, _clamped(log_not(_joint_probability(logits, obj_probs[:, None]))), 0.0)
-        cls_poison += logits * 0.0
-        start += BLOCK_C
+        # The sum of log(1 - p) is the logarithm of a product; four factors that are not 0 stay above the smallest float32.
+        p, rest = tl.zeros((BLOCK_A, BLOCK_C), DTYPE), tl.full((BLOCK_A, BLOCK_C), 1, DTYPE)
+        end = tl.minimum(start + 4 * BLOCK_C, C)
+        while start < end:
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = mask_a[:, None] & (offs_c < C)[None, :]
+            offs = offs_a.to(tl.int64)[:, None] * cls_stride[1] + offs_c.to(tl.int64)[None, :] * cls_stride[2]
+            logits = tl.load(cls_ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a probability of 0
+            probs = _joint_probability(logits, obj_probs[:, None])
+            cost += tl.where(probs >= 1, 100.0, 0.0)  # the logarithm of 0 counts -100
+            probs = tl.where(probs >= 1, 0.0, probs).to(DTYPE)
+            p, rest = tl.fma(probs, rest, p), tl.fma(-probs, rest, rest)
+            cls_poison += logits * 0.0
+            start += BLOCK_C
+        cost -= log_rest(p, rest)
     poison += tl.sum(cls_poison, 1)
     tl.store(table[0] + cell, tl.sum(cost, 1), mask=mask_a)
     tl.store(table[1] + cell, obj_probs, mask=mask_a)
@@ -165,17 +189,19 @@ def _prepare_kernel(
     tl.store(words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(broken_ptr + program, (tl.sum(poison) != 0).to(tl.int32))
+    if tl.program_id(0) == 0:
+        tl.store(num_members_ptr + image, 0)
     if program == 0:
         tl.store(counts_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
 
 
 @triton.jit
 def _member_kernel(
-    words_ptr, counts_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
+    words_ptr, members, counts_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
     C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program marks the anchors that take part because of BLOCK_G rows, and counts those rows.
+    """A program lists the anchors that take part because of BLOCK_G rows, and counts those rows.
 
     It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
     """
@@ -207,50 +233,56 @@ def _member_kernel(
             takes_part = in_centre | in_box
         mask = mask & takes_part
         word = tl.where(mask, info[0] * ((A + 31) // 32) + anchor // 32, 0)
-        tl.atomic_or(words_ptr + word, tl.full(anchor.shape, 1, tl.int32) << (anchor % 32), mask=mask, sem="relaxed")
+        bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
+        is_new = mask & ((tl.atomic_or(words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
+        image = tl.where(is_new, info[0], 0)
+        nth_member = tl.atomic_add(members[1] + image, tl.full(anchor.shape, 1, tl.int32), mask=is_new, sem="relaxed")
+        tl.store(members[0] + image * A + nth_member, anchor, mask=is_new)
         start += BLOCK_P
 
 
 @triton.jit
 def _claim_kernel(
-    target_row_ptr, best_ptr, words_ptr, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride,
+    target_row_ptr, best_ptr, members, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
     gt, gt_stride, shapes, N, B, A,
     C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors in ``target_row``."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
     centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
-    cheapest, cheapest_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST)
-    largest, largest_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST)
+    cheapest, cheapest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
+    largest, largest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
+    limit = _most_members(members, info[0], info[2])
     start = 0
-    while start < A:
-        mask = _members(words_ptr, info[0], info[2], start, A, BLOCK_P)
-        if tl.max(mask.to(tl.int32)) > 0:
-            anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros(mask.shape, tl.int32)
-            cost, iou = _pair_costs(
-                info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes,
-                A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
-            )  # fmt: skip
-            key, order = pack(-cost, anchor, IS_WIDE)
-            cheapest, cheapest_order = keep_best(cheapest, cheapest_order, tl.where(mask, key, NONE), order, IS_WIDE)
-            key, order = pack(iou, anchor, IS_WIDE)
-            key = tl.where(mask & (iou > 0), key, NONE)
-            largest, largest_order = keep_best(largest, largest_order, key, order, IS_WIDE)
-        start += BLOCK_P
+    while start < limit:
+        anchor, mask = _load_members(members, info[0], info[2], places(start, PARTS, BLOCK_P), A)
+        cost, iou = _pair_costs(
+            info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
+            shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
+        )  # fmt: skip
+        key, order = ordered(-cost, anchor)
+        cheapest, cheapest_order = keep_best(cheapest, cheapest_order, tl.where(mask, key, none(key)), order)
+        key, order = ordered(iou, anchor)
+        key = tl.where(mask & (iou > 0), key, none(key))
+        largest, largest_order = keep_best(largest, largest_order, key, order)
+        start += PARTS * BLOCK_P
+    if PARTS > 1:
+        cheapest, cheapest_order = merged(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, DTYPE)
+        largest, largest_order = merged(largest, largest_order, _MAX_DYNAMIC_K, _LIST, DTYPE)
 
-    is_candidate = (largest > NONE) & (tl.arange(0, _LIST) < _MAX_DYNAMIC_K)[None, :]
-    total = tl.sum(tl.where(is_candidate, unpack_positive(largest, IS_WIDE).to(tl.float64), 0.0), 1)
-    k = tl.minimum(tl.maximum(total.to(tl.int32), 1), _MAX_DYNAMIC_K)[:, None]
-    is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, IS_WIDE) < k
-    claim(target_row_ptr, best_ptr, info[0] * A, unpack_index(cheapest, cheapest_order, IS_WIDE), offs_g, is_claim)
+    is_overlap = is_taken(largest, _MAX_DYNAMIC_K, _LIST)
+    # Added up as integers, since the order of a list is any.
+    ious = tl.where(is_overlap, value_of(largest).to(tl.float64) * _UNIT, 0.0).to(tl.int64)
+    k = tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K)[:, None]
+    is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST) < k
+    claim(target_row_ptr, best_ptr, info[0] * A, index_of(cheapest_order), offs_g, is_claim)
 
 
 @triton.jit
 def _contest_kernel(
-    target_row_ptr, best_ptr, words_ptr, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride,
+    target_row_ptr, best_ptr, members, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
     gt, gt_stride, shapes, N, B, A,
     IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr,
     IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -260,25 +292,24 @@ def _contest_kernel(
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
     centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
+    limit = _most_members(members, info[0], info[2])
     start = 0
-    while start < A:
-        mask = _members(words_ptr, info[0], info[2], start, A, BLOCK_P)
+    while start < limit:
+        anchor, mask = _load_members(members, info[0], info[2], start + tl.arange(0, BLOCK_P)[None, :], A)
+        cell = info[0] * A + anchor
+        mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
-            anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros(mask.shape, tl.int32)
-            cell = info[0] * A + anchor
-            mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
-            if tl.max(mask.to(tl.int32)) > 0:
-                cost, _ = _pair_costs(
-                    info, box, centre, anchor, mask, boxes_ptr, table, cls_ptr, cls_stride, points, points_stride, shapes,
-                    A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
-                )  # fmt: skip
-                contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
+            cost, _ = _pair_costs(
+                info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
+                shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
+            )  # fmt: skip
+            contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
 
 @triton.jit
 def _settle_kernel(
-    target_row_ptr, matched_iou_ptr, counts_ptr, best_ptr, boxes_ptr, broken_ptr, gt, gt_stride, A,
+    target_row_ptr, matched_iou_ptr, counts_ptr, best_ptr, boxes_ptr, boxes_stride, broken_ptr, gt, gt_stride, A,
     DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program settles BLOCK_A anchors of one image, the same as in ``_prepare_kernel``, and adds to the counts."""
@@ -290,8 +321,7 @@ def _settle_kernel(
     is_pos = row >= 0
     iou = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
-        offs = cell[:, None] * 4 + tl.arange(0, 4)[None, :]
-        boxes = box_columns(tl.load(boxes_ptr + offs, mask=is_pos[:, None], other=0.0))
+        boxes = load_anchor_boxes(image, offs_a, is_pos, boxes_ptr, boxes_stride, DTYPE)
         ptr = gt[2] + row.to(tl.int64) * gt_stride[2]
         x1 = tl.load(ptr, mask=is_pos, other=0.0).to(DTYPE)
         y1 = tl.load(ptr + gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
@@ -341,33 +371,33 @@ def _assign(
     matched_iou = torch.empty_like(target_row, dtype=dtype)
     if target_row.numel() == 0:
         return target_row, matched_iou, raw.new_zeros(3, dtype=torch.int64)
-    boxes = raw.new_empty((batch_size, num_anchors, 4), dtype=dtype)
+    boxes = empty_boxes(cls_logits, dtype)
     table = (torch.empty_like(matched_iou), torch.empty_like(matched_iou))
     words, best = target_row.new_empty(batch_size, (num_anchors + 31) // 32), torch.empty_like(target_row, dtype=torch.int64)
-    counts = best.new_empty(3)
+    members, counts = (torch.empty_like(target_row), target_row.new_empty(batch_size)), best.new_empty(3)
     block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, cls_logits.stride(2))
     anchor_grid = (triton.cdiv(num_anchors, block_a), batch_size)
     broken = target_row.new_empty(anchor_grid[0] * anchor_grid[1])
     _prepare_kernel[anchor_grid](
-        boxes, table, target_row, words, counts, broken, raw, raw.stride(), obj_logits, obj_logits.stride(),
-        cls_logits, cls_logits.stride(), shapes, num_anchors, num_classes,
+        boxes, boxes.stride(), table, target_row, words, members[1], counts, broken, raw, raw.stride(),
+        obj_logits, obj_logits.stride(), cls_logits, cls_logits.stride(), shapes, num_anchors, num_classes,
         STRIDES=strides, IS_GRID=is_grid, DTYPE=triton_dtype, BLOCK_A=block_a, BLOCK_C=block_c, num_warps=num_warps, **FIXED,
     )  # fmt: skip
     if num_rows:
-        block_g, block_p, row_warps = row_sizes(num_rows, num_anchors)
+        block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
         row_grid = (triton.cdiv(num_rows, block_g),)
         tail = (points, points_stride, gt, gt_stride, shapes, num_rows, batch_size, num_anchors)
         options = {
             "C": num_classes, "RADIUS": radius, "HAS_BOX": candidates == "box_and_center", "STRIDES": strides,
             "IS_GRID": is_grid, "DTYPE": triton_dtype, "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": row_warps, **FIXED,
         }  # fmt: skip
-        pairs = (target_row, best, words, boxes, table, cls_logits, cls_logits.stride(), *tail)
-        _member_kernel[row_grid](words, counts, *tail, **options)
-        _claim_kernel[row_grid](*pairs, **{**options, "num_warps": 2 * row_warps})  # two anchors a thread, beside two lists
+        pairs = (target_row, best, members, boxes, boxes.stride(), table, cls_logits, cls_logits.stride(), *tail)
+        _member_kernel[row_grid](words, members, counts, *tail, **options)
+        _claim_kernel[row_grid](*pairs, **{**options, **claim_sizes(num_rows, num_anchors, 128, 1)})
         for is_tie_break in (False, True) if dtype == torch.float64 else (False,):
             _contest_kernel[row_grid](*pairs, IS_TIE_BREAK=is_tie_break, **options)
     _settle_kernel[anchor_grid](
-        target_row, matched_iou, counts, best, boxes, broken, gt, gt_stride, num_anchors,
+        target_row, matched_iou, counts, best, boxes, boxes.stride(), broken, gt, gt_stride, num_anchors,
         DTYPE=triton_dtype, BLOCK_A=block_a, num_warps=num_warps, **FIXED,
     )  # fmt: skip
     return target_row, matched_iou, counts

@@ -9,7 +9,7 @@ from .._precision import working_dtype
 from .launching import FIXED, compute_type, on_device
 from .pairs import candidates, pair_metrics, pair_overlaps, walk_length, widened
 from .rows import gt_rows, load_rows, row_sizes
-from .topk import NONE, empty_list, is_among, keep_best, list_sizes, pack
+from .topk import empty_list, is_among, keep_best, list_sizes, none, ordered
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _align_metric_kernel(
     length = walk_length(info[2], wide, (1, 1), A, (1.0,), False)
     nth = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, (1, 1), (1.0,), False, EPS, DTYPE)
-    overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, False, DTYPE)
+    overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
     metric = pair_metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, False, ALPHA, BETA, DTYPE)
     offs = offs_g.to(tl.int64)[:, None] * A + nth
     mask = (offs_g < N)[:, None] & (nth < A)
@@ -41,7 +41,6 @@ def _select_topk_kernel(
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program reads BLOCK_G rows (of N = B * G) of the metric twice and writes which are among the K highest."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
     image, slot = (offs_g // G).to(tl.int64), (offs_g % G).to(tl.int64)
     is_gt = offs_g < N
@@ -49,22 +48,22 @@ def _select_topk_kernel(
         ptr = mask_ptr + image * mask_stride[0] + slot * mask_stride[1]
         is_gt = is_gt & (tl.load(ptr, mask=is_gt, other=0) != 0)
     metric_ptr += image * metric_stride[0] + slot * metric_stride[1]
-    best, best_order = empty_list(BLOCK_G, K, KP)
+    best, best_order = empty_list(BLOCK_G, K, KP, DTYPE)
     start = 0
     while start < A:
         anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros((BLOCK_G, 1), tl.int32)
         offs = anchor.to(tl.int64) * metric_stride[2]
         metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
-        key, order = pack(metric, anchor, IS_WIDE)
-        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
+        key, order = ordered(metric, anchor)
+        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
         start += BLOCK_P
     start = 0
     while start < A:
         anchor = start + tl.arange(0, BLOCK_P)[None, :] + tl.zeros((BLOCK_G, 1), tl.int32)
         offs = anchor.to(tl.int64) * metric_stride[2]
         metric = tl.load(metric_ptr + offs, mask=is_gt & (anchor < A), other=0.0).to(DTYPE)
-        key, order = pack(metric, anchor, IS_WIDE)
-        is_selected = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
+        key, order = ordered(metric, anchor)
+        is_selected = is_among(tl.where(metric > 0, key, none(key)), order, best, best_order)
         offs = offs_g.to(tl.int64) * A + anchor
         tl.store(selected_ptr + offs, is_selected, mask=(offs_g < N) & (anchor < A))
         start += BLOCK_P
@@ -82,7 +81,7 @@ def align_metric(
     if metric.numel():
         image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
         gt, gt_stride = gt_rows(image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4))
-        block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors)
+        block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors, 512, 4)
         # Rows come first: CUDA takes 2^31 programs in that dimension, 65,535 in the others.
         _align_metric_kernel[(triton.cdiv(batch_size * num_slots, block_g), triton.cdiv(num_anchors, block_p))](
             metric, overlaps, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(),
@@ -99,7 +98,7 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) ->
     selected = metric.new_empty(metric.shape, dtype=torch.bool)
     if selected.numel():
         num_rows = batch_size * num_slots
-        block_g, block_p, num_warps = row_sizes(num_rows, num_anchors)
+        block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 512, 4)
         _select_topk_kernel[(triton.cdiv(num_rows, block_g),)](
             selected, metric, metric.stride(), mask_gt, (0, 0) if mask_gt is None else mask_gt.stride(),
             num_rows, num_slots, num_anchors,

@@ -9,20 +9,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .._precision import working_dtype
-from .boxes import box_rows, expectation
+from .boxes import expectation
 from .decode import decode_sizes, side_logits
 from .grid import cell_centres
 from .launching import FIXED, TOTAL_SIZES, compute_type, on_device, total
 from .pairs import candidates, pair_metrics, pair_overlaps, walk_length, widened
-from .rows import CONTESTED, claim, contest, gt_rows, load_rows, owner, row_sizes
-from .topk import NONE, empty_list, is_among, keep_best, list_sizes, pack, unpack_index
+from .rows import (
+    CONTESTED,
+    claim,
+    claim_sizes,
+    contest,
+    empty_boxes,
+    gt_rows,
+    load_rows,
+    owner,
+    places,
+    row_sizes,
+    store_anchor_boxes,
+)
+from .topk import empty_list, index_of, is_among, is_taken, keep_best, list_sizes, merged, none, ordered
 
 # ---- kernels
 
 
 @triton.jit
 def _prepare_kernel(
-    boxes_ptr, target_row_ptr, target_score_ptr, poison_ptr, dist_ptr, dist_stride, shapes, A,
+    boxes_ptr, boxes_stride, target_row_ptr, target_score_ptr, poison_ptr, dist_ptr, dist_stride, shapes, A,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program decodes BLOCK_A anchors of one image to pixels and makes them background.
@@ -38,9 +50,9 @@ def _prepare_kernel(
     right, right_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 2, R, RP, DTYPE)
     bottom, bottom_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 3, R, RP, DTYPE)
     x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-    boxes = box_rows(x - left, y - top, x + right, y + bottom) * stride[:, None]
+    x1, y1, x2, y2 = (x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride
+    store_anchor_boxes(image, offs_a, mask_a, boxes_ptr, boxes_stride, x1, y1, x2, y2)
     cell = image * A + offs_a
-    tl.store(boxes_ptr + cell[:, None] * 4 + tl.arange(0, 4)[None, :], boxes, mask=mask_a[:, None])
     tl.store(target_row_ptr + cell, tl.full((BLOCK_A,), -1, tl.int32), mask=mask_a)
     tl.store(target_score_ptr + cell, tl.zeros((BLOCK_A,), DTYPE), mask=mask_a)
     poison = tl.sum(left_poison + top_poison + right_poison + bottom_poison)
@@ -62,28 +74,28 @@ def _claim_kernel(
     gt, gt_stride, shapes, N, B, A,
     C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, MIN_SIDE: tl.constexpr,
     EPS: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program finds the K highest metrics of BLOCK_G rows and claims their anchors in ``target_row``."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
     wide = widened(box, MIN_SIDE)
     length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
-    best, best_order = empty_list(BLOCK_G, K, KP)
+    best, best_order = empty_list(BLOCK_G * PARTS, K, KP, DTYPE)
     start = 0
     while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        nth = places(start, PARTS, BLOCK_P)
         anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
-        overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+        overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
         metric = pair_metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
-        key, order = pack(metric, anchor, IS_WIDE)
-        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
-        start += BLOCK_P
+        key, order = ordered(metric, anchor)
+        best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
+        start += PARTS * BLOCK_P
 
-    is_claim = (best > NONE) & (tl.arange(0, KP) < K)[None, :]
-    claim(target_row_ptr, best_ptr, info[0] * A, unpack_index(best, best_order, IS_WIDE), offs_g, is_claim)
+    if PARTS > 1:
+        best, best_order = merged(best, best_order, K, KP, DTYPE)
+    claim(target_row_ptr, best_ptr, info[0] * A, index_of(best_order), offs_g, is_taken(best, K, KP))
 
 
 @triton.jit
@@ -106,7 +118,7 @@ def _contest_kernel(
         cell = info[0] * A + anchor
         mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
             contest(target_row_ptr, best_ptr, cell, overlaps, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
@@ -133,19 +145,19 @@ def _score_kernel(
     length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
     limit = tl.max(length)
 
-    best, best_order = empty_list(BLOCK_G, K, KP)
+    best, best_order = empty_list(BLOCK_G, K, KP, DTYPE)
     if K > 0:
         start = 0
         while start < limit:
             nth = start + tl.arange(0, BLOCK_P)[None, :]
             anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
             mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
-            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
             metric = pair_metrics(
                 info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
             )
-            key, order = pack(metric, anchor, IS_WIDE)
-            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, NONE), order, IS_WIDE)
+            key, order = ordered(metric, anchor)
+            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
             start += BLOCK_P
 
     max_metric = tl.zeros((BLOCK_G, 1), DTYPE)
@@ -156,13 +168,13 @@ def _score_kernel(
         anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
         mask = mask & (owner(info[0] * A + anchor, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
             metric = pair_metrics(
                 info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
             )
             if K > 0:
-                key, order = pack(metric, anchor, IS_WIDE)
-                mask = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
+                key, order = ordered(metric, anchor)
+                mask = is_among(tl.where(metric > 0, key, none(key)), order, best, best_order)
             max_metric = tl.maximum(max_metric, tl.max(tl.where(mask, metric, 0.0), 1)[:, None])
             max_overlap = tl.maximum(max_overlap, tl.max(tl.where(mask, overlaps, 0.0), 1)[:, None])
         start += BLOCK_P
@@ -176,14 +188,14 @@ def _score_kernel(
         cell = info[0] * A + anchor
         is_mine = mask & (owner(cell, mask, target_row_ptr, best_ptr, IS_WIDE) == row)
         if tl.max(is_mine.to(tl.int32)) > 0:
-            overlaps = pair_overlaps(info[0], anchor, is_mine, box, boxes_ptr, boxes_stride, A, IS_GRID, DTYPE)
+            overlaps = pair_overlaps(info[0], anchor, is_mine, box, boxes_ptr, boxes_stride, DTYPE)
             metric = pair_metrics(
                 info[0], anchor, info[1], is_mine, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
             )
             stays = is_mine
             if K > 0:
-                key, order = pack(metric, anchor, IS_WIDE)
-                stays = is_among(tl.where(metric > 0, key, NONE), order, best, best_order, IS_WIDE)
+                key, order = ordered(metric, anchor)
+                stays = is_among(tl.where(metric > 0, key, none(key)), order, best, best_order)
             score = tl.where(stays, metric * max_overlap / (max_metric + EPS), 0.0)
             tl.store(target_row_ptr + cell, tl.where(stays, row, -1), mask=is_mine)
             tl.store(target_score_ptr + cell, score, mask=is_mine)
@@ -231,7 +243,7 @@ def yolo11_assign(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, _ = pred_scores.shape
     dtype, triton_dtype = working_dtype(pred_dist.dtype), compute_type(pred_dist.dtype)
-    boxes = pred_dist.new_empty((batch_size, num_anchors, 4), dtype=dtype)
+    boxes = empty_boxes(pred_dist, dtype)
     target_row = pred_dist.new_empty((batch_size, num_anchors), dtype=torch.int32)
     target_score = torch.empty_like(target_row, dtype=dtype)
     block_a, num_warps = decode_sizes(num_anchors, reg_max, 1024)  # 2048 spilled in float32 with the logits last
@@ -240,9 +252,9 @@ def yolo11_assign(
     row_sum, row_count = poisons, target_row
     if target_row.numel():
         _prepare_kernel[grid](
-            boxes, target_row, target_score, poisons, pred_dist, pred_dist.stride(), tuple(feat_shapes), num_anchors,
-            STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=triton_dtype, BLOCK_A=block_a,
-            num_warps=num_warps, **FIXED,
+            boxes, boxes.stride(), target_row, target_score, poisons, pred_dist, pred_dist.stride(), tuple(feat_shapes),
+            num_anchors, STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=triton_dtype,
+            BLOCK_A=block_a, num_warps=num_warps, **FIXED,
         )  # fmt: skip
         row_sum, row_count = _assign(
             target_row, target_score, pred_scores, boxes, boxes, gt_rows(image_index, labels, gt_boxes),
@@ -269,7 +281,7 @@ def _assign(
     if num_rows == 0:
         return row_sum, row_count
     best = target_row.new_empty(target_row.shape, dtype=torch.int64)
-    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors)
+    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 256, 4)
     grid = (triton.cdiv(num_rows, block_g),)
     sizes = (num_rows, batch_size, num_anchors)
     geometry = {
@@ -277,11 +289,10 @@ def _assign(
         "DTYPE": compute_type(boxes.dtype), "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": num_warps, **FIXED,
     }  # fmt: skip
     exponents = {"ALPHA": alpha, "BETA": beta}
-    # Beside its list one anchor a thread: with more, one version of Triton or another spills 8 to 16 bytes on sm_80 or sm_90.
-    claim_sizes = {**geometry, "BLOCK_P": row_sizes(num_rows, num_anchors, 256)[1], "num_warps": 2 * num_warps}
+    claim_geometry = {**geometry, **claim_sizes(num_rows, num_anchors, 32, 8)}
     _claim_kernel[grid](
         target_row, best, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(), gt, gt_stride,
-        shapes, *sizes, **list_sizes(topk, num_anchors), **exponents, **claim_sizes,
+        shapes, *sizes, **list_sizes(topk, num_anchors), **exponents, **claim_geometry,
     )  # fmt: skip
     for is_tie_break in (False, True) if boxes.dtype == torch.float64 else (False,):
         _contest_kernel[grid](

@@ -1,102 +1,143 @@
-"""Tile functions that keep the K best of a stream of candidates, independent of the order of programs.
+"""Tile functions that keep the K best of a stream of candidates, independent of the order in which they come.
 
-A candidate is a value, not NaN, and an index; of equal values the lower index is better. In float32 both are packed in one
-int64, the bits of the value, turned so that they order as the floats do, above the inverted index. In float64 the bits fill
-the int64, and the inverted index goes beside it. ``IS_WIDE`` says which. ``NONE`` is lower than the key of any candidate.
+A candidate is a value, not NaN, and an index; of equal values the lower index is better. Its key are the bits of the value,
+turned so that they order as the floats do, and its order is the inverted index. The two are compared apart: what a warp finds
+of 32-bit numbers takes one instruction. ``pack`` makes one int64 of both, for atomic operations.
 """
 
 import triton
 import triton.language as tl
 
-NONE: tl.constexpr = tl.constexpr(-0x7FFFFFFF00000000)
+LOWEST: tl.constexpr = tl.constexpr(-(1 << 63))
 _LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
 def list_sizes(topk: int, num_anchors: int) -> dict[str, int]:
+    """K, and the places of a list: not fewer than lanes in a warp, with one each its best and worst are found fastest."""
     k = min(topk, num_anchors)
-    return {"K": k, "KP": triton.next_power_of_2(max(k, 1))}
+    return {"K": k, "KP": max(triton.next_power_of_2(max(k, 1)), 32)}
 
 
 @triton.jit
-def pack(value, index, IS_WIDE: tl.constexpr):
+def ordered(value, index):
     """Key and order of values with an index."""
-    order = _LAST - index
     value = tl.where(value == 0, 0.0, value).to(value.dtype)  # -0 is 0
-    if IS_WIDE:
+    if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True)
         key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
     else:
         bits = value.to(tl.int32, bitcast=True)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        key = (bits.to(tl.int64) << 32) | order.to(tl.int64)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return key, (0x7FFFFFFF - index).to(tl.int32)
+
+
+@triton.jit
+def none(key):
+    """Lower than the key of any candidate, of the same type."""
+    if key.dtype == tl.int64:
+        lowest = tl.full((), LOWEST, tl.int64)
+    else:
+        lowest = tl.full((), -(1 << 31), tl.int32)
+    return lowest
+
+
+@triton.jit
+def pack(value, index, IS_WIDE: tl.constexpr):
+    """One int64 and the order; in float64, ``IS_WIDE``, the value fills the int64, and only the order tells the index."""
+    key, order = ordered(value, index)
+    if not IS_WIDE:
+        key = (key.to(tl.int64) << 32) | order.to(tl.int64)
     return key, order
 
 
 @triton.jit
-def unpack_positive(key, IS_WIDE: tl.constexpr):
+def unpack_index(packed, order, IS_WIDE: tl.constexpr):
+    if not IS_WIDE:
+        order = (packed & 0xFFFFFFFF).to(tl.int32)
+    return 0x7FFFFFFF - order
+
+
+@triton.jit
+def value_of(key):
     """Value of keys of values >= 0."""
-    if IS_WIDE:
+    if key.dtype == tl.int64:
         value = key.to(tl.float64, bitcast=True)
     else:
-        value = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        value = key.to(tl.float32, bitcast=True)
     return value
 
 
 @triton.jit
-def unpack_index(key, order, IS_WIDE: tl.constexpr):
-    if IS_WIDE:
-        index = _LAST - order
+def index_of(order):
+    return 0x7FFFFFFF - order
+
+
+@triton.jit
+def empty_list(ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
+    """K empty places a row [g, KP]: distinct orders, so that one at a time is the worst; past K never the worst."""
+    place = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, KP)[None, :]
+    if tl.float64 == DTYPE:
+        best = tl.where(place < K, tl.full((), LOWEST, tl.int64), tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64))
     else:
-        index = _LAST - (key & 0xFFFFFFFF).to(tl.int32)
-    return index
+        best = tl.where(place < K, tl.full((), -(1 << 31), tl.int32), tl.full((), 0x7FFFFFFF, tl.int32))
+    return best, -2 - place
 
 
 @triton.jit
-def empty_list(BLOCK_G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """K empty slots a row [g, KP]: distinct keys below NONE, so that one at a time is the worst; past K never the worst."""
-    slot = tl.zeros((BLOCK_G, 1), tl.int64) + tl.arange(0, KP)[None, :]
-    best = tl.where(slot < K, NONE - 1 - slot, 0x7FFFFFFFFFFFFFFF)
-    return best, tl.zeros((BLOCK_G, KP), tl.int32)
+def _best_of(key, order):
+    """The best [g, 1] of candidates [g, n]."""
+    top = tl.max(key, 1)[:, None]
+    return top, tl.max(tl.where(key == top, order, -1), 1)[:, None]
 
 
 @triton.jit
-def keep_best(best, best_order, key, order, IS_WIDE: tl.constexpr):
-    """Merge candidates [g, n] into the lists [g, KP]. Their indices must be higher than those of all earlier ones."""
-    worst, top = tl.maximum(tl.min(best, 1), NONE), tl.max(key, 1)
-    while tl.max((top > worst).to(tl.int32)) > 0:
-        takes = (top > worst)[:, None]
-        is_top = key == top[:, None]
-        is_worst = best == tl.min(best, 1)[:, None]
-        if IS_WIDE:
-            top_order = tl.max(tl.where(is_top, order, -1), 1)[:, None]
-            is_top = is_top & (order == top_order)
-            is_worst = is_worst & (best_order == tl.min(tl.where(is_worst, best_order, _LAST), 1)[:, None])
-            best_order = tl.where(takes & is_worst, top_order, best_order)
-        best = tl.where(takes & is_worst, top[:, None], best)
-        key = tl.where(takes & is_top, NONE, key)
-        worst, top = tl.maximum(tl.min(best, 1), NONE), tl.max(key, 1)
+def _worst_of(best, best_order):
+    worst = tl.min(best, 1)[:, None]
+    return worst, tl.min(tl.where(best == worst, best_order, _LAST), 1)[:, None]
+
+
+@triton.jit
+def keep_best(best, best_order, key, order):
+    """Merge candidates [g, n], ``none`` for what is not one, into the lists [g, KP]."""
+    top, top_order = _best_of(key, order)
+    worst, worst_order = _worst_of(best, best_order)
+    takes = (top > worst) | ((top == worst) & (top_order > worst_order) & (top > none(top)))
+    while tl.max(takes.to(tl.int32)) > 0:
+        is_worst = takes & (best == worst) & (best_order == worst_order)
+        best, best_order = tl.where(is_worst, top, best), tl.where(is_worst, top_order, best_order)
+        key = tl.where(takes & (key == top) & (order == top_order), none(key), key)
+        top, top_order = _best_of(key, order)
+        worst, worst_order = _worst_of(best, best_order)
+        takes = (top > worst) | ((top == worst) & (top_order > worst_order) & (top > none(top)))
     return best, best_order
 
 
 @triton.jit
-def is_among(key, order, best, best_order, IS_WIDE: tl.constexpr):
-    """Whether candidates [g, n] that were merged into the lists [g, KP] are still in them."""
-    worst = tl.min(best, 1)[:, None]
-    if IS_WIDE:
-        worst_order = tl.min(tl.where(best == worst, best_order, _LAST), 1)[:, None]
-        result = (key > worst) | ((key == worst) & (order >= worst_order))
-    else:
-        result = key >= worst
-    return (key > NONE) & result
+def merged(best, best_order, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
+    """One list [1, KP] of the best in several [parts, KP]."""
+    place = tl.zeros((best.shape[0], 1), tl.int32) + tl.arange(0, KP)[None, :]
+    key = tl.reshape(tl.where(place < K, best, none(best)), (1, best.numel))
+    all_best, all_order = empty_list(1, K, KP, DTYPE)
+    return keep_best(all_best, all_order, key, tl.reshape(best_order, (1, best.numel)))
 
 
 @triton.jit
-def rank(best, best_order, K: tl.constexpr, KP: tl.constexpr, IS_WIDE: tl.constexpr):
+def is_among(key, order, best, best_order):
+    """Whether candidates [g, n] that were merged into the lists [g, KP] are still in them."""
+    worst, worst_order = _worst_of(best, best_order)
+    return (key > none(key)) & ((key > worst) | ((key == worst) & (order >= worst_order)))
+
+
+@triton.jit
+def is_taken(best, K: tl.constexpr, KP: tl.constexpr):
+    """Which places of the lists [g, KP] hold a candidate."""
+    return (best > none(best)) & (tl.arange(0, KP) < K)[None, :]
+
+
+@triton.jit
+def rank(best, best_order, K: tl.constexpr, KP: tl.constexpr):
     """How many of its list [g, KP] are better than each of them; K for what is no candidate."""
-    slot = tl.arange(0, KP)[None, :]
     other, own = best[:, None, :], best[:, :, None]
-    is_better = other > own
-    if IS_WIDE:
-        is_better = is_better | ((other == own) & (best_order[:, None, :] > best_order[:, :, None]))
-    result = tl.sum((is_better & (slot < K)[:, None, :]).to(tl.int32), 2)
-    return tl.where((best > NONE) & (slot < K), result, K)
+    is_better = (other > own) | ((other == own) & (best_order[:, None, :] > best_order[:, :, None]))
+    result = tl.sum((is_better & (tl.arange(0, KP) < K)[None, None, :]).to(tl.int32), 2)
+    return tl.where(is_taken(best, K, KP), result, K)

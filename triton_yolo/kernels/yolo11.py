@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._precision import working_dtype
-from .boxes import cross_entropy_with_logits, expectation, overlap, overlap_derivative, sigmoid
+from .boxes import expectation, log_product, overlap, overlap_derivative, sigmoid, softplus, split_softplus
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
 from .launching import FIXED, INTERPRETED, TOTAL_SIZES, compute_type, on_device, rounded, scalar, total
@@ -112,18 +112,29 @@ def _yolo11_loss_kernel(
     cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     start = 0
     while start < C:
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = mask_a[:, None] & (offs_c < C)[None, :]
-        offs = offs_a.to(tl.int64)[:, None] * logits_stride[1] + offs_c.to(tl.int64)[None, :] * logits_stride[2]
-        logits = tl.load(logits_ptr + offs, mask=mask, other=0.0).to(DTYPE)
-        target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
-        loss = cross_entropy_with_logits(logits, target)
-        if HAS_WEIGHTS:
-            loss = loss * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[None, :]
-        cls += tl.where(mask, loss, 0.0)
-        start += BLOCK_C
+        # The sum of log(1 + e) is the logarithm of a product, below 2^64. Its excess over 1 keeps what is small.
+        excess = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
+        end = tl.minimum(start + 64 * BLOCK_C, C)
+        while start < end:
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = mask_a[:, None] & (offs_c < C)[None, :]
+            offs = offs_a.to(tl.int64)[:, None] * logits_stride[1] + offs_c.to(tl.int64)[None, :] * logits_stride[2]
+            logits = tl.load(logits_ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a loss of 0
+            if HAS_WEIGHTS:
+                weights = tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)
+                cls += softplus(logits) * weights[None, :]
+            else:
+                twice, e = split_softplus(logits)
+                cls += twice * 0.5
+                excess = tl.fma(excess, e, excess + e)
+            start += BLOCK_C
+        cls += log_product(excess)
+    offs = offs_a.to(tl.int64) * logits_stride[1] + label.to(tl.int64) * logits_stride[2]
+    hit = tl.load(logits_ptr + offs, mask=is_pos, other=0.0).to(DTYPE) * score
+    if HAS_WEIGHTS:
+        hit *= tl.load(weights_ptr + label, mask=is_pos, other=0.0).to(DTYPE)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(partial_ptr + programs + program, tl.sum(cls))
+    tl.store(partial_ptr + programs + program, tl.sum(cls) - tl.sum(hit))
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     dfl = tl.zeros((BLOCK_A,), DTYPE)
