@@ -5,19 +5,24 @@ RUN := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: train test kernels lint types mutants kernel-mutants peers gpu clean
+.PHONY: train test kernels emulate lint types mutants kernel-mutants peers gpu clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
 
 test: $(VENV)/installed  ## Run the tests on the eager backend.
-	$(PYTEST) --ignore tests/kernels $(ARGS)
+	$(PYTEST) --ignore tests/kernels --ignore tests/emulator $(ARGS)
 
 kernels: $(VENV)/installed  ## Run the Triton kernels in the interpreter, and compile them ahead of time.
 	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(PYTEST) \
 		-k "not five_thousand" --ignore tests/kernels/test_compile.py \
 		tests/test_stages.py tests/test_assigners.py tests/test_losses.py tests/kernels $(ARGS)
-	$(PYTEST) tests/kernels/test_compile.py $(ARGS)
+	$(PYTEST) tests/kernels/test_compile.py tests/emulator $(ARGS)
+
+TARGET ?= cuda:90
+emulate: $(VENV)/installed  ## Run the property tests on what Triton compiles for TARGET, in an emulator of its PTX; not in CI.
+	EMULATE=$(TARGET) TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=emulator $(PYTEST) \
+		-k "not five_thousand and not infeasible_anchors_may_win" tests/test_stages.py tests/test_assigners.py tests/test_losses.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -157,7 +157,7 @@ def test_a_spill_is_past_the_bar_of_some_targets_only():
 
 def test_the_small_step_runs(capsys):
     small_step.main()
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 28
 
 
 @pytest.mark.parametrize("options", [(), ("--rehearse",)])

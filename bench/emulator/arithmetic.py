@@ -11,6 +11,7 @@ TYPES: dict[str, type] = {
     "bf16": np.uint16,
     "f16x2": np.uint32,
     "bf16x2": np.uint32,
+    "f32x2": np.uint64,
     "f32": np.float32,
     "f64": np.float64,
     **{f"{sign}{8 * size}": np.dtype(f"{code}{size}").type for size in (1, 2, 4, 8) for sign, code in ("bu", "uu", "si")},
@@ -57,9 +58,11 @@ def _saturated(value: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _extremum(of_numbers: Operation, of_zeros: Operation) -> Operation:
-    """A number rather than NaN; 0 above -0."""
+    """Of two or three: a number rather than NaN; 0 above -0."""
 
-    def choose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def choose(a: np.ndarray, b: np.ndarray, *more: np.ndarray) -> np.ndarray:
+        if more:
+            return choose(choose(a, b), *more)
         if a.dtype.kind != "f":
             return of_numbers(a, b)
         bits = f"u{a.dtype.itemsize}"
@@ -123,6 +126,19 @@ def _wide(a: np.ndarray) -> np.ndarray:
 
 def _through_double(function: Operation) -> Operation:
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
+
+
+def in_pairs(operation: Operation) -> Operation:
+    """The operation on both halves of 64 bits, each a float32."""
+
+    def apply(*values: np.ndarray) -> np.ndarray:
+        low, high = (
+            operation(*((value >> np.uint64(shift)).astype(np.uint32).view(np.float32) for value in values))
+            for shift in (0, 32)
+        )
+        return low.view(np.uint32).astype(np.uint64) | high.view(np.uint32).astype(np.uint64) << np.uint64(32)
+
+    return apply
 
 
 OPERATIONS: dict[tuple[str, ...], Operation] = {

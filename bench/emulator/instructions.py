@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import COMPARISONS, OPERATIONS, TYPES, convert, from_bfloat16
+from .arithmetic import COMPARISONS, OPERATIONS, TYPES, convert, from_bfloat16, in_pairs
 from .machine import WARP, Block, Machine, expand, width_of
 from .memory import EmulationError
 from .parser import COLLECTIVE, Instruction
@@ -112,6 +112,8 @@ def _operation(name: str, modifiers: list[str], operands: tuple[str, ...], guard
     operation = OPERATIONS.get((name, *(m for m in modifiers[:-1] if m in ("lo", "wide", "hi"))))
     if operation is None or set(modifiers[:-1]) - {"lo", "wide", "rn", "ftz", "approx", "full", "b32"}:
         raise EmulationError(f"unknown instruction {'.'.join((name, *modifiers))}")
+    if kind == "f32x2":
+        operation = in_pairs(operation)
     out = kind[0] + str(2 * int(kind[1:])) if "wide" in modifiers else kind
     kinds = [kind] * (len(operands) - 1)
     if name in ("shl", "shr", "bfe"):

@@ -169,3 +169,9 @@ def test_comparisons_with_nan():
 def test_fused_multiply_add_rounds_once():
     a = f32(1 + 2**-12)
     assert arithmetic.OPERATIONS["fma",](a, a, f32(-1))[0] == np.float32(2**-11 + 2**-24)
+
+
+def test_pairs():
+    pair = lambda low, high: f32(low, high).view(np.uint64)  # noqa: E731
+    found = arithmetic.in_pairs(arithmetic.OPERATIONS["mul",])(pair(2, 3), pair(5, -7))
+    assert found.view(np.float32).tolist() == [10, -21]

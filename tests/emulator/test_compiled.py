@@ -1,0 +1,31 @@
+"""Every operation as compiled for each architecture, on the emulator, beside the eager backend."""
+
+import pytest
+import torch
+
+import triton_yolo as ty
+from bench import small_step
+from bench.emulator import emulated
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("target", ["cuda:75", "cuda:80", "cuda:90", "cuda:100", "cuda:120"])
+def test_small_step(target):
+    with ty.backend("eager"):
+        expected = small_step.run(CPU)
+    with emulated(target) as launches, ty.backend("triton"):
+        found = small_step.run(CPU)
+    assert len({launch.kernel for launch in launches}) >= 20
+    for name, want in expected.items():
+        error = (found[name].double() - want.double()).abs().max()
+        assert error <= 1e-5 * want.double().abs().max(), name
+
+
+def test_order_of_programs_changes_no_bit():
+    results = []
+    for seed in range(3):
+        with emulated("cuda:90", seed=seed), ty.backend("triton"):
+            results.append(small_step.run(CPU))
+    for name, first in results[0].items():
+        assert all(other[name].equal(first) for other in results[1:]), name
