@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import gpu, launches, loss, model, parity, plot, scaling, traffic, train_step, training
+from . import gpu, instructions, launches, loss, model, parity, plot, scaling, traffic, train_step, training
 
 
 def main() -> None:
@@ -35,6 +35,13 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", type=Path, help="write every kernel's figures as JSON lines")
     add.add_argument("--out", type=Path, help="append a line a target and type here instead of bench/results/resources.jsonl")
     add.set_defaults(run=_compile_everything)
+    add = commands.add_parser("instructions", help="what the compiled kernels issue, counted by an emulator of PTX")
+    add.add_argument("--target", default="cuda:90", help="architecture; default: %(default)s")
+    add.add_argument("--dtype", choices=launches.DTYPES, default="bfloat16")
+    add.add_argument("--batch-size", type=int, default=2)
+    add.add_argument("--imgsz", type=int, default=640)
+    add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
+    add.set_defaults(run=instructions.run)
     add = commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step")
     add.add_argument("trainer", choices=["ultralytics"])
     add.add_argument("--model", default="yolo11n", help="name of a model that Ultralytics builds, e.g. yolo26n")

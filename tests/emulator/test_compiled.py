@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from bench import __main__ as bench
 from bench import small_step
 from bench.emulator import emulated
 
@@ -29,3 +30,10 @@ def test_order_of_programs_changes_no_bit():
             results.append(small_step.run(CPU))
     for name, first in results[0].items():
         assert all(other[name].equal(first) for other in results[1:]), name
+
+
+def test_instructions_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "instructions", "--imgsz", "96", "--batch-size", "1", "--data", ""])
+    bench.main()
+    out = capsys.readouterr().out
+    assert out.count("| _claim_kernel |") == out.count("| all |") == 2
