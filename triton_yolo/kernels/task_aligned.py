@@ -281,7 +281,7 @@ def _assign(
     if num_rows == 0:
         return row_sum, row_count
     best = target_row.new_empty(target_row.shape, dtype=torch.int64)
-    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 256, 4)
+    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 128, 4)
     grid = (triton.cdiv(num_rows, block_g),)
     sizes = (num_rows, batch_size, num_anchors)
     geometry = {
