@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def _slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{found.get('gpu', found['cpu'])} {found['cores']} cores".lower()).strip("-")
 
 
+@cache
 def _commit() -> str:
+    """Asked once: the first result that is saved changes the tree."""
     return _output("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*")
 
 

@@ -189,6 +189,12 @@ def test_tables_replace_what_is_between_their_markers():
     assert tables.fill(text, "loss", "new") == filled
 
 
+def test_a_run_is_of_one_commit(monkeypatch):
+    first = results.provenance()["commit"]
+    monkeypatch.setattr(results, "_output", lambda *command: "what the first saved result made of the tree")
+    assert results.provenance()["commit"] == first
+
+
 def test_only_the_last_run_of_a_machine_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     for run, value in (("a", 1), ("a", 2), ("b", 3), ("b", 4)):
