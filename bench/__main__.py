@@ -24,6 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add = commands.add_parser(name, help=what, description=what)
         _add_case(add)
+        if run is loss.run:
+            _add_others(add)
         add.set_defaults(run=run)
     add = commands.add_parser("traffic", help="bytes and launches of the kernels, in the interpreter; fails past the bar")
     add.set_defaults(run=traffic.run)
@@ -97,12 +99,15 @@ def _add_case(add: argparse.ArgumentParser) -> None:
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
     add.add_argument("--rounds", type=int, default=15)
     add.add_argument("--quick", action="store_true", help="three rounds, memory once, nothing compiled")
+    _add_out(add)
+
+
+def _add_others(add: argparse.ArgumentParser) -> None:
     add.add_argument("--compile", action="store_true", help="also ours under torch.compile")
     add.add_argument("--cuda-graph", action="store_true", help="also ours as a replayed CUDA graph")
     add.add_argument("--only", nargs="+", metavar="NAME", help="other implementations to compare with; default: all")
     add.add_argument("--time-limit", type=float, default=600, metavar="S", help="of the process that first tries each alone")
     add.add_argument("--memory-limit", type=float, metavar="GIB", help="address space of that process")
-    _add_out(add)
 
 
 def _add_out(add: argparse.ArgumentParser) -> None:

@@ -35,11 +35,12 @@ def read(command: str) -> Iterator[dict[str, Any]]:
 
 
 def latest(command: str) -> list[dict[str, Any]]:
-    """The rows of the last run of a command on each machine."""
+    """The rows of the last run of a command on each machine, of each thing that it measures."""
     last: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in read(command):
         machine = row["machine"].get("gpu") or row["machine"]["cpu"]
-        run = last.setdefault((machine, row.get("dtype"), row.get("batch_size"), row.get("boxes"), row.get("model")), [])
+        sizes = (row.get(name) for name in ("dtype", "batch_size", "boxes", "model", "what"))
+        run = last.setdefault((machine, *sizes), [])
         if run and run[-1]["run"] != row["run"]:
             run.clear()
         run.append(row)

@@ -17,13 +17,13 @@ from bench.competitors import OURS, Target
 from bench.measure import Trial, interleaved
 from tests import peers
 
-TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal", "--only", "reference"]
+TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal"]
 
 
 @pytest.mark.parametrize(("command", "what"), [("loss", "yolox"), ("stages", "align_metric"), ("assign", "SimOTAAssigner")])
 def test_operations_are_measured(command, what, tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.jsonl"
-    monkeypatch.setattr("sys.argv", ["bench", command, *TINY, "--what", what, "--out", str(file)])
+    monkeypatch.setattr("sys.argv", ["bench", command, *TINY, "--only", "reference", "--what", what, "--out", str(file)])
     bench.main()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["name"].split()[0] for row in rows} == {"triton_yolo", "reference"}
@@ -197,9 +197,9 @@ def test_a_run_is_of_one_commit(monkeypatch):
 
 def test_only_the_last_run_of_a_machine_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    for run, value in (("a", 1), ("a", 2), ("b", 3), ("b", 4)):
+    for run, what, value in (("a", "x", 1), ("a", "y", 2), ("b", "x", 3), ("b", "x", 4)):
         monkeypatch.setattr(results, "_RUN", run)
-        results.append("loss", {"dtype": "float32", "batch_size": 1, "boxes": "coco", "value": value})
-    assert [row["value"] for row in results.latest("loss")] == [3, 4]
+        results.append("loss", {"dtype": "float32", "batch_size": 1, "boxes": "coco", "what": what, "value": value})
+    assert [row["value"] for row in results.latest("loss")] == [3, 4, 2]  # b measured x alone
     assert results.latest("stages") == []
     assert results.machine()["threads"] == torch.get_num_threads()
