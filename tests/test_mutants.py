@@ -73,7 +73,7 @@ MUTANTS = {
     "conflict among feasible rows only": Mutant(SIMOTA, "[feasible, anything], members, cost_of)", "[feasible], members, cost_of)", INFEASIBLE),
     "class target is one": Mutant(YOLOX, "(pos.label_logits * pos.ious).sum()", "pos.label_logits.sum()", LOSSX),
     "L1 without its small constant or the cell": Mutant(YOLOX, "gt_cell[:, :2] - corner", "gt_cell[:, :2] - corner - 0.5", LOSSX),
-    "objectness gradient only on positives": Mutant(YOLOX, "    result[..., 4] = working(preds[..., 4]).sigmoid().mul_(scale)\n", "", LOSSX),
+    "objectness gradient only on positives": Mutant(YOLOX, "        result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)\n", "        pass\n", LOSSX),
     "reference: eps in the widths": Mutant("reference/boxes.py", "wa, ha = ax2 - ax1,", "wa, ha = ax2 - ax1 + eps,", REFERENCE),
     "reference: conflict to the higher slot": Mutant("reference/task_aligned.py", "overlaps.where(candidates, -1), dim=1, descending=True, stable=True)[:, :1]", "overlaps.where(candidates, -1).flip(1), dim=1, descending=True, stable=True)[:, :1].neg() + overlaps.shape[1] - 1", REFERENCE),
     "reference: conflict among all slots": Mutant("reference/task_aligned.py", "overlaps.where(candidates, -1)", "overlaps", REFERENCE),
