@@ -15,17 +15,17 @@ def main() -> None:
 
 def run(device: torch.device) -> dict[str, Tensor]:
     """The result of every operation, and what of it goes back to the predictions."""
-    case = make_case("lognormal", batch_size=2, imgsz=96, num_classes=5)
+    case = make_case("lognormal", batch_size=2, imgsz=96, num_classes=40)  # tiles have fewer
     rows = case.rows.to(device)
     yolo11 = [x.to(device).transpose(1, 2).requires_grad_() for x in yolo11_preds(case)]
     yolox = [yolox_preds(case).to(device).requires_grad_()]
     found: dict[str, Tensor] = {}
     for name, criterion, preds in (
-        ("YOLO11Loss", ty.YOLO11Loss(5, strides=STRIDES), yolo11),
-        ("YOLO11Loss, topk2", ty.YOLO11Loss(5, strides=STRIDES, topk2=1, min_box_side=16), yolo11),
-        ("YOLO11Loss, weights", ty.YOLO11Loss(5, strides=STRIDES, class_weights=torch.arange(5.0)), yolo11),
-        ("YOLOXLoss, L1", ty.YOLOXLoss(5, strides=STRIDES, use_l1=True), yolox),
-        ("YOLOXLoss, box, GIoU", ty.YOLOXLoss(5, strides=STRIDES, candidates="box_and_center", iou_loss="giou"), yolox),
+        ("YOLO11Loss", ty.YOLO11Loss(40, strides=STRIDES), yolo11),
+        ("YOLO11Loss, topk2", ty.YOLO11Loss(40, strides=STRIDES, topk2=1, min_box_side=16), yolo11),
+        ("YOLO11Loss, weights", ty.YOLO11Loss(40, strides=STRIDES, class_weights=torch.arange(40.0)), yolo11),
+        ("YOLOXLoss, L1", ty.YOLOXLoss(40, strides=STRIDES, use_l1=True), yolox),
+        ("YOLOXLoss, box, GIoU", ty.YOLOXLoss(40, strides=STRIDES, candidates="box_and_center", iou_loss="giou"), yolox),
     ):
         out = criterion.to(device)(*preds, case.feat_shapes, rows)
         found[name], found[f"{name}, positives"] = out.loss.detach(), out.num_fg
@@ -49,8 +49,8 @@ def run(device: torch.device) -> dict[str, Tensor]:
     scores, boxes, points_px = yolo11[1].detach(), boxes.detach(), points * strides[:, None]
     metric, _ = ty.align_metric(scores.sigmoid(), boxes, points_px, *padded, alpha=0.5, beta=6.0)
     found["align_metric"], found["top-k"] = metric, ty.select_topk_candidates(metric, 10)
-    found["task-aligned"] = ty.TaskAlignedAssigner(10, 5)(scores.sigmoid(), boxes, points_px, *padded)[3]
-    found["SimOTA"] = ty.SimOTAAssigner(5)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
+    found["task-aligned"] = ty.TaskAlignedAssigner(10, 40)(scores.sigmoid(), boxes, points_px, *padded)[3]
+    found["SimOTA"] = ty.SimOTAAssigner(40)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
     return found
 
 

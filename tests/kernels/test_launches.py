@@ -100,6 +100,18 @@ def test_yolo11(layout, dtype, reg_max, topk2, min_box_side):
     assert_same(kernels.yolo11_loss_backward(grad, *args), eager.yolo11_loss_backward(grad, *args))
 
 
+@pytest.mark.parametrize("num_classes", [40, 1203])
+@pytest.mark.usefixtures("meter")
+def test_classes_of_several_tiles(num_classes):
+    case = make_case(4, num_classes=num_classes)
+    levels = (FLAT_SHAPES, STRIDES, 5)
+    target_row, target_score, total, _ = eager.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
+    args = (case.dist, case.scores, target_row, target_score, total, 1, case.labels, case.gt_boxes, None, *levels, GAINS)
+    assert_same(kernels.yolo11_loss(*args), eager.yolo11_loss(*args))
+    x_args = (*make_yolox_case(4, num_classes=num_classes), *X_LEVELS, "center", 1.5)
+    assert_same(kernels.yolox_assign(*x_args), eager.yolox_assign(*x_args))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("meter")
@@ -120,12 +132,18 @@ def test_padded_stages(layout, dtype):
         assert_same([kernels.select_topk_candidates(metric, topk, mask_gt)], [expected])
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 1), (4, 8, 1), (16, 32, 1)])
+def use_tiles(monkeypatch, module, rows, parts, anchors):
+    """Tiles of so many rows and anchors; lists of ``parts`` of them."""
+    monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
+    monkeypatch.setattr(module, "claim_sizes", lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (4, 1, 8), (16, 1, 32), (1, 4, 2), (1, 2, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("interpreted")
 def test_tile_sizes_leave_no_trace_in_the_assignment(sizes, dtype, monkeypatch):
     case = make_case(4, dtype=dtype)
-    monkeypatch.setattr(task_aligned, "row_sizes", lambda *_: sizes)
+    use_tiles(monkeypatch, task_aligned, *sizes)
     args = (*case, FLAT_SHAPES, STRIDES, 5, 4, 2, 0.5, 6.0, 0.0)
     assert_same(kernels.yolo11_assign(*args), eager.yolo11_assign(*args))
 
@@ -196,13 +214,13 @@ def test_simota_with_points_in_any_order(layout, dtype, mode):
     assert_same(kernels.simota_assign(*args), eager.simota_assign(*args))
 
 
-@pytest.mark.parametrize("sizes", [(1, 32, 1), (4, 64, 1), (16, 512, 1)])
+@pytest.mark.parametrize("sizes", [(1, 1, 32), (4, 1, 64), (16, 1, 512), (1, 4, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", [CENTER, PAPER])
 @pytest.mark.usefixtures("interpreted")
 def test_tile_sizes_leave_no_trace_in_yolox_assignment(sizes, dtype, mode, monkeypatch):
     case = make_yolox_case(3, dtype=dtype)
-    monkeypatch.setattr(simota, "row_sizes", lambda *_: sizes)
+    use_tiles(monkeypatch, simota, *sizes)
     args = (*case, *X_LEVELS, *mode)
     assert_same(kernels.yolox_assign(*args), eager.yolox_assign(*args))
 

@@ -28,6 +28,7 @@ YOLOX, SIMOTA, DECODE_X = (
     f"{LAUNCHES}::test_simota_with_points_in_any_order",
     f"{LAUNCHES}::test_decode_yolox",
 )
+CLASSES = f"{LAUNCHES}::test_classes_of_several_tiles"
 TILES, REPEATS = f"{LAUNCHES}::test_tile_sizes_leave_no_trace_in_the_assignment", f"{LAUNCHES}::test_few_rows"
 
 MUTANTS = {
@@ -45,7 +46,6 @@ MUTANTS = {
     "rectangle ends a cell early": Mutant("grid", "- 0.499) + 1, 0)", "- 0.499), 0)", YOLO11),
     "only the first level": Mutant("grid", "before += level_columns * level_rows", "before += 2 * level_columns * level_rows", YOLO11),
     "ties to the higher index": Mutant("topk", "return key, (0x7FFFFFFF - index).to(tl.int32)", "return key, index.to(tl.int32)", YOLO11),
-    "ties in a list to the higher index": Mutant("topk", "tl.max(tl.where(key == top, order, -1), 1)", "tl.min(tl.where(key == top, order, _LAST), 1)", f"{VALUES}::test_float64_metrics_are_compared_in_float64"),
     "one candidate too many": Mutant("topk", "place < K, tl.full((), -(1 << 31), tl.int32)", "place <= K, tl.full((), -(1 << 31), tl.int32)", YOLO11),
     "the list forgets the worst's place": Mutant("topk", "worst = tl.min(best, 1)[:, None]", "worst = tl.max(best, 1)[:, None]", TILES),
     "contested place not cleared": Mutant("rows", "    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_contested, sem=\"relaxed\")\n", "", YOLO11),
@@ -87,8 +87,9 @@ MUTANTS = {
     "members listed more than once": Mutant("simota", "is_new = mask & (", "is_new = mask & (mask | ", YOLOX),
     "members not cleared": Mutant("simota", "tl.store(num_members_ptr + image, 0)", "tl.store(num_members_ptr + image, 1)", YOLOX),
     "certain classes cost nothing": Mutant("simota", "tl.where(probs >= 1, 100.0, 0.0)", "tl.where(probs >= 1, 0.0, 0.0)", f"{VALUES}::test_logarithms_of_the_cost_are_clamped"),
-    "product of softplus without what is small": Mutant("yolo11", "tl.fma(excess, e, excess + e)", "excess + e", YOLO11),
-    "places past K are merged": Mutant("topk", "tl.where(place < K, best, none(best))", "best", TILES),
+    "product of softplus without what is small": Mutant("yolo11", "tl.fma(excess, e, excess + e)", "excess + e", CLASSES),
+    "product of probabilities without what is small": Mutant("simota", "tl.fma(probs, rest, p), tl", "p + probs, tl", f"{VALUES}::test_small_probabilities_of_several_tiles_add_up"),
+    "places past K are merged": Mutant("topk", "tl.where(place < K, best, none(best))", "best", YOLO11),
     "weights of the positives forgotten": Mutant("yolo11", "        hit *= tl.load(weights_ptr + label, mask", "        hit *= tl.load(weights_ptr + 0 * label, mask", YOLO11),
     "words not cleared": Mutant("simota", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words - 1)", YOLOX),
     "padding counted as ground truth": Mutant("simota", "tl.sum(info[2].to(tl.int64))", "tl.sum((offs_g < N).to(tl.int64))", YOLOX),

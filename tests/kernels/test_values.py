@@ -24,6 +24,13 @@ def test_float64_metrics_are_compared_in_float64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_better_one_displaces_the_last_of_equals(dtype, shipped_sizes):
+    metric = torch.zeros(1, 1, 1100, dtype=dtype)
+    metric[..., [3, 40, 41, 500]], metric[..., 1000] = 0.5, 0.75  # in another tile
+    assert kernels.select_topk_candidates(metric, 3, None).nonzero()[:, 2].tolist() == [3, 40, 1000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_overlaps_go_to_the_lower_row_whatever_the_order(dtype):
     case = make_case(0, dtype=dtype, num_rows=6)
     boxes = case.gt_boxes.new_tensor([4.0, 4.0, 30.0, 36.0]).expand(6, 4).contiguous()
@@ -222,6 +229,20 @@ def test_logarithms_of_the_cost_are_clamped(is_right_class):
     assert (target_row >= 0).nonzero().tolist() == [[0, at]]
     case.preds[0, at, 5:] = 14.0
     assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+    case.preds[..., 5:], case.preds[..., 6] = -20.0, 14.0
+    case.preds[0, at, 6] = 400.0  # 100 against 14
+    assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+
+
+def test_small_probabilities_of_several_tiles_add_up(shipped_sizes):
+    """Four classes of 0.12 cost 0.51, less than one of 0.42; as if they excluded each other they would cost 0.59."""
+    case = overlapping_pair(torch.float32, num_classes=40)
+    case = case._replace(image_index=torch.tensor([0, -1]), labels=torch.full((2,), 39))
+    case.preds[..., 2:4], case.preds[..., 4], case.preds[..., 5:] = -60.0, 20.0, -20.0  # no IoU: classes decide, and k is 1
+    case.preds[..., 5], at = -1.541, 7 * 16 + 7
+    case.preds[0, at, 5:37:8] = -4.226
+    target_row, *_ = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    assert (target_row >= 0).nonzero().tolist() == [[0, at]]
 
 
 def test_anchors_in_the_box_take_part_in_the_paper_mode():
