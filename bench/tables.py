@@ -59,25 +59,34 @@ def resources_table(rows: Iterable[Row]) -> str:
     """A line for every version of Triton, of the latest figures of each target and type."""
     latest = {(row["triton"], row["target"], row["dtype"]): row for row in rows}
     lines = [
-        "| Triton | targets (types) | specialisations | spills on sm_80, sm_90 | spills elsewhere |",
-        "|---|---|--:|---|---|",
+        "| Triton | commit | targets (types) | specialisations | spills on sm_80, sm_90 | spills elsewhere, bytes a thread |",
+        "|---|---|---|--:|---|---|",
     ]
     for triton in sorted({key[0] for key in latest}):
-        found = {key: row for key, row in latest.items() if key[0] == triton}
-        targets = Counter(target for _, target, _ in found)
-        barred, others = [], []
-        for (_, target, dtype), row in found.items():
-            kernels = [f"{name.split()[-1]} {size} B ({target} {dtype})" for name, size in row["spilled"].items()]
-            (barred if target in ("cuda:80", "cuda:90") else others).extend(kernels)
+        found = [row for key, row in latest.items() if key[0] == triton]
+        targets = Counter(row["target"] for row in found)
         cells = [
             triton,
+            ", ".join(sorted({row["commit"] for row in found})),
             ", ".join(f"{target} ({number})" for target, number in sorted(targets.items())),
-            sum(row["specialisations"] for row in found.values()),
-            "; ".join(barred) or "none",
-            "; ".join(others) or "none",
+            sum(row["specialisations"] for row in found),
+            _spills(row for row in found if row["target"] in ("cuda:80", "cuda:90")),
+            _spills(row for row in found if row["target"] not in ("cuda:80", "cuda:90")),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) if latest else ""
+
+
+def _spills(rows: Iterable[Row]) -> str:
+    """The largest of each kernel, and where it has any."""
+    sizes: dict[str, int] = {}
+    targets: dict[str, set[str]] = {}
+    for row in rows:
+        for name, size in row["spilled"].items():
+            kernel = name.split()[-1]
+            sizes[kernel] = max(size, sizes.get(kernel, 0))
+            targets.setdefault(kernel, set()).add(row["target"])
+    return "; ".join(f"{kernel} {sizes[kernel]} ({', '.join(sorted(targets[kernel]))})" for kernel in sorted(sizes)) or "none"
 
 
 def heading_of(row: dict[str, Any]) -> str:

@@ -55,6 +55,24 @@ def test_contested_anchor_goes_to_the_higher_overlap_in_either_order(dtype):
     assert set(found[0].unique().tolist()) == {-1, 0, 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("topk2", [None, 1])
+@pytest.mark.usefixtures("meter")
+def test_small_boxes_among_many_that_want_the_same_anchors(dtype, topk2):
+    """Anchors are claimed by more than two rows, and a small box has fewer cells than its image contested ones."""
+    large = torch.rand(12, 4, generator=torch.Generator().manual_seed(0)) * 8 + torch.tensor([-4.0, -4.0, 24.0, 32.0])
+    corners = torch.tensor([[3.0, 3.0], [11.0, 11.0], [3.0, 19.0], [19.0, 11.0]])
+    boxes = torch.cat([large, torch.cat([corners, corners + 10], 1)]).to(dtype)
+    case = make_case(0, dtype=dtype, reg_max=1, num_classes=1, num_rows=16)
+    case = case._replace(dist=case.dist.abs() / 4 + 0.5, image_index=torch.zeros(16, dtype=torch.int64), gt_boxes=boxes)
+    args = (*case, FLAT_SHAPES, STRIDES, 1, 10, topk2, 0.5, 6.0, 0.0)
+    have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
+    assert torch.equal(have[0], want[0])
+    assert have[3] == want[3]
+    torch.testing.assert_close(have[1:3], want[1:3])
+    assert {12, 13, 14, 15} <= set(want[0].unique().tolist())
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", ["dist", "scores"])
 def test_no_number_stays_at_its_anchor(value, which):

@@ -21,6 +21,21 @@ def cell_centres(anchors, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def anchor_points(
+    anchors, mask, points_ptr, points_stride, shapes, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Point (x, y) in pixels of anchors: cells if ``IS_GRID``, else of ``points`` (A, 2)."""
+    if IS_GRID:
+        x, y, stride = cell_centres(anchors, shapes, STRIDES, DTYPE)
+        x, y = x * stride, y * stride
+    else:
+        points_ptr += anchors.to(tl.int64) * points_stride[0]
+        x = tl.load(points_ptr, mask=mask, other=0.0).to(DTYPE)
+        y = tl.load(points_ptr + points_stride[1], mask=mask, other=0.0).to(DTYPE)
+    return x, y
+
+
+@triton.jit
 def cell_span(low, high, size, STRIDE: tl.constexpr):
     """First cell and number of the cells whose centres lie between ``low`` and ``high`` in pixels.
 

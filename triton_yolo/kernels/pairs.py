@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .boxes import overlap, power, sigmoid
-from .grid import rectangle_cells, rectangle_size
-from .rows import load_anchor_boxes
+from .grid import anchor_points, rectangle_cells, rectangle_size
+from .rows import load_anchor_boxes, load_listed
 
 
 @triton.jit
@@ -39,16 +39,36 @@ def candidates(
     STRIDES: tl.constexpr, IS_GRID: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The ``nth`` anchors [g, n] of each row's walk, in increasing order, and whether each is a candidate."""
-    is_candidate = nth < length
+    mask = nth < length
     if IS_GRID:
         anchor, x, y, _ = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)
     else:
         anchor = nth + tl.zeros_like(length)
-        ptr = points_ptr + anchor.to(tl.int64) * points_stride[0]
-        x = tl.load(ptr, mask=is_candidate, other=0.0).to(DTYPE)
-        y = tl.load(ptr + points_stride[1], mask=is_candidate, other=0.0).to(DTYPE)
-    is_inside = (x - wide[0] > EPS) & (y - wide[1] > EPS) & (wide[2] - x > EPS) & (wide[3] - y > EPS)
-    return anchor, is_candidate & is_inside
+        x, y = anchor_points(anchor, mask, points_ptr, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
+    return anchor, mask & is_inside(x, y, wide, EPS)
+
+
+@triton.jit
+def is_inside(x, y, wide, EPS: tl.constexpr):
+    return (x - wide[0] > EPS) & (y - wide[1] > EPS) & (wide[2] - x > EPS) & (wide[3] - y > EPS)
+
+
+@triton.jit
+def load_contested(
+    nth, length, num_contested, image, wide, contested, shapes, A,
+    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The ``nth`` anchors [g, n] to look at for contested candidates of each row, and whether there are so many.
+
+    They are the list of its image or, where that is shorter, its own walk, in which others lie too.
+    """
+    is_listed = num_contested <= length
+    mask = (nth >= 0) & (nth < tl.minimum(num_contested, length))
+    anchor = load_listed(contested, image, nth, mask & is_listed, A)
+    if IS_GRID:
+        cell = rectangle_cells(nth, wide[0], wide[1], wide[2], wide[3], shapes, STRIDES, DTYPE)[0]
+        anchor = tl.where(is_listed, anchor, cell)
+    return anchor, mask
 
 
 @triton.jit

@@ -3,6 +3,9 @@
 ``target_row`` (B, A) holds the state of an anchor between the launches: negative for background, the row that claimed it, or
 ``CONTESTED`` once two rows have. A row is an integer below ``CONTESTED``, so that maxima decide: no step depends on the order
 in which programs run. ``best`` (B, A) means something at contested anchors only: the best key of all rows, with the row.
+
+A list of anchors, of those contested for example, is a pair: anchors (B, A), of which a count (B,) are in the list of an image.
+Programs append in whatever order they run, and nothing may depend on it.
 """
 
 from typing import Any
@@ -34,6 +37,11 @@ def claim_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -
     """The same for a kernel that keeps a list of the best: ``PARTS`` lists a row, a warp each, that are merged at the end."""
     block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, block_p, num_warps)
     return {"BLOCK_G": block_g, "PARTS": 1 if INTERPRETED else num_warps, "BLOCK_P": block_p, "num_warps": num_warps}
+
+
+def new_list(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory of a list of anchors, for states (B, A); the counts are yet to be cleared."""
+    return torch.empty_like(like), like.new_empty(like.shape[0])
 
 
 def gt_rows(image_index: Tensor, labels: Tensor, *boxes: Tensor) -> tuple[Any, Any]:
@@ -96,19 +104,39 @@ def store_anchor_boxes(image, anchor, mask, ptr, stride, x1, y1, x2, y2):
 
 
 @triton.jit
-def claim(target_row_ptr, best_ptr, first_cell, anchor, offs_g, is_claim):
-    """Claim anchors [g, k] for rows ``offs_g`` [g]; their images start at ``first_cell`` [g, 1].
+def list_length(anchors, image, is_gt):
+    """Length [g, 1] of the lists of images [g, 1], 0 where ``is_gt`` is false."""
+    return tl.load(anchors[1] + image, mask=is_gt, other=0)
 
-    The second claim of an anchor makes it contested and clears its place in ``best``, which nobody set before.
+
+@triton.jit
+def load_listed(anchors, image, nth, mask, A):
+    """The ``nth`` anchors [g, n] in the lists of images [g, 1]."""
+    return tl.load(anchors[0] + image * A + nth, mask=mask, other=0)
+
+
+@triton.jit
+def append(anchors, image, anchor, mask, A):
+    """Add anchors [g, n] to the lists of images [g, 1]."""
+    image = tl.where(mask, image, 0)
+    nth = tl.atomic_add(anchors[1] + image, tl.full(anchor.shape, 1, tl.int32), mask=mask, sem="relaxed")
+    tl.store(anchors[0] + image * A + nth, anchor, mask=mask)
+
+
+@triton.jit
+def claim(target_row_ptr, best_ptr, contested, image, anchor, offs_g, is_claim, A):
+    """Claim anchors [g, k] of images [g, 1] for rows ``offs_g`` [g].
+
+    The second claim of an anchor makes it contested: it is listed, and its place in ``best``, which nobody set before, cleared.
     """
-    cell = tl.where(is_claim, first_cell + anchor, 0)
+    cell = tl.where(is_claim, image * A + anchor, 0)
     # Not tl.broadcast_to: with one row, Triton 3.7's interpreter reads past the end of what an atomic operation broadcasts.
     row = offs_g.to(tl.int32)[:, None] + tl.zeros(cell.shape, tl.int32)
-    earlier = tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed")
-    is_contested = is_claim & (earlier >= 0)
-    tl.atomic_max(target_row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_contested, sem="relaxed")
-    # A minimum, since Triton 3.7 has no exchange for gfx942.
-    tl.atomic_min(best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_contested, sem="relaxed")
+    is_late = is_claim & (tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed") >= 0)
+    earlier = tl.atomic_max(target_row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_late, sem="relaxed")
+    is_second = is_late & (earlier < CONTESTED)  # of one claim only, whatever came in between
+    tl.store(best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_second)
+    append(contested, image, anchor, is_second, A)
 
 
 @triton.jit
@@ -127,11 +155,9 @@ def contest(target_row_ptr, best_ptr, cell, value, offs_g, mask, IS_TIE_BREAK: t
 
 
 @triton.jit
-def owner(cell, mask, target_row_ptr, best_ptr, IS_WIDE: tl.constexpr):
-    """Rows that cells belong to after the conflicts, negative for background and where ``mask`` is false."""
-    state = tl.load(target_row_ptr + cell, mask=mask, other=-1)
-    is_contested = state >= CONTESTED
+def winner(cell, state, is_contested, best_ptr, IS_WIDE: tl.constexpr):
+    """Rows that have the best of contested cells with these states."""
     key = 0
     if not IS_WIDE:
         key = tl.load(best_ptr + cell, mask=is_contested, other=0)
-    return tl.where(is_contested, unpack_index(key, state, IS_WIDE), state)
+    return unpack_index(key, state, IS_WIDE)

@@ -1,8 +1,7 @@
 """SimOTA assignment (YOLOX, arXiv 2107.08430): one program a ground-truth row, no tensor of pairs.
 
-The anchors that take part in an image, the members, are listed: ``members`` is (B, A) of which ``num_members`` (B,) count, in
-whatever order the programs ran, on which nothing may depend. A bit an anchor in ``words`` (B, ceil(A / 32)) keeps each in there
-once. Anchors are cells of a grid (``IS_GRID``), or any points, each with its stride.
+The anchors that take part in an image, its ``members``, are listed. A bit an anchor in ``words`` (B, ceil(A / 32)) keeps each
+in the list once. Anchors are cells of a grid (``IS_GRID``), or any points, each with its stride.
 """
 
 from collections.abc import Sequence
@@ -16,21 +15,25 @@ from torch import Tensor
 from .._precision import working_dtype
 from .boxes import log_not, log_rest, overlap, sigmoid
 from .decode import channel_sizes, load_raw_boxes, raw_corners
-from .grid import cell_centres, rectangle_cells, rectangle_size
+from .grid import anchor_points, cell_centres, rectangle_cells, rectangle_size
 from .launching import FIXED, compute_type, on_device
 from .rows import (
     CONTESTED,
+    append,
     claim,
     claim_sizes,
     contest,
     empty_boxes,
     gt_rows,
+    list_length,
     load_anchor_boxes,
+    load_listed,
     load_rows,
-    owner,
+    new_list,
     places,
     row_sizes,
     store_anchor_boxes,
+    winner,
 )
 from .topk import empty_list, index_of, is_taken, keep_best, merged, none, ordered, rank, value_of
 
@@ -43,18 +46,15 @@ _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
 
 @triton.jit
-def _anchor_points(
+def _points_and_stride(
     anchor, mask, points, points_stride, shapes, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Centre (x, y) and stride of anchors [g, n], in pixels."""
+    """Point (x, y) and stride of anchors [g, n], in pixels."""
+    x, y = anchor_points(anchor, mask, points[0], points_stride, shapes, STRIDES, IS_GRID, DTYPE)
     if IS_GRID:
-        x, y, stride = cell_centres(anchor, shapes, STRIDES, DTYPE)
-        x, y = x * stride, y * stride
+        stride = cell_centres(anchor, shapes, STRIDES, DTYPE)[2]
     else:
-        offs = anchor.to(tl.int64)
-        x = tl.load(points[0] + offs * points_stride[0], mask=mask, other=0.0).to(DTYPE)
-        y = tl.load(points[0] + offs * points_stride[0] + points_stride[1], mask=mask, other=0.0).to(DTYPE)
-        stride = tl.load(points[1] + offs * points_stride[2], mask=mask, other=0.0).to(DTYPE)
+        stride = tl.load(points[1] + anchor.to(tl.int64) * points_stride[2], mask=mask, other=0.0).to(DTYPE)
     return x, y, stride
 
 
@@ -73,18 +73,6 @@ def _load_centres(gt, gt_stride, offs_g, N, DTYPE: tl.constexpr):
     ptr = gt[3] + offs_g.to(tl.int64)[:, None] * gt_stride[4]
     mask = (offs_g < N)[:, None]
     return tl.load(ptr, mask=mask, other=0.0).to(DTYPE), tl.load(ptr + gt_stride[5], mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _load_members(members, image, is_gt, nth, A):
-    """The ``nth`` members [g, n] of images [g, 1], and whether there are so many; none where ``is_gt`` is false."""
-    mask = is_gt & (nth < tl.load(members[1] + image, mask=is_gt, other=0))
-    return tl.load(members[0] + image * A + nth, mask=mask, other=0), mask
-
-
-@triton.jit
-def _most_members(members, image, is_gt):
-    return tl.max(tl.load(members[1] + image, mask=is_gt, other=0))
 
 
 @triton.jit
@@ -121,7 +109,7 @@ def _pair_costs(
     # BCE against the one-hot class differs from that against no class by two terms.
     cost = cost + _clamped(log_not(probs)) - _clamped(tl.log(probs))
     cost = cost + 3 * -tl.log(iou + tl.full(iou.shape, 1e-8, DTYPE))
-    point = _anchor_points(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
+    point = _points_and_stride(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
     in_centre, in_box = _in_regions(point, box, centre, RADIUS)
     is_feasible = in_centre
     if HAS_BOX:
@@ -135,9 +123,8 @@ def _pair_costs(
 
 @triton.jit
 def _prepare_kernel(
-    boxes_ptr, boxes_stride, table, target_row_ptr, words_ptr, num_members_ptr, counts_ptr, broken_ptr, raw_ptr, raw_stride,
-    obj_ptr, obj_stride,
-    cls_ptr, cls_stride, shapes, A, C,
+    boxes_ptr, boxes_stride, table, target_row_ptr, words_ptr, num_members_ptr, num_contested_ptr, counts_ptr, broken_ptr,
+    raw_ptr, raw_stride, obj_ptr, obj_stride, cls_ptr, cls_stride, shapes, A, C,
     STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
@@ -191,6 +178,7 @@ def _prepare_kernel(
     tl.store(broken_ptr + program, (tl.sum(poison) != 0).to(tl.int32))
     if tl.program_id(0) == 0:
         tl.store(num_members_ptr + image, 0)
+        tl.store(num_contested_ptr + image, 0)
     if program == 0:
         tl.store(counts_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
 
@@ -226,7 +214,7 @@ def _member_kernel(
             point = (x, y, stride)
         else:
             anchor = nth + tl.zeros_like(length)
-            point = _anchor_points(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
+            point = _points_and_stride(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
         in_centre, in_box = _in_regions(point, box, centre, RADIUS)
         takes_part = in_centre
         if HAS_BOX:
@@ -235,15 +223,13 @@ def _member_kernel(
         word = tl.where(mask, info[0] * ((A + 31) // 32) + anchor // 32, 0)
         bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
         is_new = mask & ((tl.atomic_or(words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
-        image = tl.where(is_new, info[0], 0)
-        nth_member = tl.atomic_add(members[1] + image, tl.full(anchor.shape, 1, tl.int32), mask=is_new, sem="relaxed")
-        tl.store(members[0] + image * A + nth_member, anchor, mask=is_new)
+        append(members, info[0], anchor, is_new, A)
         start += BLOCK_P
 
 
 @triton.jit
 def _claim_kernel(
-    target_row_ptr, best_ptr, members, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
+    target_row_ptr, best_ptr, members, contested, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
     gt, gt_stride, shapes, N, B, A,
     C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -254,10 +240,13 @@ def _claim_kernel(
     centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
     cheapest, cheapest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
     largest, largest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
-    limit = _most_members(members, info[0], info[2])
+    length = list_length(members, info[0], info[2])
+    limit = tl.max(length)
     start = 0
     while start < limit:
-        anchor, mask = _load_members(members, info[0], info[2], places(start, PARTS, BLOCK_P), A)
+        nth = places(start, PARTS, BLOCK_P)
+        mask = nth < length
+        anchor = load_listed(members, info[0], nth, mask, A)
         cost, iou = _pair_costs(
             info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
             shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
@@ -277,12 +266,12 @@ def _claim_kernel(
     ious = tl.where(is_overlap, value_of(largest).to(tl.float64) * _UNIT, 0.0).to(tl.int64)
     k = tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K)[:, None]
     is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST) < k
-    claim(target_row_ptr, best_ptr, info[0] * A, index_of(cheapest_order), offs_g, is_claim)
+    claim(target_row_ptr, best_ptr, contested, info[0], index_of(cheapest_order), offs_g, is_claim, A)
 
 
 @triton.jit
 def _contest_kernel(
-    target_row_ptr, best_ptr, members, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
+    target_row_ptr, best_ptr, contested, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
     gt, gt_stride, shapes, N, B, A,
     IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr,
     IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -292,18 +281,18 @@ def _contest_kernel(
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
     centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
-    limit = _most_members(members, info[0], info[2])
+    length = list_length(contested, info[0], info[2])
+    limit = tl.max(length)
     start = 0
     while start < limit:
-        anchor, mask = _load_members(members, info[0], info[2], start + tl.arange(0, BLOCK_P)[None, :], A)
-        cell = info[0] * A + anchor
-        mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
-        if tl.max(mask.to(tl.int32)) > 0:
-            cost, _ = _pair_costs(
-                info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
-                shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
-            )  # fmt: skip
-            contest(target_row_ptr, best_ptr, cell, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        mask = nth < length
+        anchor = load_listed(contested, info[0], nth, mask, A)
+        cost, _ = _pair_costs(
+            info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
+            shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
+        )  # fmt: skip
+        contest(target_row_ptr, best_ptr, info[0] * A + anchor, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
 
@@ -317,7 +306,9 @@ def _settle_kernel(
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
     cell = image * A + offs_a
-    row = owner(cell, mask_a, target_row_ptr, best_ptr, tl.float64 == DTYPE)
+    state = tl.load(target_row_ptr + cell, mask=mask_a, other=-1)
+    is_contested = state >= CONTESTED
+    row = tl.where(is_contested, winner(cell, state, is_contested, best_ptr, tl.float64 == DTYPE), state)
     is_pos = row >= 0
     iou = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
@@ -374,12 +365,12 @@ def _assign(
     boxes = empty_boxes(cls_logits, dtype)
     table = (torch.empty_like(matched_iou), torch.empty_like(matched_iou))
     words, best = target_row.new_empty(batch_size, (num_anchors + 31) // 32), torch.empty_like(target_row, dtype=torch.int64)
-    members, counts = (torch.empty_like(target_row), target_row.new_empty(batch_size)), best.new_empty(3)
+    members, contested, counts = new_list(target_row), new_list(target_row), best.new_empty(3)
     block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, cls_logits.stride(2))
     anchor_grid = (triton.cdiv(num_anchors, block_a), batch_size)
     broken = target_row.new_empty(anchor_grid[0] * anchor_grid[1])
     _prepare_kernel[anchor_grid](
-        boxes, boxes.stride(), table, target_row, words, members[1], counts, broken, raw, raw.stride(),
+        boxes, boxes.stride(), table, target_row, words, members[1], contested[1], counts, broken, raw, raw.stride(),
         obj_logits, obj_logits.stride(), cls_logits, cls_logits.stride(), shapes, num_anchors, num_classes,
         STRIDES=strides, IS_GRID=is_grid, DTYPE=triton_dtype, BLOCK_A=block_a, BLOCK_C=block_c, num_warps=num_warps, **FIXED,
     )  # fmt: skip
@@ -391,11 +382,13 @@ def _assign(
             "C": num_classes, "RADIUS": radius, "HAS_BOX": candidates == "box_and_center", "STRIDES": strides,
             "IS_GRID": is_grid, "DTYPE": triton_dtype, "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": row_warps, **FIXED,
         }  # fmt: skip
-        pairs = (target_row, best, members, boxes, boxes.stride(), table, cls_logits, cls_logits.stride(), *tail)
+        pairs = (boxes, boxes.stride(), table, cls_logits, cls_logits.stride(), *tail)
         _member_kernel[row_grid](words, members, counts, *tail, **options)
-        _claim_kernel[row_grid](*pairs, **{**options, **claim_sizes(num_rows, num_anchors, 128, 1)})
+        _claim_kernel[row_grid](
+            target_row, best, members, contested, *pairs, **{**options, **claim_sizes(num_rows, num_anchors, 128, 1)}
+        )
         for is_tie_break in (False, True) if dtype == torch.float64 else (False,):
-            _contest_kernel[row_grid](*pairs, IS_TIE_BREAK=is_tie_break, **options)
+            _contest_kernel[row_grid](target_row, best, contested, *pairs, IS_TIE_BREAK=is_tie_break, **options)
     _settle_kernel[anchor_grid](
         target_row, matched_iou, counts, best, boxes, boxes.stride(), broken, gt, gt_stride, num_anchors,
         DTYPE=triton_dtype, BLOCK_A=block_a, num_warps=num_warps, **FIXED,
