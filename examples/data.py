@@ -96,6 +96,8 @@ def read_detections(path: Path, seed: int = 0) -> tuple[sv.DetectionDataset, sv.
 def read_voc(folder: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
     """JPEGImages and Annotations, split by ImageSets/Main/train.txt and val.txt if they exist."""
     whole = sv.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
+    if not whole.classes:
+        raise ValueError(f"{folder} has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations/*.xml")
     lists = [folder / "ImageSets" / "Main" / f"{part}.txt" for part in ("train", "val")]
     if not all(names.is_file() for names in lists):
         return whole.split(0.8, random_state=seed)

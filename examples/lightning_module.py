@@ -1,4 +1,4 @@
-"""The small detector as a LightningModule: ``python examples/lightning_module.py --loss yolox --steps 100``, on digits."""
+"""The small detector as a LightningModule: ``python examples/lightning_module.py --loss yolox --epochs 20``, on digits."""
 
 import argparse
 from typing import Any
@@ -39,15 +39,16 @@ def main(argv: list[str] | None = None, **options: Any) -> LightningDetector:
     """Train; ``options`` go to Lightning's Trainer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loss", choices=LOSSES[:2], default="yolo11")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--scenes", type=int, default=64)
     parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args(argv)
     lightning.seed_everything(0)
-    data = DigitScenes(64, arguments.imgsz, is_train=True)
+    data = DigitScenes(arguments.scenes, arguments.imgsz, is_train=True)
     loader = DataLoader(data, arguments.batch, shuffle=True, collate_fn=collate)
     module = LightningDetector(len(data.classes), arguments.loss)
-    lightning.Trainer(max_steps=arguments.steps, **options).fit(module, loader)
+    lightning.Trainer(max_epochs=arguments.epochs, log_every_n_steps=1, **options).fit(module, loader)
     return module
 
 

@@ -1,5 +1,6 @@
 """Bad input is named, with what it was and what it must be."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_losses import small_yolo11, small_yolox
+from triton_yolo import _backend
 
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on the CPU only: elsewhere it would synchronise")
 
@@ -41,6 +43,7 @@ def rows_with(column: int, value: float) -> torch.Tensor:
         ({"feat_shapes": [(4, 5), (0, 2)]}, ValueError, r"feat_shapes must hold positive \(h, w\), got \(0, 2\)"),
         ({"targets": torch.zeros(3, 5)}, ValueError, r"targets must have shape \(N, 6\), got \(3, 5\)"),
         ({"targets": torch.zeros(3, 6).int()}, TypeError, "targets must be float16"),
+        ({"targets": []}, TypeError, r"targets must be an \(N, 6\) tensor or triton_yolo.Targets, .* got list"),
         ({"targets": torch.zeros(3, 6, device="meta")}, ValueError, "targets must be on .*, got meta"),
         pytest.param({"targets": rows_with(0, 2.0)}, ValueError, "image indices below .* 2, got 2", marks=ON_CPU),
         pytest.param({"targets": rows_with(1, 3.0)}, ValueError, r"labels in 0\.\.\.2, got \[3\]", marks=ON_CPU),
@@ -93,12 +96,18 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
         (lambda: ty.Targets.from_padded(torch.zeros(1, 3), torch.zeros(1, 2, 4)), "labels must have shape"),
         (lambda: ty.Targets.from_padded(torch.zeros(1, 2), torch.zeros(1, 2, 4), torch.zeros(2)), "mask must have shape"),
         (lambda: ty.Targets.from_yolo(torch.tensor([[5.0, 0, 0, 0, 1, 1]]), 64).validate(2, 3), "image indices below"),
-        (lambda: ty.backend("cuda").__enter__(), "name must be one of 'auto', 'triton', 'eager', got 'cuda'"),
+        (lambda: ty.backend("cuda"), "name must be one of 'auto', 'triton', 'eager', got 'cuda'"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("criterion", [ty.YOLO11Loss, ty.YOLOXLoss])
+def test_one_stride_is_no_sequence(criterion):
+    with pytest.raises(TypeError, match="strides must be a sequence, got 8"):
+        criterion(3, strides=8)
 
 
 def test_yolox_loss_names_what_is_wrong():
@@ -136,3 +145,32 @@ def test_environment_variable_is_checked():
         env={**os.environ, "TRITON_YOLO_BACKEND": "fast"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "TRITON_YOLO_BACKEND must be one of 'auto', 'triton', 'eager', got 'fast'" in run.stderr
+
+
+def test_backend_is_chosen_from_now_on_or_for_a_block():
+    metric = torch.zeros(1, 1, 2, device=DEVICE)
+    run = functools.partial(_backend.implementation, metric.device)
+    from triton_yolo import eager
+
+    before = _backend._current
+    try:
+        ty.backend("eager")
+        assert run() is eager
+        choice = ty.backend("auto")
+        with choice, ty.backend("eager"):
+            assert run() is eager
+        assert _backend._current == "eager"
+        with pytest.raises(KeyError), ty.backend("auto"):
+            raise KeyError
+        assert _backend._current == "eager"
+    finally:
+        ty.backend(before)
+
+
+def test_boxes_in_pixels_are_noticed_in_normalised_rows():
+    rows = small_yolox()[-1].cpu()
+    pixels = rows * torch.tensor([1.0, 1, 320, 320, 320, 320])
+    with pytest.warns(UserWarning, match="targets have boxes up to .* rows are normalised to 0-1"):
+        ty.Targets.from_yolo(pixels, 640)
+    padding = torch.tensor([[-1.0, 0, 300, 300, 300, 300]]).expand(len(rows) + 2, 6)
+    ty.Targets.from_yolo(torch.cat([rows, padding]), 640)

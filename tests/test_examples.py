@@ -164,6 +164,8 @@ def test_unknown_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "boxes.json").write_text('{"images": [{"file_name": "a.png"}]}')
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
         read_detections(tmp_path / "boxes.json")
+    with pytest.raises(ValueError, match=r"has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations"):
+        read_detections(tmp_path)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -17,7 +17,7 @@ sys.modules[{trainer!r}] = None
 try:
     integration.patch()
 except ImportError as error:
-    assert {trainer!r} in str(error)
+    assert str(error) == "{trainer} is not installed: pip install 'triton-yolo[{trainer}]'"
 else:
     raise AssertionError
 """

@@ -30,7 +30,7 @@ QUIET = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_
 
 @pytest.mark.parametrize("loss", ["yolo11", "yolox"])
 def test_training_in_mixed_precision_with_accumulation(example, loss, tmp_path):
-    arguments = ["--loss", loss, "--steps", "2", "--imgsz", "64", "--batch", "4"]
+    arguments = ["--loss", loss, "--epochs", "1", "--scenes", "16", "--imgsz", "64", "--batch", "4"]
     options = dict(precision="bf16-mixed", accumulate_grad_batches=2, default_root_dir=tmp_path)
     module = example.main(arguments, **QUIET, **options)
     names = {"loss", "num_fg"} | ({"box", "cls", "dfl"} if loss == "yolo11" else {"iou", "obj", "cls", "l1"})
@@ -47,7 +47,7 @@ def test_training_in_mixed_precision_with_accumulation(example, loss, tmp_path):
 def test_a_process_group_is_used(example, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        module = example.main(["--steps", "1", "--imgsz", "64"], **QUIET, enable_checkpointing=False)
+        module = example.main(["--epochs", "1", "--scenes", "8", "--imgsz", "64"], **QUIET, enable_checkpointing=False)
         assert module.criterion.process_group is dist.group.WORLD
     finally:
         dist.destroy_process_group()

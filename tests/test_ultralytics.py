@@ -245,7 +245,7 @@ def test_plain_assigner_of_other_criteria(task, monkeypatch):
 @pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
 def test_other_assigners_stay_and_say_so_once(task, monkeypatch):
     monkeypatch.setattr(integration, "TaskAlignedAssigner", None)
-    integration._say_once.cache_clear()
+    integration._say_what_stays.cache_clear()
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

@@ -157,6 +157,21 @@ def test_half_precision_labels(peer):
     compare_steps(peer, model, images, whole.float())
 
 
+def test_integer_labels(peer):
+    images, labels = make_batch()
+    compare_steps(peer, peer.make_model(), images, labels.round().long())
+
+
+def test_boxes_without_height_are_ignored(peer):
+    """A mosaic of YOLOX whose boxes are all cut off has such rows; the stock loss gives them anchors."""
+    images, labels = make_batch()
+    model = peer.make_model()
+    cut = torch.cat([labels, torch.tensor([[0.0, 21, 64, 40, 0], [1.0, 0, 20, 0, 10]]).expand(3, 2, 5)], 1)
+    with peer.integration.patched():
+        ours, expected = (step(model, images, x)[0]["total_loss"] for x in (cut, labels))
+    assert torch.equal(ours, expected)
+
+
 def test_bfloat16_autocast(peer):
     """The head's output is bfloat16, the loss is computed in float32 of it."""
     images, labels = make_batch()

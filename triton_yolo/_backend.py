@@ -1,8 +1,6 @@
 """Which implementation runs an operation."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ def _checked(name: str, argument: str) -> str:
 _current = _checked(os.environ.get("TRITON_YOLO_BACKEND", "auto"), "TRITON_YOLO_BACKEND")
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of every operation inside the ``with`` block, in the whole process.
+class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabled`` is)
+    """Choose the implementation of every operation from now on, in the whole process; in a ``with`` statement, for its block.
 
     ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere. ``"eager"`` runs
     sparse PyTorch on any device; it synchronises host and device. ``"triton"`` runs Triton kernels, on CPU tensors only under
@@ -32,12 +29,19 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is none of these.
     """
-    global _current
-    previous, _current = _current, _checked(name, "name")
-    try:
-        yield
-    finally:
-        _current = previous
+
+    def __init__(self, name: str) -> None:
+        global _current
+        self._name = _checked(name, "name")
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> None:
+        global _current
+        _current = self._name
+
+    def __exit__(self, *_: object) -> None:
+        global _current
+        _current = self._previous
 
 
 def implementation(device: torch.device) -> Any:

@@ -1,6 +1,7 @@
 """Checks of arguments: clear errors, never a synchronisation."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TypeVar
 
@@ -25,6 +26,12 @@ def one_of(argument: str, value: T, allowed: Sequence[T]) -> T:
 
 def at_least(argument: str, value: float, least: float) -> None:
     require(value >= least, argument, f"be at least {least}", value)
+
+
+def sequence(argument: str, values: Iterable[T]) -> tuple[T, ...]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{argument} must be a sequence, got {values!r}")
+    return tuple(values)
 
 
 def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor | None = None, is_float: bool = True) -> None:
@@ -66,6 +73,19 @@ def levels(
         require(total == num_anchors, "feat_shapes", f"have as many cells as the predictions have anchors ({num_anchors})",
                 f"{total} from {[tuple(s) for s in feat_shapes]}")  # fmt: skip
     return [int(side) for shape in feat_shapes for side in shape], [float(s) for s in strides]
+
+
+def normalised_rows(rows: Tensor) -> None:
+    """Warn on the CPU if most rows (N, 6) in the YOLO convention can't be normalised; elsewhere that would synchronise."""
+    if rows.device.type != "cpu":
+        return
+    largest = rows[rows[:, 0] >= 0, 2:].abs().amax(1)
+    if (largest > 10).sum() * 2 > len(largest):
+        warnings.warn(
+            f"targets have boxes up to {largest.max():.6g} images wide or away: rows are normalised to 0-1 of the image, "
+            "and boxes in pixels go through triton_yolo.Targets",
+            stacklevel=2,
+        )
 
 
 def rows_in_range(image_index: Tensor, labels: Tensor, batch_size: int, num_classes: int) -> None:

@@ -40,6 +40,7 @@ def _assignment_like(preds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 @_operator
 def unpack_rows(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image index, label, box as corners and as centre and size in pixels, of rows (N, 6) in the YOLO convention."""
+    _checks.normalised_rows(rows)
     return implementation(rows.device).unpack_rows(rows, width, height)
 
 

@@ -56,7 +56,7 @@ class YOLO11Loss(nn.Module):
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other anchor.
+    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
 
     Args:
         num_classes: number of classes C.
@@ -104,7 +104,7 @@ class YOLO11Loss(nn.Module):
         check_topk(topk, topk2)
         if class_weights is not None:
             _checks.tensor("class_weights", class_weights, (num_classes,))
-        self.num_classes, self.strides, self.reg_max = num_classes, tuple(strides), reg_max
+        self.num_classes, self.strides, self.reg_max = num_classes, _checks.sequence("strides", strides), reg_max
         self.topk, self.topk2, self.alpha, self.beta = topk, topk2, float(alpha), float(beta)
         self.gains = (float(box_gain), float(cls_gain), float(dfl_gain))
         self.min_box_side = float(min_box_side)
@@ -192,7 +192,7 @@ class YOLOXLoss(nn.Module):
         super().__init__()
         _checks.at_least("num_classes", num_classes, 1)
         _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
-        self.num_classes, self.strides = num_classes, tuple(strides)
+        self.num_classes, self.strides = num_classes, _checks.sequence("strides", strides)
         self.candidates = _checks.one_of("candidates", candidates, CANDIDATE_MODES)
         self.center_radius = float(center_radius)
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
@@ -245,6 +245,9 @@ class YOLOXLoss(nn.Module):
 
 
 def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], preds: Tensor) -> Targets:
+    if not isinstance(targets, (Tensor, Targets)):
+        forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
+        raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
     if not isinstance(targets, Targets):
         targets = Targets.from_yolo(targets, (int(shapes[0] * strides[0]), int(shapes[1] * strides[0])))
     _checks.require(targets.labels.device == preds.device, "targets", f"be on {preds.device}", targets.labels.device)

@@ -46,7 +46,7 @@ def yolox_loss(
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
     obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum()
-    cls = -(pos.label_logits * pos.ious).sum()
+    cls = 0 - (pos.label_logits * pos.ious).sum()  # not -0 without positives
     for _, images, anchors in pos.parts(preds.shape[2]):
         cls += F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(l1_gain > 0, 0)

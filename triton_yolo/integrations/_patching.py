@@ -1,6 +1,7 @@
 """Replace attributes of another package, put them back, and keep what the replacements make."""
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,30 @@ def kept(make: Callable, device: torch.device | None, *args: Any, **settings: An
     It is kept here and not in the caller, whose object is copied, saved and compared with others of its package.
     """
     return make(*args, **settings).to(device)
+
+
+def import_trainer(extra: str, *names: str) -> list[Any]:
+    """Import modules of a trainer, which our ``extra`` installs."""
+    package = names[0].partition(".")[0]
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ImportError(f"{package} is not installed: pip install 'triton-yolo[{extra}]'", name=package) from error
+    return [importlib.import_module(name) for name in names]
+
+
+def unexpected(subject: str, tested: str, what: str) -> RuntimeError:
+    """The error for internals of a trainer that are not those that an adapter was written for."""
+    return RuntimeError(
+        f"{subject} is not what this adapter was written for ({tested}), or something else has changed it: {what}"
+    )
+
+
+def require(subject: str, tested: str, condition: bool, what: str) -> None:
+    if not condition:
+        raise unexpected(subject, tested, what)
 
 
 class Patch:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _ops
-from ._patching import Replacement
+from ._patching import Replacement, require, unexpected
 
+_SUBJECT = "LibreYOLO's YOLOv9"
 _EXPECTED = (
     ("YOLO9Loss", "__call__", ("predictions", "targets")),
     ("YOLO9Loss", "_global_cls_norm", ("targets_cls",)),
@@ -37,9 +38,9 @@ def replacements(module: Any, tested: str) -> list[Replacement]:
     for owner, name, inputs in _EXPECTED:
         method = vars(getattr(module, owner, object)).get(name)
         found = tuple(inspect.signature(method).parameters) if inspect.isfunction(method) else None
-        _require(tested, found == ("self", *inputs), f"{owner}.{name} takes {found}, expected {('self', *inputs)}")
+        require(_SUBJECT, tested, found == ("self", *inputs), f"{owner}.{name} takes {found}, expected {('self', *inputs)}")
     for name in _TERMS.values():
-        _require(tested, hasattr(module, name), f"{name} is gone")
+        require(_SUBJECT, tested, hasattr(module, name), f"{name} is gone")
     return [(module.YOLO9Loss, "__call__", _criterion_call(module, tested))]
 
 
@@ -57,7 +58,7 @@ def _criterion_call(module: Any, tested: str) -> Any:
             settings = self.num_classes, self.strides, self.reg_max, (self.box_weight, self.cls_weight, self.dfl_weight)
             matcher = self.matcher
         except AttributeError as error:
-            raise RuntimeError(_message(tested, f"the criterion's settings have changed: {error}")) from error
+            raise unexpected(_SUBJECT, tested, f"the criterion's settings have changed: {error}") from error
         num_classes, strides, reg_max, gains = settings
         targets = targets * targets.new_tensor([1, width, height, width, height])
         with torch.no_grad():
@@ -91,12 +92,3 @@ def _named(total: Tensor, terms: Tensor, num_fg: Tensor) -> dict[str, Tensor]:
 @functools.cache
 def _warn_once(name: str) -> None:
     warnings.warn(f"{name} changes YOLOv9's loss and keeps the stock one", stacklevel=3)
-
-
-def _require(tested: str, condition: bool, what: str) -> None:
-    if not condition:
-        raise RuntimeError(_message(tested, what))
-
-
-def _message(tested: str, what: str) -> str:
-    return f"LibreYOLO's YOLOv9 is not what the adapter was written for ({tested}): {what}"

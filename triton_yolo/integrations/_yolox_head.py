@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..losses import YOLOXLoss, YOLOXLossOutput
 from ..targets import Targets
-from ._patching import Replacement, kept
+from ._patching import Replacement, kept, require, unexpected
 
 Result = Callable[[YOLOXLossOutput], Any]  # puts the output into the form that the head returns
 
@@ -23,6 +23,7 @@ _MATCHING = {  # method of the head that decides about candidates -> which they 
     "get_in_boxes_info": ("box_and_center", 2.5),  # the paper's, in releases up to 0.3.0
 }
 _PARTS = (*_MATCHING, "get_assignments", "get_l1_target", "simota_matching", "dynamic_k_matching")  # of the stock loss
+_SUBJECT = "this YOLOX head"
 _IOU_GAIN = 5.0  # built into the stock loss
 
 
@@ -37,12 +38,12 @@ def replacements(head: Any, tested: str, result: Result) -> list[Replacement]:
     Raises:
         RuntimeError: the class is not as expected.
     """
-    require = functools.partial(_require, tested)
+    check = functools.partial(require, _SUBJECT, tested)
     for name, inputs in (("get_losses", _LOSS_INPUTS), ("get_output_and_grid", _DECODER_INPUTS)):
         method = vars(head).get(name)
         found = tuple(inspect.signature(method).parameters) if callable(method) else None
-        require(found == ("self", *inputs), f"{name} of the head takes {found}, expected {('self', *inputs)}")
-    require(any(name in vars(head) for name in _MATCHING), f"the head has none of {', '.join(_MATCHING)}")
+        check(found == ("self", *inputs), f"{name} of the head takes {found}, expected {('self', *inputs)}")
+    check(any(name in vars(head) for name in _MATCHING), f"the head has none of {', '.join(_MATCHING)}")
     # The loss starts from the raw output, which the head decodes level by level before it asks for its losses.
     raw: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
     return [
@@ -90,10 +91,10 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         maps = [levels[k] for k in sorted(levels)]
         shapes = [tuple(level.shape[-2:]) for level in maps]
         num_anchors = sum(height * width for height, width in shapes)
-        _require(
-            tested, num_anchors == outputs.shape[1], f"the head decoded {num_anchors} anchors, its loss has {outputs.shape[1]}"
-        )
+        has_all = num_anchors == outputs.shape[1]
+        require(_SUBJECT, tested, has_all, f"the head decoded {num_anchors} anchors, its loss has {outputs.shape[1]}")
         preds = torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
+        labels = labels if labels.is_floating_point() else labels.float()
         targets = Targets.from_padded(labels[..., 0], labels[..., 1:5], box_format="xywh")
         return result(_criterion(self, preds.device, tested)(preds, shapes, targets))
 
@@ -116,18 +117,9 @@ def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
             use_l1=head.use_l1,
         )
     except AttributeError as error:
-        raise RuntimeError(_message(tested, f"the head's settings have changed: {error}")) from error
+        raise unexpected(_SUBJECT, tested, f"the head's settings have changed: {error}") from error
 
 
 @functools.cache
 def _warn_once(name: str) -> None:
     warnings.warn(f"{name} changes YOLOX's assignment and keeps the stock loss", stacklevel=3)
-
-
-def _require(tested: str, condition: bool, what: str) -> None:
-    if not condition:
-        raise RuntimeError(_message(tested, what))
-
-
-def _message(tested: str, what: str) -> str:
-    return f"this YOLOX head is not what the adapter was written for ({tested}): {what}"

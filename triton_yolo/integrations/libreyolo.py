@@ -1,11 +1,10 @@
 """LibreYOLO's YOLOX and YOLOv9 models with this package's losses: ``patch()`` before training."""
 
-import importlib
 from typing import Any
 
 from ..losses import YOLOXLossOutput
 from . import _yolo9_loss, _yolox_head
-from ._patching import Patch, Replacement
+from ._patching import Patch, Replacement, import_trainer
 
 TESTED = "libreyolo 1.6.0"
 
@@ -25,7 +24,7 @@ def patch() -> None:
 
 
 def _find() -> list[Replacement]:
-    yolox, yolo9 = map(importlib.import_module, ("libreyolo.models.yolox.nn", "libreyolo.models.yolo9.loss"))
+    yolox, yolo9 = import_trainer("libreyolo", "libreyolo.models.yolox.nn", "libreyolo.models.yolo9.loss")
     return [*_yolox_head.replacements(yolox.YOLOXHead, TESTED, _named), *_yolo9_loss.replacements(yolo9, TESTED)]
 
 

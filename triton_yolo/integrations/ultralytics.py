@@ -6,7 +6,6 @@ nothing of it.
 """
 
 import functools
-import importlib
 import inspect
 import logging
 import sys
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .._precision import working_dtype
+from .._version import __version__
 from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
-from ._patching import Patch, Replacement, kept
+from ._patching import Patch, Replacement, import_trainer, kept, require, unexpected
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _make_trainer() -> type:
-    base = importlib.import_module("ultralytics.models.yolo.detect").DetectionTrainer
+    base = import_trainer("ultralytics", "ultralytics.models.yolo.detect")[0].DetectionTrainer
 
     def train(self: Any) -> Any:
         with patched():
@@ -87,9 +87,9 @@ def _find() -> list[Replacement]:
         (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
     ]
     if not _as_numbers(TESTED[0]) <= _as_numbers(version) <= _as_numbers(TESTED[1]):
-        tested = TESTED[0] if TESTED[0] == TESTED[1] else "{} to {}".format(*TESTED)
-        warnings.warn(f"ultralytics {version} is untested, tested is {tested}; comparing the losses", stacklevel=4)
+        warnings.warn(f"ultralytics {version} is untested, tested is {_tested()}; comparing the losses", stacklevel=4)
         _compare_losses(replacements[0][2])
+    _say("computes the losses of Ultralytics' detectors from now on")
     return replacements
 
 
@@ -100,7 +100,7 @@ unpatch, patched = _PATCH.unpatch, _PATCH.patched
 
 def _modules() -> tuple[str, Any, Any, Any]:
     names = ("ultralytics", "ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.utils.dist")
-    package, losses, assigners, launcher = map(importlib.import_module, names)
+    package, losses, assigners, launcher = import_trainer("ultralytics", *names)
     return package.__version__, losses, assigners, launcher
 
 
@@ -110,7 +110,7 @@ def _criterion_loss(owner: Any) -> Any:
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if type(self) is not owner or vars(self).get(_KEEPS_STOCK):
-            _say_once(vars(self).get(_KEEPS_STOCK) or type(self).__name__)
+            _say_what_stays(vars(self).get(_KEEPS_STOCK) or type(self).__name__)
             return stock(self, preds, batch)
         try:
             dist, scores = preds["boxes"], preds["scores"]
@@ -118,7 +118,7 @@ def _criterion_loss(owner: Any) -> Any:
             shapes = [feature.shape[2:] for feature in preds["feats"]]
             columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
         except (AttributeError, KeyError) as error:
-            raise RuntimeError(_message(f"the criterion's settings or inputs have changed: {error}")) from error
+            raise unexpected(*_subject(), f"the criterion's settings or inputs have changed: {error}") from error
         rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
         out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
@@ -158,12 +158,12 @@ def _assigner_forward(owner: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
         if type(self) is not owner:
-            _say_once(type(self).__name__)
+            _say_what_stays(type(self).__name__)
             return stock(self, *args, **kwargs)
         try:
             settings = self.topk, self.num_classes, self.alpha, self.beta, self.eps, _topk2(self), self.stride_val
         except AttributeError as error:
-            raise RuntimeError(_message(f"the assigner's settings have changed: {error}")) from error
+            raise unexpected(*_subject(), f"the assigner's settings have changed: {error}") from error
         return tuple(kept(TaskAlignedAssigner, None, *settings)(*args, **kwargs))
 
     return forward
@@ -204,8 +204,13 @@ def _ddp_file(stock: Any) -> Any:
 
 
 @functools.cache
-def _say_once(name: str) -> None:
-    logging.getLogger("ultralytics").info(f"triton_yolo: {name} keeps Ultralytics' own computation")
+def _say_what_stays(name: str) -> None:
+    """Once for each name."""
+    _say(f"{name} keeps Ultralytics' own computation")
+
+
+def _say(what: str) -> None:
+    logging.getLogger("ultralytics").info(f"triton_yolo {__version__}: {what}")
 
 
 @torch.inference_mode(False)
@@ -250,10 +255,13 @@ def _as_numbers(version: str) -> tuple[int, ...]:
 
 
 def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise RuntimeError(_message(what))
+    require(*_subject(), condition, what)
 
 
-def _message(what: str) -> str:
-    version = sys.modules["ultralytics"].__version__
-    return f"ultralytics {version} is not what this adapter was written for ({TESTED[0]} to {TESTED[1]}): {what}"
+def _subject() -> tuple[str, str]:
+    """What the adapter is for, as errors name it."""
+    return f"ultralytics {sys.modules['ultralytics'].__version__}", _tested()
+
+
+def _tested() -> str:
+    return TESTED[0] if TESTED[0] == TESTED[1] else "{} to {}".format(*TESTED)

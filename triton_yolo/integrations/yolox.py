@@ -4,11 +4,8 @@ For Megvii's ``yolox`` and its fork ``pixeltable-yolox``, which both import as `
 its losses; heads, models and checkpoints stay YOLOX's own objects.
 """
 
-import importlib
-from typing import Any
-
 from . import _yolox_head
-from ._patching import Patch, Replacement
+from ._patching import Patch, Replacement, import_trainer
 
 TESTED = "pixeltable-yolox 0.4.3, yolox 0.3.0"
 
@@ -29,7 +26,7 @@ def patch() -> None:
 
 
 def _find() -> list[Replacement]:
-    module: Any = importlib.import_module("yolox.models.yolo_head")
+    (module,) = import_trainer("yolox", "yolox.models.yolo_head")
     head = getattr(module, "YOLOXHead", None) or getattr(module, "YoloxHead", None)
     return _yolox_head.replacements(head, TESTED, tuple)
 
