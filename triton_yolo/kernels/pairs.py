@@ -84,9 +84,10 @@ def pair_metrics(
     image, anchor, label, mask, overlaps, scores_ptr, scores_stride,
     IS_GRID: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Metric [g, n] of pairs with these overlaps; 0 where ``mask`` is false or NaN."""
-    if BETA > 0:
-        mask = mask & (overlaps > 0)
+    """Metric [g, n] of pairs with these overlaps; 0 where ``mask`` is false or NaN.
+
+    Scores are loaded where the overlap is 0 too, so as not to wait for it.
+    """
     offs = image * scores_stride[0] + anchor.to(tl.int64) * scores_stride[1] + label * scores_stride[2]
     score = tl.load(scores_ptr + offs, mask=mask, other=0.0).to(DTYPE)
     if IS_GRID:
