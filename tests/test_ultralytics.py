@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import triton_yolo as ty
 from tests import compare, peers
 from triton_yolo.integrations import ultralytics as integration
 
@@ -262,6 +263,7 @@ def test_other_assigners_stay_and_say_so_once(task, monkeypatch):
         logger.removeHandler(handler)
         logger.setLevel(level)
     assert len([line for line in lines if "keeps Ultralytics' own" in line]) == 1
+    assert f"triton_yolo {ty.__version__}: computes the losses of Ultralytics' detectors from now on" in lines
 
 
 def test_visual_prompts_keep_single_terms():

@@ -6,6 +6,7 @@ from ..losses import YOLOXLossOutput
 from . import _yolo9_loss, _yolox_head
 from ._patching import Patch, Replacement, import_trainer
 
+__all__ = ["patch", "patched", "unpatch"]
 TESTED = "libreyolo 1.6.0"
 
 

@@ -26,6 +26,7 @@ from ._patching import Patch, Replacement, import_trainer, kept, require, unexpe
 if TYPE_CHECKING:
     DetectionTrainer: Any
 
+__all__ = ["DetectionTrainer", "patch", "patched", "unpatch"]
 TESTED = ("8.4.190", "8.4.190")
 _EPS = 1e-9  # of the assigner; the criterion has it built in
 _KEEPS_STOCK = "_triton_yolo_keeps_stock"  # attribute of a criterion: the name of what owns it

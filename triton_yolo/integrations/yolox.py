@@ -7,6 +7,7 @@ its losses; heads, models and checkpoints stay YOLOX's own objects.
 from . import _yolox_head
 from ._patching import Patch, Replacement, import_trainer
 
+__all__ = ["patch", "patched", "unpatch"]
 TESTED = "pixeltable-yolox 0.4.3, yolox 0.3.0"
 
 
