@@ -100,7 +100,7 @@ MUTANTS = {
     "weights of the positives forgotten": Mutant("yolo11", "        hit *= tl.load(weights_ptr + label, mask", "        hit *= tl.load(weights_ptr + 0 * label, mask", YOLO11),
     "words not cleared": Mutant("simota", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)", "tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words - 1)", YOLOX),
     "padding counted as ground truth": Mutant("simota", "tl.sum(info[2].to(tl.int64))", "tl.sum((offs_g < N).to(tl.int64))", YOLOX),
-    "poison unseen": Mutant("simota", "        cls_poison += logits * 0.0\n", "", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
+    "poison unseen": Mutant("simota", "            cls_poison += logits * 0.0\n", "", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
     "conflict ties to the higher row in float64": Mutant("simota", "for is_tie_break in (False, True) if dtype", "for is_tie_break in (False,) if dtype", YOLOX),
     "class target is one": Mutant("yolox", "target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)", "target = tl.where(offs_c[None, :] == label[:, None], 1.0, 0.0)", YOLOX),
     "classes of background": Mutant("yolox", "cls += tl.where(mask, cross", "cls += tl.where((offs_c < C)[None, :], cross", YOLOX),
