@@ -55,7 +55,7 @@ def _draw_bars(name: str, rows: list[dict[str, Any]]) -> None:
         bars = axes.barh(labels, backward, left=forward, label="backward")
         axes.legend()
     axes.bar_label(bars, [f"{f + b:.0f} ms" for f, b in zip(forward, backward, strict=True)], padding=3)
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set(xlabel="milliseconds", title=heading_of(timed[0]).split(":")[0])
     axes.title.set_fontsize(8)
     axes.invert_yaxis()
@@ -77,7 +77,7 @@ def _draw_roofline(name: str, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(range(len(whats)), whats, rotation=25, ha="right", fontsize=8)
     axes.set(yscale="log", ylabel="GB/s of the fewest bytes, forward + backward", title=heading_of(timed[0]))
     axes.title.set_fontsize(8)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(PLOTS / f"{name}.svg")
     plt.close(figure)
 

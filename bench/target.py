@@ -47,8 +47,10 @@ def active(driver: DriverBase) -> Iterator[None]:
     """Launch through this driver, and keep nothing that was compiled for another one."""
     _forget_binaries()
     with mock.patch.object(triton.runtime.driver, "_active", driver):
-        yield
-    _forget_binaries()
+        try:
+            yield
+        finally:
+            _forget_binaries()  # while there is a driver: Triton 3.9 has it unload them
 
 
 def _forget_binaries() -> None:

@@ -64,6 +64,7 @@ class _Emulator(TargetDriver):
         self.launcher_cls = self._launcher
         self.utils = SimpleNamespace(
             load_binary=lambda name, ptx, shared, device: (ptx, (ptx.decode(), shared), 0, 0, 1024),
+            unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 48 * 1024},
         )
 

@@ -268,6 +268,11 @@ def _atomic(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
     return step
 
 
+def _reduction(name: str, modifiers: list[str], operands: tuple[str, ...], guard: Any) -> Step:
+    """An atomic operation whose result nobody takes."""
+    return _atomic(name, modifiers, ("_", *operands), guard)
+
+
 # ---- threads together
 
 
@@ -338,6 +343,6 @@ def _matrix(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
 
 
 BUILDERS: dict[str, Callable[..., Step]] = {
-    "setp": _compare, "mov": _move, "cvt": _convert, "ld": _load, "st": _store, "atom": _atomic, "bar": _barrier,
+    "setp": _compare, "mov": _move, "cvt": _convert, "ld": _load, "st": _store, "atom": _atomic, "red": _reduction, "bar": _barrier,
     "shfl": _shuffle, "redux": _reduce, "ldmatrix": _matrix, "stmatrix": _matrix,
 }  # fmt: skip
