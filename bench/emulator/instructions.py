@@ -343,6 +343,6 @@ def _matrix(name: str, modifiers: list[str], operands: tuple[str, ...], guard: A
 
 
 BUILDERS: dict[str, Callable[..., Step]] = {
-    "setp": _compare, "mov": _move, "cvt": _convert, "ld": _load, "st": _store, "atom": _atomic, "red": _reduction, "bar": _barrier,
-    "shfl": _shuffle, "redux": _reduce, "ldmatrix": _matrix, "stmatrix": _matrix,
+    "setp": _compare, "mov": _move, "cvt": _convert, "ld": _load, "st": _store, "atom": _atomic, "red": _reduction,
+    "bar": _barrier, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _matrix, "stmatrix": _matrix,
 }  # fmt: skip

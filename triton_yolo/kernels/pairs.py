@@ -86,8 +86,10 @@ def pair_metrics(
 ):  # fmt: skip
     """Metric [g, n] of pairs with these overlaps; 0 where ``mask`` is false or NaN.
 
-    Scores are loaded where the overlap is 0 too, so as not to wait for it.
+    On a grid, scores are loaded where the overlap is 0 too, so as not to wait for it; among arbitrary points that would spill.
     """
+    if not IS_GRID and BETA > 0:
+        mask = mask & (overlaps > 0)
     offs = image * scores_stride[0] + anchor.to(tl.int64) * scores_stride[1] + label * scores_stride[2]
     score = tl.load(scores_ptr + offs, mask=mask, other=0.0).to(DTYPE)
     if IS_GRID:
