@@ -1,5 +1,7 @@
 """The emulator runs compiled kernels as a GPU would, and notices what a GPU would not forgive."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,22 @@ def test_atomic_operations_run_in_some_order():
     assert owner.tolist() == [510, 511, 509]
     assert (earlier == -1).sum() == 3  # the first at each place
     assert earlier.unique().numel() > 3
+
+
+def test_atomic_operations_whose_result_nobody_takes(monkeypatch):
+    """Triton 3.9 writes them as ``red``, which has no destination."""
+    load, changed = driver._load, []
+
+    def load_changed(ptx):
+        text, number = re.subn(r"\batom(\.\S+) %r\d+, ", r"red\1 ", ptx)
+        changed.append(number)
+        return load(text)
+
+    monkeypatch.setattr(driver, "_load", load_changed)
+    owner = torch.full((3,), -1, dtype=torch.int32)
+    kernels.claim_kernel[(4,)](owner, torch.empty(512, dtype=torch.int32), torch.arange(512, dtype=torch.int32) % 3, BLOCK=128)
+    assert changed[0] > 0
+    assert owner.tolist() == [510, 511, 509]
 
 
 # ---- what must not be
