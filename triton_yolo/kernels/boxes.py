@@ -9,8 +9,27 @@ import math
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED
+
+_IS_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 _PI: tl.constexpr = tl.constexpr(math.pi)
 _FOUR_BY_PI2: tl.constexpr = tl.constexpr(4 / math.pi**2)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Cast to a type to store, rounding to the nearest; the interpreter's own cast to bfloat16 truncates."""
+    if _IS_INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(tl.abs(x) < float("inf"), (bits & -0x10000).to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A number among a kernel's arguments, annotated ``tl.float64`` there: Triton passes float32 otherwise."""
+    return tl.full((), x, DTYPE)
 
 
 @triton.jit

@@ -1,12 +1,24 @@
-"""Tile functions over the cells of a feature pyramid. ``shapes`` is (h0, w0, h1, w1, ...), ``STRIDES`` one number a level."""
+"""Tile functions over the cells of a feature pyramid: ``grid`` has its sizes, ``STRIDES`` one number a level."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Cell(NamedTuple):
+    """Cells [...]: anchor, centre and stride in pixels."""
+
+    anchor: Any
+    x: Any
+    y: Any
+    stride: Any
+
+
 @triton.jit
-def cell_centres(anchors, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
+def cell_centres(anchors, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
     """Point (x, y) in cells and stride of every anchor."""
+    shapes = grid.shapes
     index, width = anchors, tl.zeros_like(anchors) + shapes[1]
     stride = tl.zeros_like(anchors).to(DTYPE) + STRIDES[0]
     start = 0
@@ -21,17 +33,21 @@ def cell_centres(anchors, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def anchor_points(
-    anchors, mask, points_ptr, points_stride, shapes, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Point (x, y) in pixels of anchors: cells if ``IS_GRID``, else of ``points`` (A, 2)."""
+def load_points(anchors, mask, points, DTYPE: tl.constexpr):
+    """Arbitrary points (x, y) in pixels."""
+    ptr = points.ptr + anchors.to(tl.int64) * points.point
+    x = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    return x, tl.load(ptr + points.coordinate, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def anchor_points(anchors, mask, points, grid, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """Point (x, y) in pixels of anchors: cells if ``IS_GRID``, else of ``points``."""
     if IS_GRID:
-        x, y, stride = cell_centres(anchors, shapes, STRIDES, DTYPE)
+        x, y, stride = cell_centres(anchors, grid, STRIDES, DTYPE)
         x, y = x * stride, y * stride
     else:
-        points_ptr += anchors.to(tl.int64) * points_stride[0]
-        x = tl.load(points_ptr, mask=mask, other=0.0).to(DTYPE)
-        y = tl.load(points_ptr + points_stride[1], mask=mask, other=0.0).to(DTYPE)
+        x, y = load_points(anchors, mask, points, DTYPE)
     return x, y
 
 
@@ -56,29 +72,31 @@ def _reaching_span(low, high, size, STRIDE: tl.constexpr, REACH: tl.constexpr):
 
 
 @triton.jit
-def rectangle_size(x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, REACH: tl.constexpr = 0):
+def rectangle_size(box, grid, STRIDES: tl.constexpr, REACH: tl.constexpr = 0):
     """Number of cells of all levels in the rectangles [n] given in pixels, which reach ``REACH`` cells from their centre."""
-    total = tl.zeros_like(x1).to(tl.int32)
+    shapes = grid.shapes
+    total = tl.zeros_like(box.x1).to(tl.int32)
     for level in tl.static_range(len(STRIDES)):
-        _, columns = _reaching_span(x1, x2, shapes[2 * level + 1], STRIDES[level], REACH)
-        _, rows = _reaching_span(y1, y2, shapes[2 * level], STRIDES[level], REACH)
+        _, columns = _reaching_span(box.x1, box.x2, shapes[2 * level + 1], STRIDES[level], REACH)
+        _, rows = _reaching_span(box.y1, box.y2, shapes[2 * level], STRIDES[level], REACH)
         total += columns * rows
     return total
 
 
 @triton.jit
-def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr, REACH: tl.constexpr = 0):
-    """The ``nth`` [g, n] cells of rectangles [g, 1], in order of their anchors: anchor, centre and stride in pixels.
+def rectangle_cells(nth, box, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr, REACH: tl.constexpr = 0):
+    """The ``nth`` [g, n] cells of rectangles [g, 1], in order of their anchors.
 
     Past the last cell of a rectangle the result means nothing.
     """
-    position = nth + tl.zeros_like(x1).to(tl.int32)
+    shapes = grid.shapes
+    position = nth + tl.zeros_like(box.x1).to(tl.int32)
     columns, first_x, first_y = position * 0 + 1, position * 0, position * 0
     width, first_anchor, stride = position * 0, position * 0, position.to(DTYPE)
-    before, start = tl.zeros_like(x1).to(tl.int32), 0
+    before, start = tl.zeros_like(box.x1).to(tl.int32), 0
     for level in tl.static_range(len(STRIDES)):
-        level_x, level_columns = _reaching_span(x1, x2, shapes[2 * level + 1], STRIDES[level], REACH)
-        level_y, level_rows = _reaching_span(y1, y2, shapes[2 * level], STRIDES[level], REACH)
+        level_x, level_columns = _reaching_span(box.x1, box.x2, shapes[2 * level + 1], STRIDES[level], REACH)
+        level_y, level_rows = _reaching_span(box.y1, box.y2, shapes[2 * level], STRIDES[level], REACH)
         is_here = (nth >= before) & (level_columns > 0)
         position = tl.where(is_here, nth - before, position)
         columns = tl.where(is_here, level_columns, columns)
@@ -90,4 +108,4 @@ def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: t
         start += shapes[2 * level] * shapes[2 * level + 1]
     row = position // columns
     x, y = first_x + position - row * columns, first_y + row
-    return first_anchor + y * width + x, (x.to(DTYPE) + 0.5) * stride, (y.to(DTYPE) + 0.5) * stride, stride
+    return Cell(first_anchor + y * width + x, (x.to(DTYPE) + 0.5) * stride, (y.to(DTYPE) + 0.5) * stride, stride)

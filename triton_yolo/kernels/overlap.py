@@ -1,15 +1,15 @@
 """Overlap of boxes, element by element, forward and backward."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._precision import working_dtype
-from .boxes import box_columns, box_rows, overlap, overlap_derivative
-from .launching import FIXED, INTERPRETED, compute_type, on_device, rounded
+from .._signatures import BboxIoU, BboxIoUBackward, GradBoxes, Overlaps, wider
+from .arguments import compute_type
+from .boxes import box_columns, box_rows, overlap, overlap_derivative, rounded
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run
 
 
 def overlap_sizes(num_pairs: int) -> tuple[int, int]:
@@ -19,80 +19,112 @@ def overlap_sizes(num_pairs: int) -> tuple[int, int]:
     return 256, 4
 
 
+class Elements(NamedTuple):
+    """A tensor of as many dimensions as ``steps``, and of boxes that many coordinates in another one, ``coordinate`` apart."""
+
+    ptr: Any
+    steps: tuple[int, ...]
+    coordinate: int
+
+
 @triton.jit
-def _element_offsets(index, sizes, stride):
+def _element_offsets(index, sizes, steps):
     """Offset of every ``index`` into the flattened ``sizes`` of a tensor with these strides."""
     offs = tl.zeros_like(index)
     for i in tl.static_range(len(sizes)):
-        offs += index % sizes[len(sizes) - 1 - i] * stride[len(sizes) - 1 - i]
+        offs += index % sizes[len(sizes) - 1 - i] * steps[len(sizes) - 1 - i]
         index = index // sizes[len(sizes) - 1 - i]
     return offs
 
 
 @triton.jit
-def _load_boxes(ptr, stride, offs, mask, DTYPE: tl.constexpr):
-    """Four coordinates [n] of the boxes at ``offs``, whose coordinates lie ``stride`` apart."""
-    boxes = tl.load(ptr + offs[:, None] + tl.arange(0, 4)[None, :] * stride, mask=mask[:, None], other=0.0)
-    return box_columns(boxes.to(DTYPE))
+def _load_boxes(boxes, index, sizes, mask, DTYPE: tl.constexpr):
+    """Four coordinates [n] of the boxes of every ``index``."""
+    offs = _element_offsets(index, sizes, boxes.steps)
+    rows = tl.load(boxes.ptr + offs[:, None] + tl.arange(0, 4)[None, :] * boxes.coordinate, mask=mask[:, None], other=0.0)
+    return box_columns(rows.to(DTYPE))
 
 
 @triton.jit
 def _bbox_iou_kernel(
-    out_ptr, a_ptr, a_stride, b_ptr, b_stride, sizes, n,
-    KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out_ptr, a, b, sizes, n, KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
     """A program reads BLOCK pairs of boxes through their strides and writes their overlaps."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
-    ax1, ay1, ax2, ay2 = _load_boxes(a_ptr, a_stride[-1], _element_offsets(index, sizes, a_stride), mask, DTYPE)
-    bx1, by1, bx2, by2 = _load_boxes(b_ptr, b_stride[-1], _element_offsets(index, sizes, b_stride), mask, DTYPE)
+    ax1, ay1, ax2, ay2 = _load_boxes(a, index, sizes, mask, DTYPE)
+    bx1, by1, bx2, by2 = _load_boxes(b, index, sizes, mask, DTYPE)
     tl.store(out_ptr + index, overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND, EPS), mask=mask)
 
 
 @triton.jit
 def _bbox_iou_backward_kernel(
-    grad_a_ptr, grad_b_ptr, grad_ptr, grad_stride, a_ptr, a_stride, b_ptr, b_stride, sizes, n,
+    grad_a_ptr, grad_b_ptr, grad, a, b, sizes, n,
     KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program reads BLOCK pairs and the gradients of their overlaps and writes the gradients of both boxes."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
-    ax1, ay1, ax2, ay2 = _load_boxes(a_ptr, a_stride[-1], _element_offsets(index, sizes, a_stride), mask, DTYPE)
-    bx1, by1, bx2, by2 = _load_boxes(b_ptr, b_stride[-1], _element_offsets(index, sizes, b_stride), mask, DTYPE)
-    grad = tl.load(grad_ptr + _element_offsets(index, sizes, grad_stride), mask=mask, other=0.0).to(DTYPE)[:, None]
+    ax1, ay1, ax2, ay2 = _load_boxes(a, index, sizes, mask, DTYPE)
+    bx1, by1, bx2, by2 = _load_boxes(b, index, sizes, mask, DTYPE)
+    grad_ptr = grad.ptr + _element_offsets(index, sizes, grad.steps)
+    slope = tl.load(grad_ptr, mask=mask, other=0.0).to(DTYPE)[:, None]
     offs, mask = index[:, None] * 4 + tl.arange(0, 4)[None, :], mask[:, None]
     x1, y1, x2, y2 = overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND, EPS)
-    tl.store(grad_a_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * grad, grad_a_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_a_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * slope, grad_a_ptr.dtype.element_ty), mask=mask)
     x1, y1, x2, y2 = overlap_derivative(bx1, by1, bx2, by2, ax1, ay1, ax2, ay2, KIND, EPS)
-    tl.store(grad_b_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * grad, grad_b_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_b_ptr + offs, rounded(box_rows(x1, y1, x2, y2) * slope, grad_b_ptr.dtype.element_ty), mask=mask)
 
 
-@on_device
-def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
-    dtype = torch.promote_types(working_dtype(a.dtype), working_dtype(b.dtype))
-    result = a.new_empty(a.shape[:-1], dtype=dtype)
-    sizes, (a_stride, b_stride) = _collapsed(a.shape[:-1], a.stride()[:-1], b.stride()[:-1])
-    block, num_warps = overlap_sizes(result.numel())
-    if result.numel():
-        _bbox_iou_kernel[(triton.cdiv(result.numel(), block),)](
-            result, a, (*a_stride, a.stride(-1)), b, (*b_stride, b.stride(-1)), sizes, result.numel(),
-            KIND=kind, EPS=eps, DTYPE=compute_type(dtype), BLOCK=block, num_warps=num_warps, **FIXED,
+class _OverlapPlan(Plan):
+    def __init__(self, kernel: Any, x: BboxIoU | BboxIoUBackward) -> None:
+        self.count = x.a.shape[:-1].numel()
+        block, num_warps = overlap_sizes(self.count)
+        self.grid = triton.cdiv(self.count, block), 1, 1
+        dtype = compute_type(wider(x.a, x.b))
+        self.kernel = Launch(kernel, num_warps, KIND=x.kind, EPS=x.eps, DTYPE=dtype, BLOCK=block)
+        super().__init__(Workspace(), self.kernel)
+
+
+class _BboxIoU(_OverlapPlan):
+    def __init__(self, x: BboxIoU, out: Overlaps, num_rows: int) -> None:
+        super().__init__(_bbox_iou_kernel, x)
+        self.sizes, self.steps = _collapsed(x.a.shape[:-1], x.a.stride()[:-1], x.b.stride()[:-1])
+
+    def launch(self, run: Run) -> None:
+        a, b = run.x.a, run.x.b
+        self.kernel(
+            run.stream, self.grid, run.address(run.out.overlaps), Elements(run.address(a), self.steps[0], a.stride(-1)),
+            Elements(run.address(b), self.steps[1], b.stride(-1)), self.sizes, self.count,
         )  # fmt: skip
-    return result
 
 
-@on_device
-def bbox_iou_backward(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
-    grad_a, grad_b = a.new_empty(a.shape), b.new_empty(b.shape)
-    sizes, (grad_stride, a_stride, b_stride) = _collapsed(grad.shape, grad.stride(), a.stride()[:-1], b.stride()[:-1])
-    block, num_warps = overlap_sizes(grad.numel())
-    if grad.numel():
-        _bbox_iou_backward_kernel[(triton.cdiv(grad.numel(), block),)](
-            grad_a, grad_b, grad, grad_stride, a, (*a_stride, a.stride(-1)), b, (*b_stride, b.stride(-1)),
-            sizes, grad.numel(),
-            KIND=kind, EPS=eps, DTYPE=compute_type(grad.dtype), BLOCK=block, num_warps=num_warps, **FIXED,
+class _BboxIoUBackward(_OverlapPlan):
+    def __init__(self, x: BboxIoUBackward, out: GradBoxes, num_rows: int) -> None:
+        super().__init__(_bbox_iou_backward_kernel, x)
+        self.sizes, self.steps = _collapsed(x.grad.shape, x.grad.stride(), x.a.stride()[:-1], x.b.stride()[:-1])
+
+    def launch(self, run: Run) -> None:
+        x, out, address = run.x, run.out, run.address
+        self.kernel(
+            run.stream, self.grid, address(out.grad_a), address(out.grad_b), Elements(address(x.grad), self.steps[0], 0),
+            Elements(address(x.a), self.steps[1], x.a.stride(-1)), Elements(address(x.b), self.steps[2], x.b.stride(-1)),
+            self.sizes, self.count,
         )  # fmt: skip
-    return grad_a, grad_b
+
+
+def bbox_iou(x: BboxIoU) -> Overlaps:
+    out = x.allocate()
+    if out.overlaps.numel():
+        run(_BboxIoU, x, out)
+    return out
+
+
+def bbox_iou_backward(x: BboxIoUBackward) -> GradBoxes:
+    out = x.allocate()
+    if x.grad.numel():
+        run(_BboxIoUBackward, x, out)
+    return out
 
 
 def _collapsed(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

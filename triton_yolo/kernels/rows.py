@@ -4,18 +4,16 @@
 ``CONTESTED`` once two rows have. A row is an integer below ``CONTESTED``, so that maxima decide: no step depends on the order
 in which programs run. ``best`` (B, A) means something at contested anchors only: the best key of all rows, with the row.
 
-A list of anchors, of those contested for example, is a pair: anchors (B, A), of which a count (B,) are in the list of an image.
-Programs append in whatever order they run, and nothing may depend on it.
+Programs append to lists of anchors in whatever order they run, and nothing may depend on it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launching import INTERPRETED
+from .boxes import box_rows, scalar
+from .launch import INTERPRETED
 from .topk import LOWEST, pack, unpack_index
 
 CONTESTED: tl.constexpr = tl.constexpr(1 << 30)
@@ -39,125 +37,216 @@ def claim_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -
     return {"BLOCK_G": block_g, "PARTS": 1 if INTERPRETED else num_warps, "BLOCK_P": block_p, "num_warps": num_warps}
 
 
-def new_list(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory of a list of anchors, for states (B, A); the counts are yet to be cleared."""
-    return torch.empty_like(like), like.new_empty(like.shape[0])
-
-
-def gt_rows(image_index: Tensor, labels: Tensor, *boxes: Tensor) -> tuple[Any, Any]:
-    """Ground-truth rows and their strides as kernels take them; ``boxes`` are (N, 4), corners first."""
-    strides = [stride for box in boxes for stride in box.stride()]
-    return (image_index, labels, *boxes), (image_index.stride(0), labels.stride(0), *strides)
-
-
 @triton.jit
 def places(start, PARTS: tl.constexpr, BLOCK_P: tl.constexpr):
     """Numbers [parts, n] from ``start`` on, those of a part in one warp."""
     return start + tl.arange(0, PARTS)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
 
 
-@triton.jit
-def load_rows(gt, gt_stride, offs_g, N, B, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows [g, 1]: image, label, whether it counts as ground truth; its box."""
-    offs_g = offs_g[:, None]
-    mask = offs_g < N
-    image = tl.load(gt[0] + offs_g * gt_stride[0], mask=mask, other=-1)
-    label = tl.load(gt[1] + offs_g * gt_stride[1], mask=mask, other=-1)
-    ptr = gt[2] + offs_g.to(tl.int64) * gt_stride[2]
-    x1 = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
-    y1 = tl.load(ptr + gt_stride[3], mask=mask, other=0.0).to(DTYPE)
-    x2 = tl.load(ptr + 2 * gt_stride[3], mask=mask, other=0.0).to(DTYPE)
-    y2 = tl.load(ptr + 3 * gt_stride[3], mask=mask, other=0.0).to(DTYPE)
+class Box(NamedTuple):
+    """Corners [...]."""
 
-    is_finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
-    is_finite = is_finite & (tl.abs(x2) < float("inf")) & (tl.abs(y2) < float("inf"))
-    width, height = x2 - x1, y2 - y1
+    x1: Any
+    y1: Any
+    x2: Any
+    y2: Any
+
+
+class Pack(NamedTuple):
+    """Constants of ``pack_rows``: classes, whether targets are raw rows, whether centre and size are asked for, rows at a time."""
+
+    C: int
+    IS_RAW: bool
+    HAS_XYWH: bool
+    BLOCK: int
+
+
+class Truth(NamedTuple):
+    """Ground-truth rows [g, 1]: number, image, label, whether they count, box in pixels."""
+
+    row: Any
+    image: Any
+    label: Any
+    is_gt: Any
+    box: Any
+
+
+@triton.jit
+def load_row_boxes(ptr, stride, step, row, mask, DTYPE: tl.constexpr):
+    """Four numbers [...] of each row [...], which lie ``step`` apart."""
+    ptr += row.to(tl.int64) * stride
+    x1 = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    y1 = tl.load(ptr + step, mask=mask, other=0.0).to(DTYPE)
+    x2 = tl.load(ptr + 2 * step, mask=mask, other=0.0).to(DTYPE)
+    y2 = tl.load(ptr + 3 * step, mask=mask, other=0.0).to(DTYPE)
+    return Box(x1, y1, x2, y2)
+
+
+class Target(NamedTuple):
+    """Rows [n] as they came: image, -1 where it or the label is no whole number, label, box as corners and as centre and size."""
+
+    image: Any
+    label: Any
+    xyxy: Box
+    xywh: Box
+
+
+@triton.jit
+def _load_raw_rows(targets, height, width, offs, mask, DTYPE: tl.constexpr):
+    """Rows of (image index, class, cx, cy, w, h) in shares of the image."""
+    ptr = targets.ptr + offs.to(tl.int64) * targets.row
+    image_value = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    label_value = tl.load(ptr + targets.column, mask=mask, other=0.0).to(DTYPE)
+    share = load_row_boxes(targets.ptr + 2 * targets.column, targets.row, targets.column, offs, mask, DTYPE)
+    width, height = scalar(width, DTYPE), scalar(height, DTYPE)
+    x, y, w, h = share.x1 * width, share.y1 * height, share.x2 * width, share.y2 * height
+    image, label = image_value.to(tl.int64), label_value.to(tl.int64)
+    is_whole = (image.to(DTYPE) == image_value) & (label.to(DTYPE) == label_value)
+    corners = Box(x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    return Target(tl.where(is_whole, image, -1), label, corners, Box(x, y, w, h))
+
+
+@triton.jit
+def _load_target_rows(targets, offs, mask, HAS_XYWH: tl.constexpr, DTYPE: tl.constexpr):
+    image = tl.load(targets.image_ptr + offs * targets.image_step, mask=mask, other=-1)
+    label = tl.load(targets.label_ptr + offs * targets.label_step, mask=mask, other=-1)
+    corners = load_row_boxes(targets.xyxy_ptr, targets.xyxy_row, targets.xyxy_column, offs, mask, DTYPE)
+    xywh = corners
+    if HAS_XYWH:
+        xywh = load_row_boxes(targets.xywh_ptr, targets.xywh_row, targets.xywh_column, offs, mask, DTYPE)
+    return Target(image, label, corners, xywh)
+
+
+@triton.jit
+def store_rows(rows, target, offs, mask, HAS_XYWH: tl.constexpr):
+    tl.store(rows.image_ptr + offs, target.image.to(rows.image_ptr.dtype.element_ty), mask=mask)
+    tl.store(rows.label_ptr + offs, target.label, mask=mask)
+    places, mask = offs[:, None] * 4 + tl.arange(0, 4)[None, :], mask[:, None]
+    corners, xywh = target.xyxy, target.xywh
+    tl.store(rows.xyxy_ptr + places, box_rows(corners.x1, corners.y1, corners.x2, corners.y2), mask=mask)
+    if HAS_XYWH:
+        tl.store(rows.xywh_ptr + places, box_rows(xywh.x1, xywh.y1, xywh.x2, xywh.y2), mask=mask)
+
+
+@triton.jit
+def _is_gt(target, B, C: tl.constexpr):
+    """Which rows count as ground truth."""
+    box = target.xyxy
+    is_finite = (tl.abs(box.x1) < float("inf")) & (tl.abs(box.y1) < float("inf"))
+    is_finite = is_finite & (tl.abs(box.x2) < float("inf")) & (tl.abs(box.y2) < float("inf"))
+    width, height = box.x2 - box.x1, box.y2 - box.y1
     is_box = is_finite & (width > 0) & (width < float("inf")) & (height > 0) & (height < float("inf"))
-    is_gt = is_box & (image >= 0) & (image < B) & (label >= 0) & (label < C)
-    return (image.to(tl.int64), label.to(tl.int64), is_gt), (x1, y1, x2, y2)
-
-
-def empty_boxes(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boxes (B, A, 4) of predictions (B, A, ...), one coordinate after another: a warp reads neighbours of each at once."""
-    return like.new_empty((like.shape[0], 4, like.shape[1]), dtype=dtype).transpose(1, 2)
+    return is_box & (target.image >= 0) & (target.image < B) & (target.label >= 0) & (target.label < C)
 
 
 @triton.jit
-def load_anchor_boxes(image, anchor, mask, ptr, stride, DTYPE: tl.constexpr):
-    """Four coordinates [g, n] of the boxes (B, A, 4) of anchors [g, n] of images [g, 1]."""
-    ptr += image * stride[0] + anchor.to(tl.int64) * stride[1]
+def pack_rows(rows, targets, height, width, N, B, PACK: tl.constexpr, DTYPE: tl.constexpr):
+    """All programs of a grid of two dimensions together write ``rows``, with image -1 for what does not count."""
+    start = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * PACK.BLOCK
+    while start < N:
+        offs = start + tl.arange(0, PACK.BLOCK)
+        mask = offs < N
+        if PACK.IS_RAW:
+            target = _load_raw_rows(targets, height, width, offs, mask, DTYPE)
+        else:
+            target = _load_target_rows(targets, offs, mask, PACK.HAS_XYWH, DTYPE)
+        image = tl.where(_is_gt(target, B, PACK.C), target.image, -1)
+        store_rows(rows, Target(image, target.label, target.xyxy, target.xywh), offs, mask, PACK.HAS_XYWH)
+        start += tl.num_programs(0) * tl.num_programs(1) * PACK.BLOCK
+
+
+@triton.jit
+def unpack_rows(rows, targets, height, width, offs, mask, DTYPE: tl.constexpr):
+    """Write raw rows ``offs`` [n] in pixels."""
+    store_rows(rows, _load_raw_rows(targets, height, width, offs, mask, DTYPE), offs, mask, True)
+
+
+@triton.jit
+def load_rows(rows, offs_g, N, DTYPE: tl.constexpr):
+    """Ground truth of rows ``offs_g`` [g]."""
+    row = offs_g.to(tl.int32)[:, None]
+    mask = row < N
+    image = tl.load(rows.image_ptr + row, mask=mask, other=-1)
+    label = tl.load(rows.label_ptr + row, mask=mask, other=-1)
+    return Truth(row, image.to(tl.int64), label, image >= 0, load_row_boxes(rows.xyxy_ptr, 4, 1, row, mask, DTYPE))
+
+
+@triton.jit
+def load_anchor_boxes(boxes, image, anchor, mask, DTYPE: tl.constexpr):
+    """Boxes [g, n] of anchors [g, n] of images [g, 1], from ``boxes`` (B, A, 4)."""
+    ptr = boxes.ptr + image * boxes.image + anchor.to(tl.int64) * boxes.anchor
     x1 = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
-    y1 = tl.load(ptr + stride[2], mask=mask, other=0.0).to(DTYPE)
-    x2 = tl.load(ptr + 2 * stride[2], mask=mask, other=0.0).to(DTYPE)
-    y2 = tl.load(ptr + 3 * stride[2], mask=mask, other=0.0).to(DTYPE)
-    return x1, y1, x2, y2
+    y1 = tl.load(ptr + boxes.channel, mask=mask, other=0.0).to(DTYPE)
+    x2 = tl.load(ptr + 2 * boxes.channel, mask=mask, other=0.0).to(DTYPE)
+    y2 = tl.load(ptr + 3 * boxes.channel, mask=mask, other=0.0).to(DTYPE)
+    return Box(x1, y1, x2, y2)
 
 
 @triton.jit
-def store_anchor_boxes(image, anchor, mask, ptr, stride, x1, y1, x2, y2):
+def store_anchor_boxes(boxes, image, anchor, mask, box):
     """The same for anchors [n] of one image."""
-    ptr += image * stride[0] + anchor.to(tl.int64) * stride[1]
-    tl.store(ptr, x1, mask=mask)
-    tl.store(ptr + stride[2], y1, mask=mask)
-    tl.store(ptr + 2 * stride[2], x2, mask=mask)
-    tl.store(ptr + 3 * stride[2], y2, mask=mask)
+    ptr = boxes.ptr + image * boxes.image + anchor.to(tl.int64) * boxes.anchor
+    tl.store(ptr, box.x1, mask=mask)
+    tl.store(ptr + boxes.channel, box.y1, mask=mask)
+    tl.store(ptr + 2 * boxes.channel, box.x2, mask=mask)
+    tl.store(ptr + 3 * boxes.channel, box.y2, mask=mask)
 
 
 @triton.jit
-def list_length(anchors, image, is_gt):
-    """Length [g, 1] of the lists of images [g, 1], 0 where ``is_gt`` is false."""
-    return tl.load(anchors[1] + image, mask=is_gt, other=0)
+def list_length(anchors, truth):
+    """Length [g, 1] of the lists of the rows' images, 0 for a row that does not count."""
+    return tl.load(anchors.count_ptr + truth.image, mask=truth.is_gt, other=0)
 
 
 @triton.jit
 def load_listed(anchors, image, nth, mask, A):
     """The ``nth`` anchors [g, n] in the lists of images [g, 1]."""
-    return tl.load(anchors[0] + image * A + nth, mask=mask, other=0)
+    return tl.load(anchors.ptr + image * A + nth, mask=mask, other=0)
 
 
 @triton.jit
 def append(anchors, image, anchor, mask, A):
     """Add anchors [g, n] to the lists of images [g, 1]."""
     image = tl.where(mask, image, 0)
-    nth = tl.atomic_add(anchors[1] + image, tl.full(anchor.shape, 1, tl.int32), mask=mask, sem="relaxed")
-    tl.store(anchors[0] + image * A + nth, anchor, mask=mask)
+    nth = tl.atomic_add(anchors.count_ptr + image, tl.full(anchor.shape, 1, tl.int32), mask=mask, sem="relaxed")
+    tl.store(anchors.ptr + image * A + nth, anchor, mask=mask)
 
 
 @triton.jit
-def claim(target_row_ptr, best_ptr, contested, image, anchor, offs_g, is_claim, A):
-    """Claim anchors [g, k] of images [g, 1] for rows ``offs_g`` [g].
+def claim(state, truth, anchor, is_claim, A):
+    """Claim anchors [g, k] for rows [g, 1].
 
     The second claim of an anchor makes it contested: it is listed, and its place in ``best``, which nobody set before, cleared.
     """
-    cell = tl.where(is_claim, image * A + anchor, 0)
+    cell = tl.where(is_claim, truth.image * A + anchor, 0)
     # Not tl.broadcast_to: with one row, Triton 3.7's interpreter reads past the end of what an atomic operation broadcasts.
-    row = offs_g.to(tl.int32)[:, None] + tl.zeros(cell.shape, tl.int32)
-    is_late = is_claim & (tl.atomic_max(target_row_ptr + cell, row, mask=is_claim, sem="relaxed") >= 0)
-    earlier = tl.atomic_max(target_row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_late, sem="relaxed")
+    row = truth.row + tl.zeros(cell.shape, tl.int32)
+    is_late = is_claim & (tl.atomic_max(state.row_ptr + cell, row, mask=is_claim, sem="relaxed") >= 0)
+    earlier = tl.atomic_max(state.row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_late, sem="relaxed")
     is_second = is_late & (earlier < CONTESTED)  # of one claim only, whatever came in between
-    tl.store(best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_second)
-    append(contested, image, anchor, is_second, A)
+    tl.store(state.best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_second)
+    append(state.contested, truth.image, anchor, is_second, A)
 
 
 @triton.jit
-def contest(target_row_ptr, best_ptr, cell, value, offs_g, mask, IS_TIE_BREAK: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Raise ``best`` of contested cells [g, n] to the ``value`` that rows ``offs_g`` [g] have there, with the row.
+def contest(state, truth, cell, value, mask, IS_TIE_BREAK: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Raise ``best`` of contested cells [g, n] to the ``value`` that rows [g, 1] have there, with the row.
 
     In float64 the row does not fit beside the value: a second launch, ``IS_TIE_BREAK``, lets the rows that have the best value
     raise ``target_row`` to their inverted number.
     """
-    key, order = pack(value, offs_g.to(tl.int32)[:, None] + tl.zeros(cell.shape, tl.int32), IS_WIDE)
+    key, order = pack(value, truth.row + tl.zeros(cell.shape, tl.int32), IS_WIDE)
     if IS_TIE_BREAK:
-        mask = mask & (tl.load(best_ptr + cell, mask=mask, other=LOWEST) == key)
-        tl.atomic_max(target_row_ptr + cell, order, mask=mask, sem="relaxed")
+        mask = mask & (tl.load(state.best_ptr + cell, mask=mask, other=LOWEST) == key)
+        tl.atomic_max(state.row_ptr + cell, order, mask=mask, sem="relaxed")
     else:
-        tl.atomic_max(best_ptr + cell, key, mask=mask, sem="relaxed")
+        tl.atomic_max(state.best_ptr + cell, key, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def winner(cell, state, is_contested, best_ptr, IS_WIDE: tl.constexpr):
-    """Rows that have the best of contested cells with these states."""
+def winner(state, cell, owner, is_contested, IS_WIDE: tl.constexpr):
+    """Rows that have the best of contested cells, whose ``row_ptr`` holds ``owner``."""
     key = 0
     if not IS_WIDE:
-        key = tl.load(best_ptr + cell, mask=is_contested, other=0)
-    return unpack_index(key, state, IS_WIDE)
+        key = tl.load(state.best_ptr + cell, mask=is_contested, other=0)
+    return unpack_index(key, owner, IS_WIDE)

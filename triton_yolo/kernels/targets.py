@@ -1,45 +1,55 @@
-"""Ground-truth rows, unpacked in one launch."""
+"""Ground-truth rows in one launch: unpacked for the caller, or packed for kernels where no other one does it on its way."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._precision import working_dtype
-from .boxes import box_rows
-from .launching import FIXED, INTERPRETED, compute_type, on_device
+from .._signatures import GroundTruth, UnpackRows
+from .arguments import Rows, compute_type, targets_of
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run
+from .rows import Pack, pack_rows
+from .rows import unpack_rows as _unpack
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _unpack_kernel(
-    image_ptr, label_ptr, xyxy_ptr, xywh_ptr, rows_ptr, rows_stride, width, height, N,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows, targets, height: tl.float64, width: tl.float64, N, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
     """A program reads BLOCK rows of (image index, class, cx, cy, w, h) in shares of the image, and writes boxes in pixels."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < N
-    ptr, step = rows_ptr + offs.to(tl.int64) * rows_stride[0], rows_stride[1]
-    tl.store(image_ptr + offs, tl.load(ptr, mask=mask, other=0.0).to(DTYPE).to(tl.int64), mask=mask)
-    tl.store(label_ptr + offs, tl.load(ptr + step, mask=mask, other=0.0).to(DTYPE).to(tl.int64), mask=mask)
-    x = tl.load(ptr + 2 * step, mask=mask, other=0.0).to(DTYPE) * width
-    y = tl.load(ptr + 3 * step, mask=mask, other=0.0).to(DTYPE) * height
-    w = tl.load(ptr + 4 * step, mask=mask, other=0.0).to(DTYPE) * width
-    h = tl.load(ptr + 5 * step, mask=mask, other=0.0).to(DTYPE) * height
-    offs = offs[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(xywh_ptr + offs, box_rows(x, y, w, h), mask=mask[:, None])
-    tl.store(xyxy_ptr + offs, box_rows(x - w / 2, y - h / 2, x + w / 2, y + h / 2), mask=mask[:, None])
+    _unpack(rows, targets, height, width, offs, offs < N, DTYPE)
 
 
-@on_device
-def unpack_rows(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows = len(rows)
-    image_index = rows.new_empty(num_rows, dtype=torch.int64)
-    xyxy = rows.new_empty((num_rows, 4), dtype=working_dtype(rows.dtype))
-    labels, xywh = torch.empty_like(image_index), torch.empty_like(xyxy)
-    if num_rows:
-        block = min(triton.next_power_of_2(num_rows), 2**14) if INTERPRETED else 128
-        _unpack_kernel[(triton.cdiv(num_rows, block),)](
-            image_index, labels, xyxy, xywh, rows, rows.stride(), width, height, num_rows,
-            DTYPE=compute_type(rows.dtype), BLOCK=block, num_warps=4, **FIXED,
-        )  # fmt: skip
-    return image_index, labels, xyxy, xywh
+@triton.jit(do_not_specialize=["N", "B"])
+def _pack_kernel(rows, targets, N, B, PACK: tl.constexpr, DTYPE: tl.constexpr):
+    """Programs write what counts as ground truth, and what does not, PACK.BLOCK rows at a time."""
+    pack_rows(rows, targets, 0.0, 0.0, N, B, PACK, DTYPE)
+
+
+def packing(targets: list[Tensor], num_classes: int, dtype: torch.dtype) -> Launch:
+    return Launch(_pack_kernel, 4, PACK=Pack(num_classes, len(targets) == 1, False, 128), DTYPE=compute_type(dtype))
+
+
+def packed_rows(dtype: torch.dtype) -> Buffers:
+    """What ``Rows`` take of a workspace a row, but for centre and size."""
+    return {"image": (torch.int32, 1), "label": (torch.int64, 1), "xyxy": (dtype, 4)}
+
+
+class _UnpackPlan(Plan):
+    def __init__(self, x: UnpackRows, out: GroundTruth, num_rows: int) -> None:
+        self.block = min(triton.next_power_of_2(num_rows), 2**14) if INTERPRETED else 128
+        self.unpack = Launch(_unpack_kernel, 4, DTYPE=compute_type(out.boxes_xyxy.dtype), BLOCK=self.block)
+        super().__init__(Workspace(), self.unpack)
+
+    def launch(self, run: Run) -> None:
+        rows = Rows(*map(run.address, run.out))
+        grid = triton.cdiv(run.num_rows, self.block), 1, 1
+        self.unpack(run.stream, grid, rows, targets_of(run.address, [run.x.rows]), run.x.height, run.x.width, run.num_rows)
+
+
+def unpack_rows(x: UnpackRows) -> GroundTruth:
+    out = x.allocate()
+    if len(x.rows):
+        run(_UnpackPlan, x, out, len(x.rows))
+    return out

@@ -1,352 +1,407 @@
 """Task-aligned assignment (TOOD, arXiv 2108.07755): one program a ground-truth row, no tensor of pairs."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._precision import working_dtype
+from .._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
+from .arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
 from .boxes import expectation
 from .decode import decode_sizes, side_logits
 from .grid import anchor_points, cell_centres
-from .launching import FIXED, TOTAL_SIZES, compute_type, on_device, total
-from .pairs import candidates, is_inside, load_contested, pair_metrics, pair_overlaps, walk_length, widened
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run
+from .pairs import Rule, candidates, is_inside, load_contested, pair_metrics, pair_overlaps, walk_length, widened
+from .reduce import TOTAL_SIZES, total
 from .rows import (
     CONTESTED,
+    Box,
+    Pack,
     claim,
     claim_sizes,
     contest,
-    empty_boxes,
-    gt_rows,
     list_length,
     load_rows,
-    new_list,
+    pack_rows,
     places,
     row_sizes,
     store_anchor_boxes,
     winner,
 )
+from .targets import packed_rows
 from .topk import empty_list, index_of, is_among, is_taken, keep_best, list_sizes, merged, none, ordered
 
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 44))
 """Of sums of target scores, which are at most 1, so that half a million of them fit an int64."""
 
+
+class Result(NamedTuple):
+    """What an assignment writes: row and target score (B, A) of every anchor, and sum of scores and positives (N,) of every row."""
+
+    row_ptr: Any
+    score_ptr: Any
+    row_sum_ptr: Any
+    row_count_ptr: Any
+
+
 # ---- kernels
 
 
 @triton.jit
-def _prepare_kernel(
-    boxes_ptr, boxes_stride, target_row_ptr, target_score_ptr, num_contested_ptr, poison_ptr, dist_ptr, dist_stride,
-    shapes, A, STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
+def _clear(result, state, image, offs_a, mask_a, A, is_first, DTYPE: tl.constexpr):
+    """Make anchors [n] of one image background; the first program of an image empties its list of contested anchors."""
+    cell = image * A + offs_a
+    tl.store(result.row_ptr + cell, tl.full(offs_a.shape, -1, tl.int32), mask=mask_a)
+    tl.store(result.score_ptr + cell, tl.zeros(offs_a.shape, DTYPE), mask=mask_a)
+    if is_first:
+        tl.store(state.contested.count_ptr + image, 0)
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def _yolo11_prepare_kernel(
+    boxes, result, state, poison_ptr, dist, rows, targets, grid, height: tl.float64, width: tl.float64, N, B,
+    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program decodes BLOCK_A anchors of one image to pixels and makes them background, none contested.
 
-    Into ``poison`` (programs,) it writes 0, or NaN if one of its logits is not finite.
+    Into ``poison`` (programs,) it writes 0, or NaN if one of its logits is not finite. All together pack the ground truth.
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    dist_ptr += image * dist_stride[0]
-    left, left_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 0, R, RP, DTYPE)
-    top, top_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 1, R, RP, DTYPE)
-    right, right_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 2, R, RP, DTYPE)
-    bottom, bottom_poison = _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, 3, R, RP, DTYPE)
-    x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-    x1, y1, x2, y2 = (x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride
-    store_anchor_boxes(image, offs_a, mask_a, boxes_ptr, boxes_stride, x1, y1, x2, y2)
-    cell = image * A + offs_a
-    tl.store(target_row_ptr + cell, tl.full((BLOCK_A,), -1, tl.int32), mask=mask_a)
-    tl.store(target_score_ptr + cell, tl.zeros((BLOCK_A,), DTYPE), mask=mask_a)
+    mask_a = offs_a < grid.A
+    left, left_poison = _poisoned_distance(dist, image, offs_a, mask_a, 0, R, RP, DTYPE)
+    top, top_poison = _poisoned_distance(dist, image, offs_a, mask_a, 1, R, RP, DTYPE)
+    right, right_poison = _poisoned_distance(dist, image, offs_a, mask_a, 2, R, RP, DTYPE)
+    bottom, bottom_poison = _poisoned_distance(dist, image, offs_a, mask_a, 3, R, RP, DTYPE)
+    x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
+    box = Box((x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride)
+    store_anchor_boxes(boxes, image, offs_a, mask_a, box)
+    _clear(result, state, image, offs_a, mask_a, grid.A, tl.program_id(0) == 0, DTYPE)
     poison = tl.sum(left_poison + top_poison + right_poison + bottom_poison)
     tl.store(poison_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), poison)
-    if tl.program_id(0) == 0:
-        tl.store(num_contested_ptr + image, 0)
+    pack_rows(rows, targets, height, width, N, B, PACK, DTYPE)
 
 
 @triton.jit
-def _poisoned_distance(dist_ptr, dist_stride, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+def _poisoned_distance(dist, image, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
     """Expected distance [n] of one side, and the sum of its logits times 0."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, mask_a, side, R, RP, DTYPE)
+    logits = side_logits(dist, image, offs_a, mask_a, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None]
     distance = expectation(logits, bins.to(DTYPE), R)[1]
     return distance, tl.sum(tl.where(bins < R, logits * 0.0, 0.0), 0)
 
 
-@triton.jit
-def _claim_kernel(
-    claims_ptr, contested, target_row_ptr, best_ptr, boxes_ptr, boxes_stride, scores_ptr, scores_stride,
-    points_ptr, points_stride, gt, gt_stride, shapes, N, B, A,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, MIN_SIDE: tl.constexpr,
-    EPS: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "B"])
+def _background_kernel(
+    result, state, rows, targets, A, N, B, PACK: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr
+):
+    """A program makes BLOCK_A anchors of one image background, none contested. All together pack the ground truth."""
+    image = tl.program_id(1).to(tl.int64)
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    _clear(result, state, image, offs_a, offs_a < A, A, tl.program_id(0) == 0, DTYPE)
+    pack_rows(rows, targets, 0.0, 0.0, N, B, PACK, DTYPE)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _task_aligned_claim_kernel(
+    claims_ptr, state, boxes, scores, points, rows, grid, N, RULE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the K highest metrics of BLOCK_G rows and claims their anchors in ``target_row``.
+    """A program finds the K highest metrics of BLOCK_G rows and claims their anchors.
 
     It keeps them in ``claims`` (N, K), -1 where there are fewer.
     """
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = widened(box, MIN_SIDE)
-    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
+    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
+    wide = widened(truth.box, RULE.MIN_SIDE)
+    length = walk_length(truth, wide, grid, RULE)
     limit = tl.max(length)
-    best, best_order = empty_list(BLOCK_G * PARTS, K, KP, DTYPE)
+    best, best_order = empty_list(BLOCK_G * PARTS, K, KP, RULE.DTYPE)
     start = 0
     while start < limit:
-        nth = places(start, PARTS, BLOCK_P)
-        anchor, mask = candidates(nth, length, wide, points_ptr, points_stride, shapes, STRIDES, IS_GRID, EPS, DTYPE)
-        overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
-        metric = pair_metrics(info[0], anchor, info[1], mask, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE)
+        anchor, mask = candidates(places(start, PARTS, BLOCK_P), length, wide, points, grid, RULE)
+        overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE.DTYPE)
+        metric = pair_metrics(truth, anchor, mask, overlaps, scores, RULE)
         key, order = ordered(metric, anchor)
         best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
         start += PARTS * BLOCK_P
 
     if PARTS > 1:
-        best, best_order = merged(best, best_order, K, KP, DTYPE)
+        best, best_order = merged(best, best_order, K, KP, RULE.DTYPE)
     anchor, is_claim = index_of(best_order), is_taken(best, K, KP)
     place = tl.arange(0, KP)[None, :]
-    ptr = claims_ptr + offs_g.to(tl.int64)[:, None] * K + place
-    tl.store(ptr, tl.where(is_claim, anchor, -1), mask=(offs_g < N)[:, None] & (place < K))
-    claim(target_row_ptr, best_ptr, contested, info[0], anchor, offs_g, is_claim, A)
+    ptr = claims_ptr + truth.row.to(tl.int64) * K + place
+    tl.store(ptr, tl.where(is_claim, anchor, -1), mask=(truth.row < N) & (place < K))
+    claim(state, truth, anchor, is_claim, grid.A)
 
 
-@triton.jit
-def _contest_kernel(
-    target_row_ptr, best_ptr, contested, boxes_ptr, boxes_stride, points_ptr, points_stride, gt, gt_stride, shapes, N, B, A,
-    IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, MIN_SIDE: tl.constexpr, EPS: tl.constexpr, STRIDES: tl.constexpr,
-    IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def _task_aligned_contest_kernel(
+    state, boxes, points, rows, grid, N, RULE: tl.constexpr, IS_TIE_BREAK: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = widened(box, MIN_SIDE)
-    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
-    num_contested = list_length(contested, info[0], info[2])
+    IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
+    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
+    wide = widened(truth.box, RULE.MIN_SIDE)
+    length = walk_length(truth, wide, grid, RULE)
+    num_contested = list_length(state.contested, truth)
     limit = tl.max(tl.minimum(length, num_contested))
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
-        anchor, mask = load_contested(nth, length, num_contested, info[0], wide, contested, shapes, A, STRIDES, IS_GRID, DTYPE)
-        x, y = anchor_points(anchor, mask, points_ptr, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
-        cell = info[0] * A + anchor
-        mask = mask & is_inside(x, y, wide, EPS)
-        mask = mask & (tl.load(target_row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
+        anchor, mask = load_contested(nth, length, num_contested, truth, wide, state.contested, grid, RULE)
+        x, y = anchor_points(anchor, mask, points, grid, RULE.STRIDES, RULE.IS_GRID, RULE.DTYPE)
+        cell = truth.image * grid.A + anchor
+        mask = mask & is_inside(x, y, wide, RULE.EPS)
+        mask = mask & (tl.load(state.row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = pair_overlaps(info[0], anchor, mask, box, boxes_ptr, boxes_stride, DTYPE)
-            contest(target_row_ptr, best_ptr, cell, overlaps, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
+            overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE.DTYPE)
+            contest(state, truth, cell, overlaps, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
+
+
+class Pairs(NamedTuple):
+    """Anchors [g, n] that rows may own, whether they do, overlap and metric, 0 where they do not."""
+
+    anchor: Any
+    is_ours: Any
+    overlaps: Any
+    metric: Any
 
 
 @triton.jit
 def _owned_pairs(
-    nth, row, info, box, wide, length, num_contested, claims_ptr, contested, target_row_ptr, best_ptr, boxes_ptr, boxes_stride,
-    scores_ptr, scores_stride, shapes, A, CLAIMS: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The ``nth`` anchors [g, n] that rows [g, 1] may own, and whether they do; their overlap and metric, 0 where they do not.
+    nth, truth, wide, length, num_contested, claims_ptr, state, boxes, scores, grid, RULE: tl.constexpr, CLAIMS: tl.constexpr
+):
+    """The ``nth`` anchors [g, n] that rows [g, 1] may own.
 
     First come a row's claims, then what is contested. A contested anchor counts among the latter, even if the row claimed it.
     """
     is_claim = nth < CLAIMS
-    anchor, is_ours = load_contested(
-        nth - CLAIMS, length, num_contested, info[0], wide, contested, shapes, A, STRIDES, IS_GRID, DTYPE
-    )
-    claimed = tl.load(claims_ptr + row.to(tl.int64) * CLAIMS + nth, mask=info[2] & is_claim, other=-1)
+    anchor, is_ours = load_contested(nth - CLAIMS, length, num_contested, truth, wide, state.contested, grid, RULE)
+    claimed = tl.load(claims_ptr + truth.row.to(tl.int64) * CLAIMS + nth, mask=truth.is_gt & is_claim, other=-1)
     anchor, is_ours = tl.where(is_claim, claimed, anchor), tl.where(is_claim, claimed >= 0, is_ours)
-    cell = info[0] * A + anchor
-    state = tl.load(target_row_ptr + cell, mask=is_ours, other=-1)
-    is_contested = is_ours & (state >= CONTESTED)
-    won = is_contested & (winner(cell, state, is_contested, best_ptr, tl.float64 == DTYPE) == row)
-    is_ours = tl.where(is_claim, is_ours & (state == row), won)
-    overlaps, metric = tl.zeros(cell.shape, DTYPE), tl.zeros(cell.shape, DTYPE)
+    cell = truth.image * grid.A + anchor
+    owner = tl.load(state.row_ptr + cell, mask=is_ours, other=-1)
+    is_contested = is_ours & (owner >= CONTESTED)
+    won = is_contested & (winner(state, cell, owner, is_contested, tl.float64 == RULE.DTYPE) == truth.row)
+    is_ours = tl.where(is_claim, is_ours & (owner == truth.row), won)
+    overlaps, metric = tl.zeros(cell.shape, RULE.DTYPE), tl.zeros(cell.shape, RULE.DTYPE)
     if tl.max(is_ours.to(tl.int32)) > 0:
-        overlaps = pair_overlaps(info[0], anchor, is_ours, box, boxes_ptr, boxes_stride, DTYPE)
-        metric = pair_metrics(
-            info[0], anchor, info[1], is_ours, overlaps, scores_ptr, scores_stride, IS_GRID, ALPHA, BETA, DTYPE
-        )
-    return anchor, is_ours, overlaps, metric
+        overlaps = pair_overlaps(truth, anchor, is_ours, boxes, RULE.DTYPE)
+        metric = pair_metrics(truth, anchor, is_ours, overlaps, scores, RULE)
+    return Pairs(anchor, is_ours, overlaps, metric)
 
 
-@triton.jit
-def _score_kernel(
-    row_sum_ptr, row_count_ptr, target_row_ptr, target_score_ptr, best_ptr, claims_ptr, contested,
-    boxes_ptr, boxes_stride, scores_ptr, scores_stride, gt, gt_stride, shapes, N, B, A,
-    CLAIMS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    MIN_SIDE: tl.constexpr, EPS: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def _task_aligned_score_kernel(
+    result, state, claims_ptr, boxes, scores, rows, grid, N, RULE: tl.constexpr, CLAIMS: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program settles the anchors of BLOCK_G rows: it writes row and target score where they stay positive.
 
     With K > 0 only the K highest metrics of a row stay, the others become background again. Only the row that owns an anchor
-    writes there; others may read it before or after, and see that it is not theirs either way. Each row's sum of target
-    scores and number of positives go to ``row_sum`` and ``row_count`` (N,).
+    writes there; others may read it before or after, and see that it is not theirs either way.
     """
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    wide = widened(box, MIN_SIDE)
-    row = offs_g.to(tl.int32)[:, None]
-    length = walk_length(info[2], wide, shapes, A, STRIDES, IS_GRID)
-    num_contested = list_length(contested, info[0], info[2])
+    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
+    wide = widened(truth.box, RULE.MIN_SIDE)
+    length = walk_length(truth, wide, grid, RULE)
+    num_contested = list_length(state.contested, truth)
     limit = CLAIMS + tl.max(tl.minimum(length, num_contested))
 
-    best, best_order = empty_list(BLOCK_G, K, KP, DTYPE)
+    best, best_order = empty_list(BLOCK_G, K, KP, RULE.DTYPE)
     if K > 0:
         start = 0
         while start < limit:
-            anchor, is_ours, overlaps, metric = _owned_pairs(
-                start + tl.arange(0, BLOCK_P)[None, :], row, info, box, wide, length, num_contested, claims_ptr, contested,
-                target_row_ptr, best_ptr, boxes_ptr, boxes_stride, scores_ptr, scores_stride, shapes, A,
-                CLAIMS, ALPHA, BETA, STRIDES, IS_GRID, DTYPE,
-            )  # fmt: skip
-            key, order = ordered(metric, anchor)
-            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
+            nth = start + tl.arange(0, BLOCK_P)[None, :]
+            pairs = _owned_pairs(
+                nth, truth, wide, length, num_contested, claims_ptr, state, boxes, scores, grid, RULE, CLAIMS
+            )
+            key, order = ordered(pairs.metric, pairs.anchor)
+            best, best_order = keep_best(best, best_order, tl.where(pairs.metric > 0, key, none(key)), order)
             start += BLOCK_P
 
-    max_metric = tl.zeros((BLOCK_G, 1), DTYPE)
-    max_overlap = tl.zeros((BLOCK_G, 1), DTYPE)
+    max_metric = tl.zeros((BLOCK_G, 1), RULE.DTYPE)
+    max_overlap = tl.zeros((BLOCK_G, 1), RULE.DTYPE)
     start = 0
     while start < limit:
-        anchor, is_ours, overlaps, metric = _owned_pairs(
-            start + tl.arange(0, BLOCK_P)[None, :], row, info, box, wide, length, num_contested, claims_ptr, contested,
-            target_row_ptr, best_ptr, boxes_ptr, boxes_stride, scores_ptr, scores_stride, shapes, A,
-            CLAIMS, ALPHA, BETA, STRIDES, IS_GRID, DTYPE,
-        )  # fmt: skip
-        if K > 0:
-            key, order = ordered(metric, anchor)
-            is_ours = is_among(tl.where(metric > 0, key, none(key)), order, best, best_order)
-        max_metric = tl.maximum(max_metric, tl.max(tl.where(is_ours, metric, 0.0), 1)[:, None])
-        max_overlap = tl.maximum(max_overlap, tl.max(tl.where(is_ours, overlaps, 0.0), 1)[:, None])
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        pairs = _owned_pairs(nth, truth, wide, length, num_contested, claims_ptr, state, boxes, scores, grid, RULE, CLAIMS)
+        stays = _stays(pairs, best, best_order, K)
+        max_metric = tl.maximum(max_metric, tl.max(tl.where(stays, pairs.metric, 0.0), 1)[:, None])
+        max_overlap = tl.maximum(max_overlap, tl.max(tl.where(stays, pairs.overlaps, 0.0), 1)[:, None])
         start += BLOCK_P
 
     score_sum = tl.zeros((BLOCK_G,), tl.int64)
     count = tl.zeros((BLOCK_G,), tl.int32)
     start = 0
     while start < limit:
-        anchor, is_ours, overlaps, metric = _owned_pairs(
-            start + tl.arange(0, BLOCK_P)[None, :], row, info, box, wide, length, num_contested, claims_ptr, contested,
-            target_row_ptr, best_ptr, boxes_ptr, boxes_stride, scores_ptr, scores_stride, shapes, A,
-            CLAIMS, ALPHA, BETA, STRIDES, IS_GRID, DTYPE,
-        )  # fmt: skip
-        stays = is_ours
-        if K > 0:
-            key, order = ordered(metric, anchor)
-            stays = is_among(tl.where(metric > 0, key, none(key)), order, best, best_order)
-        score = tl.where(stays, metric * max_overlap / (max_metric + EPS), 0.0)
-        cell = info[0] * A + anchor
-        tl.store(target_row_ptr + cell, tl.where(stays, row, -1), mask=is_ours)
-        tl.store(target_score_ptr + cell, score, mask=is_ours)
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        pairs = _owned_pairs(nth, truth, wide, length, num_contested, claims_ptr, state, boxes, scores, grid, RULE, CLAIMS)
+        stays = _stays(pairs, best, best_order, K)
+        score = tl.where(stays, pairs.metric * max_overlap / (max_metric + RULE.EPS), 0.0)
+        cell = truth.image * grid.A + pairs.anchor
+        tl.store(result.row_ptr + cell, tl.where(stays, truth.row, -1), mask=pairs.is_ours)
+        tl.store(result.score_ptr + cell, score, mask=pairs.is_ours)
         # Added up as integers, since the order of a list is any.
         score_sum += tl.sum((score * _UNIT).to(tl.int64), 1)
         count += tl.sum(stays.to(tl.int32), 1)
         start += BLOCK_P
-    tl.store(row_sum_ptr + offs_g, score_sum.to(DTYPE) / _UNIT, mask=offs_g < N)
-    tl.store(row_count_ptr + offs_g, count, mask=offs_g < N)
+    tl.store(result.row_sum_ptr + offs_g, score_sum.to(RULE.DTYPE) / _UNIT, mask=offs_g < N)
+    tl.store(result.row_count_ptr + offs_g, count, mask=offs_g < N)
 
 
 @triton.jit
-def _sum_kernel(
-    score_sum_ptr, num_fg_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+def _stays(pairs, best, best_order, K: tl.constexpr):
+    """Which pairs stay positive: all that are owned or, with K > 0, those in the list of the best."""
+    stays = pairs.is_ours
+    if K > 0:
+        key, order = ordered(pairs.metric, pairs.anchor)
+        stays = is_among(tl.where(pairs.metric > 0, key, none(key)), order, best, best_order)
+    return stays
+
+
+@triton.jit(do_not_specialize=["N", "B", "programs"])
+def _yolo11_sum_kernel(
+    sums_ptr, num_fg_ptr, result, poison_ptr, N, B, programs, IS_NORMALISER: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows' sums and counts; ``poison`` makes the sum NaN."""
-    tl.store(score_sum_ptr, total(row_sum_ptr, N, DTYPE, BLOCK) + total(poison_ptr, programs, DTYPE, BLOCK))
-    tl.store(num_fg_ptr, total(row_count_ptr, N, tl.int64, BLOCK))
+    """One program adds up the rows' sums and counts; ``poison`` makes the sum NaN.
+
+    Into ``sums`` (2,) go the sum of the target scores and B; as a normaliser, at least 1.
+    """
+    score_sum = total(result.row_sum_ptr, N, DTYPE, BLOCK) + total(poison_ptr, programs, DTYPE, BLOCK)
+    if IS_NORMALISER:
+        score_sum = tl.where(score_sum < 1, 1.0, score_sum).to(DTYPE)  # NaN stays NaN
+    tl.store(sums_ptr, score_sum)
+    tl.store(sums_ptr + 1, tl.full((), B, DTYPE))
+    tl.store(num_fg_ptr, total(result.row_count_ptr, N, tl.int64, BLOCK))
 
 
 # ---- operations
 
 
-@on_device
-def task_aligned_assign(
-    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
-    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape, dtype = scores.shape[:2], working_dtype(boxes.dtype)
-    target_row = scores.new_full(shape, -1, dtype=torch.int32)
-    target_score = scores.new_zeros(shape, dtype=dtype)
-    contested = new_list(target_row)
-    contested[1].zero_()
-    if shape.numel():
-        _assign(
-            target_row, target_score, contested, scores, boxes, points, gt_rows(image_index, labels, gt_boxes),
-            (1, 1), (1.0,), False, topk, topk2, alpha, beta, min_box_side, eps,
+class _Matching:
+    """The launches that match rows with anchors which are background yet."""
+
+    def __init__(self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int) -> None:
+        rule = Rule(
+            assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
+            compute_type(dtype),
         )  # fmt: skip
-    return target_row, target_score
+        self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 2)
+        claimed = list_sizes(assigner.topk, num_anchors)
+        self.num_claims = claimed["K"]
+        tiles = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
+        self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **claimed, **claim_sizes(N, num_anchors, 32, 8))
+        self.contests = [
+            Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
+            for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
+        ]
+        self.score = Launch(
+            _task_aligned_score_kernel, CLAIMS=self.num_claims, **list_sizes(assigner.topk2 or 0, num_anchors), **tiles
+        )
+        self.launches = self.claim, *self.contests, self.score
+
+    def fixed(self, batch_size: int, num_anchors: int) -> Buffers:
+        cells = batch_size * num_anchors
+        return {"best": (torch.int64, cells), "contested": (torch.int32, cells), "num_contested": (torch.int32, batch_size)}
+
+    def by_row(self, dtype: torch.dtype) -> Buffers:
+        return {"claims": (torch.int32, self.num_claims), "row_sum": (dtype, 1), "row_count": (torch.int32, 1)}
+
+    def __call__(
+        self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None, rows: Rows, grid: Grid
+    ) -> None:
+        stream, num_rows, claims = run.stream, run.num_rows, run.buffers.claims
+        programs = triton.cdiv(num_rows, self.block_g), 1, 1
+        self.claim(stream, programs, claims, state, boxes, scores, points, rows, grid, num_rows)
+        for contest in self.contests:
+            contest(stream, programs, state, boxes, points, rows, grid, num_rows)
+        self.score(stream, programs, result, state, claims, boxes, scores, rows, grid, num_rows)
 
 
-@on_device
-def yolo11_assign(
-    pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
-    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch_size, num_anchors, _ = pred_scores.shape
-    dtype, triton_dtype = working_dtype(pred_dist.dtype), compute_type(pred_dist.dtype)
-    boxes = empty_boxes(pred_dist, dtype)
-    target_row = pred_dist.new_empty((batch_size, num_anchors), dtype=torch.int32)
-    target_score = torch.empty_like(target_row, dtype=dtype)
-    block_a, num_warps = decode_sizes(num_anchors, reg_max, 1024)  # 2048 spilled in float32 with the logits last
-    grid = (triton.cdiv(num_anchors, block_a), batch_size)
-    poisons = pred_dist.new_empty(grid[0] * grid[1], dtype=dtype)
-    contested = new_list(target_row)
-    row_sum, row_count = poisons, target_row
-    if target_row.numel():
-        _prepare_kernel[grid](
-            boxes, boxes.stride(), target_row, target_score, contested[1], poisons, pred_dist, pred_dist.stride(),
-            tuple(feat_shapes), num_anchors, STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max),
-            DTYPE=triton_dtype, BLOCK_A=block_a, num_warps=num_warps, **FIXED,
-        )  # fmt: skip
-        row_sum, row_count = _assign(
-            target_row, target_score, contested, pred_scores, boxes, boxes, gt_rows(image_index, labels, gt_boxes),
-            tuple(feat_shapes), tuple(strides), True, topk, topk2, alpha, beta, min_box_side, 1e-9,
-        )  # fmt: skip
-    score_sum, num_fg = poisons.new_empty(()), labels.new_empty((), dtype=torch.int64)
-    _sum_kernel[(1,)](
-        score_sum, num_fg, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons),
-        DTYPE=triton_dtype, **TOTAL_SIZES, **FIXED,
-    )  # fmt: skip
-    return target_row, target_score, score_sum, num_fg
+def state_of(run: Run, target_row: Any) -> State:
+    """The state that an assignment keeps in its target rows and its workspace."""
+    return State(target_row, run.buffers.best, Anchors(run.buffers.contested, run.buffers.num_contested))
 
 
-def _assign(
-    target_row: Tensor, target_score: Tensor, contested: tuple[Tensor, Tensor], scores: Tensor, boxes: Tensor, points: Tensor,
-    rows: tuple[Any, Any], shapes: tuple[int, ...], strides: tuple[float, ...], is_grid: bool,
-    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill ``target_row`` and ``target_score``, background so far, with none ``contested``; return each row's sum and count."""
-    batch_size, num_anchors, num_classes = scores.shape
-    (gt, gt_stride), num_rows = rows, len(rows[0][0])
-    row_sum = target_score.new_empty(num_rows)
-    row_count = target_row.new_empty(num_rows)
-    if num_rows == 0:
-        return row_sum, row_count
-    best = target_row.new_empty(target_row.shape, dtype=torch.int64)
-    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 64, 2)
-    grid = (triton.cdiv(num_rows, block_g),)
-    sizes = (num_rows, batch_size, num_anchors)
-    geometry = {
-        "C": num_classes, "MIN_SIDE": min_box_side, "EPS": eps, "STRIDES": strides, "IS_GRID": is_grid,
-        "DTYPE": compute_type(boxes.dtype), "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": num_warps, **FIXED,
-    }  # fmt: skip
-    exponents = {"ALPHA": alpha, "BETA": beta}
-    claimed = list_sizes(topk, num_anchors)
-    claims = target_row.new_empty(num_rows, claimed["K"])
-    _claim_kernel[grid](
-        claims, contested, target_row, best, boxes, boxes.stride(), scores, scores.stride(), points, points.stride(),
-        gt, gt_stride, shapes, *sizes,
-        **claimed, **exponents, **{**geometry, **claim_sizes(num_rows, num_anchors, 32, 8)},
-    )  # fmt: skip
-    for is_tie_break in (False, True) if boxes.dtype == torch.float64 else (False,):
-        _contest_kernel[grid](
-            target_row, best, contested, boxes, boxes.stride(), points, points.stride(), gt, gt_stride, shapes, *sizes,
-            IS_TIE_BREAK=is_tie_break, **geometry,
+class TaskAlignedPlan(Plan):
+    """Assignment to arbitrary points."""
+
+    def __init__(self, x: TaskAlignedAssign, out: TaskAlignedAssignment, num_rows: int) -> None:
+        batch_size, num_anchors, num_classes = x.scores.shape
+        dtype = out.target_score.dtype
+        block = min(triton.next_power_of_2(num_anchors), 2**14) if INTERPRETED else 1024
+        self.programs = triton.cdiv(num_anchors, block), batch_size, 1
+        self.clear = Launch(
+            _background_kernel, 4, PACK=Pack(num_classes, False, False, 128), DTYPE=compute_type(dtype), BLOCK_A=block
+        )
+        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows)
+        fixed, by_row = self.matching.fixed(batch_size, num_anchors), self.matching.by_row(dtype)
+        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype)}), self.clear, *self.matching.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address, buffers = run.x, run.address, run.buffers
+        grid = Grid((1, 1), x.scores.shape[1])
+        row = address(run.out.target_row)
+        result = Result(row, address(run.out.target_score), buffers.row_sum, buffers.row_count)
+        state, rows = state_of(run, row), Rows(buffers.image, buffers.label, buffers.xyxy, None)
+        targets = targets_of(address, x.targets)
+        self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
+        if run.num_rows:
+            boxes, scores, points = tensor3(address, x.boxes), tensor3(address, x.scores), points_of(address, x.points, None)
+            self.matching(run, result, state, boxes, scores, points, rows, grid)
+
+
+def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
+    out = x.allocate()
+    if out.target_row.numel():
+        run(TaskAlignedPlan, x, out, len(x.targets[0]))
+    return out
+
+
+class YOLO11Assigning:
+    """The launches of YOLO11's assignment, from raw predictions."""
+
+    def __init__(self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_normaliser: bool) -> None:
+        batch_size, num_anchors, num_classes = x.pred_scores.shape
+        kind = compute_type(dtype)
+        block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
+        self.programs = triton.cdiv(num_anchors, block), batch_size, 1
+        self.num_poisons = self.programs[0] * batch_size
+        self.prepare = Launch(
+            _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
+            PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
         )  # fmt: skip
-    _score_kernel[grid](
-        row_sum, row_count, target_row, target_score, best, claims, contested, boxes, boxes.stride(), scores, scores.stride(),
-        gt, gt_stride, shapes, *sizes,
-        CLAIMS=claimed["K"], **list_sizes(topk2 or 0, num_anchors), **exponents, **geometry,
-    )  # fmt: skip
-    return row_sum, row_count
+        self.matching = _Matching(x.assigner, dtype, num_anchors, x.levels.strides, num_rows)
+        self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_normaliser, DTYPE=kind, **TOTAL_SIZES)
+        self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
+        if num_rows and self.num_poisons:
+            self.launches += self.matching.launches
+        self.grid = Grid(x.levels.feat_shapes, num_anchors)
+        self.size = x.levels.image_size
+        self.fixed = {
+            "boxes": (dtype, 4 * batch_size * num_anchors), "poison": (dtype, self.num_poisons),
+            **self.matching.fixed(batch_size, num_anchors),
+        }  # fmt: skip
+        self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
+
+    def __call__(self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows) -> None:
+        stream, buffers, grid = run.stream, run.buffers, self.grid
+        # One coordinate after another: a warp reads neighbours of each at once.
+        boxes = Tensor3(buffers.boxes, 4 * grid.A, 1, grid.A)
+        result, state = Result(row, score, buffers.row_sum, buffers.row_count), state_of(run, row)
+        batch_size, targets = self.programs[1], targets_of(run.address, run.x.targets)
+        num_rows = run.num_rows if self.num_poisons else 0
+        if self.num_poisons:
+            self.prepare(
+                stream, self.programs, boxes, result, state, buffers.poison, dist, rows, targets, grid, *self.size,
+                num_rows, batch_size,
+            )  # fmt: skip
+        if num_rows:
+            self.matching(run, result, state, boxes, scores, None, rows, grid)
+        self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)

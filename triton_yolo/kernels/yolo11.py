@@ -1,17 +1,29 @@
 """YOLO11's loss for a given assignment, forward and backward, with the one-hot target implied."""
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._precision import working_dtype
-from .boxes import expectation, log_product, overlap, overlap_derivative, sigmoid, softplus, split_softplus
+from .._signatures import (
+    YOLO11,
+    GradDistScores,
+    YOLO11Assign,
+    YOLO11Assignment,
+    YOLO11Loss,
+    YOLO11LossBackward,
+    YOLO11LossOutputs,
+    YOLO11Outputs,
+)
+from .arguments import Grid, Rows, Tensor3, compute_type, tensor3
+from .boxes import expectation, log_product, overlap, overlap_derivative, rounded, scalar, sigmoid, softplus, split_softplus
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, TOTAL_SIZES, compute_type, on_device, rounded, scalar, total
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run
+from .reduce import TOTAL_SIZES, total
+from .rows import Box, load_row_boxes
+from .task_aligned import YOLO11Assigning
 
 
 def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -29,15 +41,20 @@ def dense_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int,
     return 256, min(classes, 16), 4
 
 
+class Matched(NamedTuple):
+    """An assignment: row and target score (B, A) of every anchor; label (N,) and box (N, 4) of every row."""
+
+    row_ptr: Any
+    score_ptr: Any
+    label_ptr: Any
+    box_ptr: Any
+
+
 @triton.jit
-def _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
+def _target_sides(row, is_pos, box_ptr, stride, DTYPE: tl.constexpr):
     """Corners [n] of the true boxes in cells."""
-    row = row.to(tl.int64) * gt_stride[0]
-    x1 = tl.load(gt_ptr + row, mask=is_pos, other=0.0).to(DTYPE) / stride
-    y1 = tl.load(gt_ptr + row + gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
-    x2 = tl.load(gt_ptr + row + 2 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
-    y2 = tl.load(gt_ptr + row + 3 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE) / stride
-    return x1, y1, x2, y2
+    box = load_row_boxes(box_ptr, 4, 1, row, is_pos, DTYPE)
+    return Box(box.x1 / stride, box.y1 / stride, box.x2 / stride, box.y2 / stride)
 
 
 @triton.jit
@@ -55,12 +72,9 @@ def _bin_weights(target, bins, R: tl.constexpr):
 
 
 @triton.jit
-def _side_loss(
-    dist_ptr, dist_stride, target, share, offs_a, is_pos, side,
-    R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _side_loss(dist, image, target, share, offs_a, is_pos, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
     """Expected distance [n] of one side and its DFL, or with one bin its L1 in shares of the image."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+    logits = side_logits(dist, image, offs_a, is_pos, side, R, RP, DTYPE)
     if R == 1:
         distance = tl.sum(logits, 0)
         loss = tl.abs(distance - target) * share
@@ -76,21 +90,42 @@ def _side_loss(
 
 
 @triton.jit
-def _normaliser(score_sum_ptr, num_ranks, DTYPE: tl.constexpr):
-    score_sum = tl.load(score_sum_ptr).to(DTYPE)
-    return tl.where(score_sum < 1, 1.0, score_sum) / num_ranks  # NaN stays NaN
+def _loss_scale(grad_ptr, normaliser_ptr, DTYPE: tl.constexpr):
+    """What every gradient of a sum over anchors is multiplied by."""
+    return tl.load(grad_ptr).to(DTYPE) * tl.load(normaliser_ptr + 1).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)
 
 
 @triton.jit
-def _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE: tl.constexpr):
-    """What every gradient of a sum over anchors is multiplied by."""
-    return tl.load(grad_ptr).to(DTYPE) * batch_size * num_ranks / _normaliser(score_sum_ptr, num_ranks, DTYPE)
+def _class_loss(logits, weights_ptr, image, offs_a, mask_a, C, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Cross entropy of the logits of anchors [n] against no class, spread over a tile."""
+    ptr = logits.ptr + image * logits.image
+    # Anchors come first here and last in the box part: tiles of one shape would have to share the layout of 16-byte loads.
+    cls = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
+    start = 0
+    while start < C:
+        # The sum of log(1 + e) is the logarithm of a product, below 2^64. Its excess over 1 keeps what is small.
+        excess = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
+        end = tl.minimum(start + 64 * BLOCK_C, C)
+        while start < end:
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = mask_a[:, None] & (offs_c < C)[None, :]
+            offs = offs_a.to(tl.int64)[:, None] * logits.anchor + offs_c.to(tl.int64)[None, :] * logits.channel
+            x = tl.load(ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a loss of 0
+            if HAS_WEIGHTS:
+                weights = tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)
+                cls += softplus(x) * weights[None, :]
+            else:
+                twice, e = split_softplus(x)
+                cls += twice * 0.5
+                excess = tl.fma(excess, e, excess + e)
+            start += BLOCK_C
+        cls += log_product(excess)
+    return cls
 
 
 @triton.jit
 def _yolo11_loss_kernel(
-    partial_ptr, dist_ptr, dist_stride, logits_ptr, logits_stride, target_row_ptr, target_score_ptr,
-    labels_ptr, gt_ptr, gt_stride, weights_ptr, shapes, A, C,
+    partial_ptr, dist, logits, matched, weights_ptr, grid, height: tl.float64, width: tl.float64, C,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -101,36 +136,15 @@ def _yolo11_loss_kernel(
     image = tl.program_id(1).to(tl.int64)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
-    score = tl.load(target_score_ptr + image * A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
+    mask_a = offs_a < grid.A
+    row = tl.load(matched.row_ptr + image * grid.A + offs_a, mask=mask_a, other=-1)
+    score = tl.load(matched.score_ptr + image * grid.A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
     is_pos = row >= 0
-    label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+    label = tl.load(matched.label_ptr + row, mask=is_pos, other=-1).to(tl.int32)
 
-    logits_ptr += image * logits_stride[0]
-    # Anchors come first here and last in the box part: tiles of one shape would have to share the layout of 16-byte loads.
-    cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
-    start = 0
-    while start < C:
-        # The sum of log(1 + e) is the logarithm of a product, below 2^64. Its excess over 1 keeps what is small.
-        excess = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
-        end = tl.minimum(start + 64 * BLOCK_C, C)
-        while start < end:
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask = mask_a[:, None] & (offs_c < C)[None, :]
-            offs = offs_a.to(tl.int64)[:, None] * logits_stride[1] + offs_c.to(tl.int64)[None, :] * logits_stride[2]
-            logits = tl.load(logits_ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a loss of 0
-            if HAS_WEIGHTS:
-                weights = tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)
-                cls += softplus(logits) * weights[None, :]
-            else:
-                twice, e = split_softplus(logits)
-                cls += twice * 0.5
-                excess = tl.fma(excess, e, excess + e)
-            start += BLOCK_C
-        cls += log_product(excess)
-    offs = offs_a.to(tl.int64) * logits_stride[1] + label.to(tl.int64) * logits_stride[2]
-    hit = tl.load(logits_ptr + offs, mask=is_pos, other=0.0).to(DTYPE) * score
+    cls = _class_loss(logits, weights_ptr, image, offs_a, mask_a, C, HAS_WEIGHTS, DTYPE, BLOCK_C)
+    offs = image * logits.image + offs_a.to(tl.int64) * logits.anchor + label.to(tl.int64) * logits.channel
+    hit = tl.load(logits.ptr + offs, mask=is_pos, other=0.0).to(DTYPE) * score
     if HAS_WEIGHTS:
         hit *= tl.load(weights_ptr + label, mask=is_pos, other=0.0).to(DTYPE)
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -141,45 +155,59 @@ def _yolo11_loss_kernel(
     if tl.max(row, 0) >= 0:
         # Two anchors a thread, as in the tensors of one value an anchor; eight, as in a load of 16 bytes, spill registers.
         offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
-        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
-        dist_ptr += image * dist_stride[0]
-        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
+        gt = _target_sides(row, is_pos, matched.box_ptr, stride, DTYPE)
+        x_share, y_share = stride / scalar(width, DTYPE), stride / scalar(height, DTYPE)
         left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
         for side in range(4):
-            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            target = _of_side(side, x - gt.x1, y - gt.y1, gt.x2 - x, gt.y2 - y)
             share = _of_side(side, x_share, y_share, x_share, y_share)
-            distance, side_dfl = _side_loss(dist_ptr, dist_stride, target, share, offs_a, is_pos, side, R, RP, DTYPE)
+            distance, side_dfl = _side_loss(dist, image, target, share, offs_a, is_pos, side, R, RP, DTYPE)
             left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
             right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
             dfl += side_dfl
-        ciou = overlap(x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7)
+        ciou = overlap(x - left, y - top, x + right, y + bottom, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7)
         box = tl.where(is_pos, (1 - ciou) * score, 0.0)
         dfl = tl.where(is_pos, dfl / 4 * score, 0.0)
     tl.store(partial_ptr + program, tl.sum(box))
     tl.store(partial_ptr + 2 * programs + program, tl.sum(dfl))
 
 
-@triton.jit
+class Loss(NamedTuple):
+    """Loss (), its terms (3,), and the normaliser for backward (2,)."""
+
+    ptr: Any
+    terms_ptr: Any
+    held_ptr: Any
+
+
+@triton.jit(do_not_specialize=["programs"])
 def _yolo11_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, score_sum_ptr, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64,
-    batch_size, num_ranks, programs, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    loss, partial_ptr, normaliser_ptr, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64, programs,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums and writes the loss and its three terms."""
-    normaliser = _normaliser(score_sum_ptr, num_ranks, DTYPE)
+    """One program adds up the partial sums and writes the loss and its three terms.
+
+    Into ``held`` it writes the normaliser for the backward pass: NaN if the sum over the class logits is.
+    """
+    cls = total(partial_ptr + programs, programs, DTYPE, BLOCK)
+    is_broken = cls != cls
+    normaliser = tl.where(is_broken, cls, tl.load(normaliser_ptr).to(DTYPE))
+    batch_size = tl.where(is_broken, cls, tl.load(normaliser_ptr + 1).to(DTYPE))
+    tl.store(loss.held_ptr, normaliser)
+    tl.store(loss.held_ptr + 1, batch_size)
     box_term = scalar(box_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
-    cls_term = scalar(cls_gain, DTYPE) * total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
+    cls_term = scalar(cls_gain, DTYPE) * cls / normaliser
     dfl_term = scalar(dfl_gain, DTYPE) * total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
-    tl.store(terms_ptr, box_term)
-    tl.store(terms_ptr + 1, cls_term)
-    tl.store(terms_ptr + 2, dfl_term)
-    tl.store(loss_ptr, batch_size * num_ranks * (box_term + cls_term + dfl_term))
+    tl.store(loss.terms_ptr, box_term)
+    tl.store(loss.terms_ptr + 1, cls_term)
+    tl.store(loss.terms_ptr + 2, dfl_term)
+    tl.store(loss.ptr, batch_size * (box_term + cls_term + dfl_term))
 
 
 @triton.jit
 def _class_grad_kernel(
-    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    labels_ptr, weights_ptr, cls_gain: tl.float64, batch_size, num_ranks, A,
+    out, grad_ptr, normaliser_ptr, logits, matched, weights_ptr, cls_gain: tl.float64, A,
     C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads one tile of class logits and writes its gradient."""
@@ -187,28 +215,28 @@ def _class_grad_kernel(
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_a = offs_a < A
-    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
-    score = tl.load(target_score_ptr + image * A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
-    label = tl.load(labels_ptr + row, mask=row >= 0, other=-1).to(tl.int32)
+    row = tl.load(matched.row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    score = tl.load(matched.score_ptr + image * A + offs_a, mask=mask_a, other=0.0).to(DTYPE)
+    label = tl.load(matched.label_ptr + row, mask=row >= 0, other=-1).to(tl.int32)
 
     mask = mask_a[None, :] & (offs_c < C)[:, None]
-    offs = offs_c.to(tl.int64)[:, None] * logits_stride[2] + offs_a.to(tl.int64)[None, :] * logits_stride[1]
-    logits = tl.load(logits_ptr + image * logits_stride[0] + offs, mask=mask, other=0.0).to(DTYPE)
-    error = sigmoid(logits) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
+    offs = offs_c.to(tl.int64)[:, None] * logits.channel + offs_a.to(tl.int64)[None, :] * logits.anchor
+    x = tl.load(logits.ptr + image * logits.image + offs, mask=mask, other=0.0).to(DTYPE)
+    error = sigmoid(x) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
     if HAS_WEIGHTS:
         error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
-    scale = scalar(cls_gain, DTYPE) * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
-    offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
-    tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
+    scale = scalar(cls_gain, DTYPE) * _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+    offs = offs_c.to(tl.int64)[:, None] * out.channel + offs_a.to(tl.int64)[None, :] * out.anchor
+    tl.store(out.ptr + image * out.image + offs, rounded(error * scale, out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _side_grad(
-    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
+    out, dist, image, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
     R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one side's logits: through the distance, and from DFL (or L1)."""
-    logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+    logits = side_logits(dist, image, offs_a, is_pos, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None].to(DTYPE)
     probs, distance = expectation(logits, bins, R)
     if R == 1:
@@ -218,14 +246,13 @@ def _side_grad(
     else:
         through = probs * (bins - distance[None, :]) * d_distance[None, :]
         grad = through + dfl_weight[None, :] * (probs - _bin_weights(target, bins, R))
-    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
+    store_side(out, image, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
 
 
 @triton.jit
 def _box_grad_kernel(
-    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    gt_ptr, gt_stride, shapes, box_gain: tl.float64, dfl_gain: tl.float64, batch_size, num_ranks, A,
-    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
+    out, grad_ptr, normaliser_ptr, dist, matched, grid, height: tl.float64, width: tl.float64, box_gain: tl.float64,
+    dfl_gain: tl.float64, STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of the box logits of BLOCK_A anchors of one image, 0 for background.
 
@@ -233,90 +260,161 @@ def _box_grad_kernel(
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
-    mask_a = offs_a < A
-    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    mask_a = offs_a < grid.A
+    row = tl.load(matched.row_ptr + image * grid.A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    out_ptr += image * out_stride[0]
+    scale = _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
     if tl.max(row, 0) >= 0:
-        dist_ptr += image * dist_stride[0]
-        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
+        gt = _target_sides(row, is_pos, matched.box_ptr, stride, DTYPE)
         left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
         for side in range(4):
-            distance = side_distance(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
+            distance = side_distance(dist, image, offs_a, is_pos, side, R, RP, DTYPE)
             left, top = tl.where(side == 0, distance, left), tl.where(side == 1, distance, top)
             right, bottom = tl.where(side == 2, distance, right), tl.where(side == 3, distance, bottom)
         d_x1, d_y1, d_x2, d_y2 = overlap_derivative(
-            x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
+            x - left, y - top, x + right, y + bottom, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7
         )
-        score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
-        weight = score * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
+        score = tl.load(matched.score_ptr + image * grid.A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
+        weight = score * scale
         box_weight, dfl_weight = scalar(box_gain, DTYPE) * weight, scalar(dfl_gain, DTYPE) / 4 * weight
-        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        x_share, y_share = stride / scalar(width, DTYPE), stride / scalar(height, DTYPE)
         for side in range(4):
-            target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
+            target = _of_side(side, x - gt.x1, y - gt.y1, gt.x2 - x, gt.y2 - y)
             share = _of_side(side, x_share, y_share, x_share, y_share)
             d_distance = box_weight * _of_side(side, d_x1, d_y1, -d_x2, -d_y2)
             _side_grad(
-                out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight,
-                offs_a, mask_a, is_pos, side, R, RP, DTYPE,
-            )  # fmt: skip
+                out, dist, image, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side, R, RP, DTYPE
+            )
     else:
+        zeros = tl.zeros((RP, BLOCK_A), DTYPE)
         for side in range(4):
-            store_side(out_ptr, out_stride, tl.zeros((RP, BLOCK_A), DTYPE), offs_a, mask_a, side, R, RP)
+            store_side(out, image, zeros, offs_a, mask_a, side, R, RP)
 
 
-@on_device
-def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    images, num_anchors, num_classes = pred_scores.shape
-    block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
-    grid = (triton.cdiv(num_anchors, block_a), images)
-    dtype = working_dtype(pred_dist.dtype)
-    partial = pred_dist.new_empty((3, grid[0] * grid[1]), dtype=dtype)
-    loss, terms = pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
-    if partial.numel():
-        _yolo11_loss_kernel[grid](
-            partial, pred_dist, pred_dist.stride(), pred_scores, pred_scores.stride(), target_row, target_score,
-            labels, gt_boxes, gt_boxes.stride(), class_weights, tuple(feat_shapes), num_anchors, num_classes,
-            STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max),
-            HAS_WEIGHTS=class_weights is not None, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
-            num_warps=num_warps, **FIXED,
+# ---- operations
+
+
+class _Loss:
+    """The launches of the loss of an assignment."""
+
+    def __init__(self, x: YOLO11 | YOLO11Loss, dtype: torch.dtype) -> None:
+        batch_size, num_anchors, self.num_classes = x.pred_scores.shape
+        block_a, block_c, num_warps = dense_sizes(num_anchors, self.num_classes, x.pred_scores.stride(2))
+        kind = compute_type(dtype)
+        self.programs = triton.cdiv(num_anchors, block_a), batch_size, 1
+        self.num_programs = self.programs[0] * batch_size
+        self.loss = Launch(
+            _yolo11_loss_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
+            HAS_WEIGHTS=x.class_weights is not None, DTYPE=kind, BLOCK_A=block_a, BLOCK_C=block_c,
         )  # fmt: skip
-    _yolo11_total_kernel[(1,)](
-        loss, terms, partial, score_sum, *gains, images, num_ranks, partial.shape[1],
-        DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
-    )  # fmt: skip
-    return loss, terms
+        self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
+        self.launches = self.total, *((self.loss,) if self.num_programs else ())
+        self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
+        self.fixed = {"partial": (dtype, 3 * self.num_programs)}
+
+    def __call__(self, run: Run, dist: Tensor3, scores: Tensor3, matched: Matched, normaliser: Any, loss: Loss) -> None:
+        x, partial = run.x, run.buffers.partial
+        weights = None if x.class_weights is None else run.address(x.class_weights)
+        if self.num_programs:
+            self.loss(run.stream, self.programs, partial, dist, scores, matched, weights, self.grid, *self.size, self.num_classes)
+        self.total(run.stream, (1, 1, 1), loss, partial, normaliser, *x.gains, self.num_programs)
 
 
-@on_device
-def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_dist, grad_scores = torch.empty_like(pred_dist), torch.empty_like(pred_scores)
-    images, num_anchors, num_classes = pred_scores.shape
-    if images * num_anchors == 0:
-        return grad_dist, grad_scores
-    box_gain, cls_gain, dfl_gain = gains
-    dtype = compute_type(pred_dist.dtype)
-    block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
-    _class_grad_kernel[(triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), images)](
-        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, score_sum,
-        labels, class_weights, cls_gain, images, num_ranks, num_anchors,
-        C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
-        num_warps=num_warps, **FIXED,
-    )  # fmt: skip
-    block_a, num_warps = decode_sizes(num_anchors, reg_max, 512)  # CIoU's derivative needs the other registers
-    _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
-        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, score_sum,
-        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, images, num_ranks, num_anchors,
-        STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=dtype, BLOCK_A=block_a,
-        num_warps=num_warps, **FIXED,
-    )  # fmt: skip
-    return grad_dist, grad_scores
+class _AssignPlan(Plan):
+    def __init__(self, x: YOLO11Assign, out: YOLO11Assignment, num_rows: int) -> None:
+        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_normaliser=False)
+        super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
+
+    def launch(self, run: Run) -> None:
+        row, score, sums, num_fg, label, box = map(run.address, run.out)
+        dist, scores = tensor3(run.address, run.x.pred_dist), tensor3(run.address, run.x.pred_scores)
+        self.assign(run, dist, scores, row, score, sums, num_fg, Rows(run.buffers.image, label, box, None))
+
+
+class _LossPlan(Plan):
+    def __init__(self, x: YOLO11Loss, out: YOLO11LossOutputs, num_rows: int) -> None:
+        self.loss = _Loss(x, out.loss.dtype)
+        super().__init__(Workspace(self.loss.fixed), *self.loss.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
+        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
+        self.loss(run, dist, scores, matched, address(x.normaliser), Loss(*map(address, run.out)))
+
+
+class _CriterionPlan(Plan):
+    def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
+        dtype = out.loss.dtype
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_normaliser=True)
+        self.loss = _Loss(x, dtype)
+        workspace = Workspace({**self.assign.fixed, **self.loss.fixed, "normaliser": (dtype, 2)}, self.assign.by_row)
+        super().__init__(workspace, *self.assign.launches, *self.loss.launches)
+
+    def launch(self, run: Run) -> None:
+        loss, terms, held, row, score, num_fg, label, box = map(run.address, run.out)
+        dist, scores = tensor3(run.address, run.x.pred_dist), tensor3(run.address, run.x.pred_scores)
+        normaliser = run.buffers.normaliser
+        self.assign(run, dist, scores, row, score, normaliser, num_fg, Rows(run.buffers.image, label, box, None))
+        self.loss(run, dist, scores, Matched(row, score, label, box), normaliser, Loss(loss, terms, held))
+
+
+class _GradPlan(Plan):
+    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
+        batch_size, num_anchors, num_classes = x.pred_scores.shape
+        block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, x.pred_scores.stride(2))
+        dtype = compute_type(x.target_score.dtype)
+        self.class_programs = triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), batch_size
+        self.class_grad = Launch(
+            _class_grad_kernel, num_warps, C=num_classes, HAS_WEIGHTS=x.class_weights is not None, DTYPE=dtype,
+            BLOCK_A=block_a, BLOCK_C=block_c,
+        )  # fmt: skip
+        block_a, num_warps = decode_sizes(num_anchors, x.reg_max, 512)  # CIoU's derivative needs the other registers
+        self.box_programs = triton.cdiv(num_anchors, block_a), batch_size, 1
+        self.box_grad = Launch(
+            _box_grad_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
+            DTYPE=dtype, BLOCK_A=block_a,
+        )  # fmt: skip
+        self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
+        super().__init__(Workspace(), self.class_grad, self.box_grad)
+
+    def launch(self, run: Run) -> None:
+        x, out, address = run.x, run.out, run.address
+        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
+        weights = None if x.class_weights is None else address(x.class_weights)
+        grad, normaliser = address(x.grad), address(x.held)
+        box_gain, cls_gain, dfl_gain = x.gains
+        self.class_grad(
+            run.stream, self.class_programs, tensor3(address, out.grad_pred_scores), grad, normaliser,
+            tensor3(address, x.pred_scores), matched, weights, cls_gain, self.grid.A,
+        )  # fmt: skip
+        self.box_grad(
+            run.stream, self.box_programs, tensor3(address, out.grad_pred_dist), grad, normaliser,
+            tensor3(address, x.pred_dist), matched, self.grid, *self.size, box_gain, dfl_gain,
+        )  # fmt: skip
+
+
+def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
+    out = x.allocate()
+    run(_AssignPlan, x, out, len(x.targets[0]))
+    return out
+
+
+def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
+    out = x.allocate()
+    run(_LossPlan, x, out)
+    return out
+
+
+def yolo11(x: YOLO11) -> YOLO11Outputs:
+    out = x.allocate()
+    run(_CriterionPlan, x, out, len(x.targets[0]))
+    return out
+
+
+def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
+    out = x.allocate()
+    if x.target_row.numel():
+        run(_GradPlan, x, out)
+    return out

@@ -1,0 +1,178 @@
+"""The only place that launches kernels: at first through Triton's own path, then bound to what that compiled.
+
+A ``Plan`` holds what an operation needs beside its tensors: sizes, grids, constants and the layout of its workspace. It is made
+once for a key, which tells everything that Triton compiles for. Its first run passes tensors to Triton, whose binder looks at
+their types and addresses and compiles; later runs pass addresses to what was compiled.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+from .._signatures import BY_ROW
+
+INTERPRETED = isinstance(tl.sum, InterpretedFunction)
+"""Whether kernels run in Triton's interpreter, where few programs with large tiles are fast."""
+
+_ALIGNMENT = 16  # bytes, which Triton looks for in an address
+_MAX_PLANS = 256
+
+Grid = tuple[int, int, int]
+Buffers = dict[str, tuple[torch.dtype, int]]
+
+
+class Launch:
+    """A kernel with its constants.
+
+    No contraction to fused multiply-adds: two kernels that evaluate one formula get the same bits.
+    """
+
+    def __init__(self, kernel: Any, num_warps: int, **constants: Any) -> None:
+        self._kernel, self._constants = kernel, constants
+        self._options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        self._bound: tuple[Any, Any, Any, tuple[Any, ...]] | None = None
+
+    def __call__(self, stream: int | None, grid: Grid, *args: Any) -> None:
+        """Launch what is bound on ``stream``, with addresses for tensors; or, if that is None, let Triton launch and bind."""
+        if stream is None:
+            self._bound = _bound(self._kernel[grid](*args, **self._constants, **self._options), self._trailing(len(args)))
+        else:
+            assert self._bound is not None
+            run, function, metadata, constants = self._bound
+            run(*grid, stream, function, metadata, None, None, None, *args, *constants)
+
+    def _trailing(self, num_args: int) -> tuple[Any, ...]:
+        return tuple(self._constants[name] for name in self._kernel.arg_names[num_args:])
+
+    @property
+    def is_bound(self) -> bool:
+        return self._bound is not None
+
+
+def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:
+    """What a launch of a compiled kernel takes; None if this version of Triton, or its interpreter, has something else."""
+    try:
+        return compiled.run, compiled.function, compiled.packed_metadata, constants
+    except AttributeError:
+        return None
+
+
+class Workspace:
+    """Memory of one run, cut into named buffers.
+
+    Args:
+        fixed: type and number of elements of every buffer.
+        by_row: type and number of elements a ground-truth row.
+    """
+
+    def __init__(self, fixed: Buffers | None = None, by_row: Buffers | None = None) -> None:
+        fixed, by_row = fixed or {}, by_row or {}
+        self._fixed, self._by_row = list(fixed.values()), list(by_row.values())
+        self._buffers = namedtuple("Memory", [*fixed, *by_row])  # type: ignore[misc]
+        *self._starts, self._end = accumulate((_aligned(n * dtype.itemsize) for dtype, n in self._fixed), initial=0)
+        *self._row_starts, self._row_end = accumulate((n * dtype.itemsize for dtype, n in self._by_row), initial=0)
+
+    def tensors(self, device: torch.device, num_rows: int) -> Any:
+        """One tensor a buffer: an access past its end is one past the end of its memory."""
+        counts = [*self._fixed, *((dtype, n * num_rows) for dtype, n in self._by_row)]
+        return self._buffers._make(torch.empty(n, dtype=dtype, device=device) for dtype, n in counts)
+
+    def addresses(self, device: torch.device, num_rows: int) -> tuple[Tensor, Any]:
+        """One tensor for all of them; and where in it each begins."""
+        num_rows = _aligned(num_rows)  # keeps every buffer aligned
+        memory = torch.empty(self._end + num_rows * self._row_end, dtype=torch.uint8, device=device)
+        base = memory.data_ptr()
+        row_base = base + self._end
+        starts = [base + start for start in self._starts] + [row_base + num_rows * start for start in self._row_starts]
+        return memory, self._buffers._make(starts)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class Run(NamedTuple):
+    """One run of a plan: ``address`` gives what kernels take for a tensor, ``buffers`` are those of its workspace."""
+
+    stream: int | None
+    address: Callable[[Tensor], Any]
+    x: Any
+    out: Any
+    buffers: Any
+    num_rows: int
+
+
+class Plan:
+    """What an operation needs beside its tensors; a subclass works it out from the inputs and outputs of the first run.
+
+    Args:
+        workspace: memory of a run.
+        launches: all launches that ``launch`` makes.
+    """
+
+    def __init__(self, workspace: Workspace, *launches: Launch) -> None:
+        self._workspace, self._launches, self._is_bound = workspace, launches, False
+
+    def launch(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def __call__(self, x: Any, out: Any, num_rows: int) -> None:
+        device = out[0].device
+        with _device_guard(device):
+            if self._is_bound and not _is_watched() and all(t.data_ptr() % _ALIGNMENT == 0 for t in out):
+                stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
+                memory, buffers = self._workspace.addresses(device, num_rows)
+                self.launch(Run(stream, Tensor.data_ptr, x, out, buffers, num_rows))
+                del memory  # not before: what is launched next on this stream may get it
+            else:
+                self.launch(Run(None, _itself, x, out, self._workspace.tensors(device, num_rows), num_rows))
+                self._is_bound = all(launch.is_bound for launch in self._launches)
+
+
+_plans: dict[Any, Plan] = {}
+
+
+def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int = 0) -> None:
+    """Run the plan that ``make`` makes, once for all inputs that differ in nothing but numbers and rows of ground truth."""
+    key = make, triton.next_power_of_2(num_rows) if INTERPRETED else num_rows > 0, *map(_key, x, x._fields)
+    plan = _plans.get(key)
+    if plan is None:
+        while len(_plans) >= _MAX_PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        plan = _plans[key] = make(x, out, num_rows)
+    plan(x, out, num_rows)
+
+
+def _key(value: Any, name: str) -> Any:
+    """All that Triton compiles for, and sizes depend on, of an input."""
+    if isinstance(value, Tensor):
+        size = None if name in BY_ROW else value.shape
+        return value.dtype, size, value.stride(), value.data_ptr() % _ALIGNMENT, value.device
+    if isinstance(value, list):
+        return *(_key(part, name) for part in value),
+    return value
+
+
+def _is_watched() -> bool:
+    """Whether somebody asked Triton to be called at every launch."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on a device that need not be the current one."""
+    if device.type not in ("cuda", "xpu"):
+        return nullcontext()
+    return torch.get_device_module(device).device(device)
