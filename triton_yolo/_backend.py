@@ -1,5 +1,7 @@
 """Which implementation runs an operation."""
 
+import functools
+import importlib
 import os
 from typing import Any
 
@@ -44,22 +46,29 @@ class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabl
         _current = self._previous
 
 
-def implementation(device: torch.device) -> Any:
-    """Return what has the operations for tensors on ``device`` as attributes."""
-    from . import eager
+def current() -> str:
+    return _current
 
-    if _current == "eager" or (_current == "auto" and device.type not in _TRITON_DEVICES):
-        return eager
+
+def implementation(device: torch.device, name: str = "") -> Any:
+    """Return what has the operations for tensors on ``device`` as attributes: of the backend ``name``, or the current one."""
+    name = name or _current
+    if name == "eager" or (name == "auto" and device.type not in _TRITON_DEVICES):
+        return _module("eager")
     if device.type == "cpu" and not _is_interpreted():
         raise RuntimeError(
             "backend 'triton' runs on CPU tensors only in Triton's interpreter: "
             "set TRITON_INTERPRET=1 in the environment before Python starts, or use backend 'eager'"
         )
-    from . import kernels
-
-    return kernels
+    return _module("kernels")
 
 
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+@functools.cache
 def _is_interpreted() -> bool:
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction

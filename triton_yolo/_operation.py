@@ -1,13 +1,14 @@
 """How an operation becomes an operator of PyTorch: everything follows from the fields of its inputs and outputs."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _backend
+from ._precision import working
 
 _LIBRARY = torch.library.Library("triton_yolo", "DEF")
 _SCHEMAS = {
@@ -23,21 +24,7 @@ _SCHEMAS = {
     tuple[float, ...]: "float[]",
 }
 Outputs = TypeVar("Outputs", bound=tuple)
-
-
-class _Field(NamedTuple):
-    name: str
-    kind: Any
-    parts: tuple["_Field", ...]  # of a field that is a NamedTuple itself
-
-    @property
-    def width(self) -> int:
-        return max(len(self.parts), 1)
-
-
-def _fields(kind: Any) -> tuple[_Field, ...]:
-    hints = get_type_hints(kind)
-    return tuple(_Field(name, hints[name], () if hints[name] in _SCHEMAS else _fields(hints[name])) for name in kind._fields)
+Differentiable = Callable[[list[Any]], tuple[Tensor, ...]]
 
 
 class Operation(Generic[Outputs]):
@@ -56,57 +43,73 @@ class Operation(Generic[Outputs]):
     ) -> None:
         self.name, self.inputs = name, inputs
         self.outputs = get_type_hints(inputs.allocate)["return"]
-        self.fields = _fields(inputs)
-        arguments = [f"{_SCHEMAS[part.kind]} {part.name}" for field in self.fields for part in field.parts or (field,)]
+        kinds: dict[str, Any] = {}
+        self._groups: list[tuple[int, int, Any]] = []  # first and last place, type of fields that are NamedTuples
+        for field, kind in _kinds(inputs).items():
+            parts = {field: kind} if kind in _SCHEMAS else _kinds(kind)
+            if kind not in _SCHEMAS:
+                self._groups.insert(0, (len(kinds), len(kinds) + len(parts), kind))
+            kinds.update(parts)
+        self.names = tuple(kinds)
+        self._tuples = [place for place, kind in enumerate(kinds.values()) if get_origin(kind) is tuple]
+        arguments = ", ".join(f"{_SCHEMAS[kind]} {field}" for field, kind in kinds.items())
         results = ", ".join(["Tensor"] * len(self.outputs._fields))
-        _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({results})")
+        _LIBRARY.define(f"{name}({arguments}) -> ({results})")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"triton_yolo::{name}", self._fake, lib=_LIBRARY)
         self.operator = getattr(torch.ops.triton_yolo, name).default
         self._check = check
-        self._differentiable = None if gradient is None else _differentiable(self, gradient)
+        self._differentiable: Differentiable | None = None
+        if gradient is not None:
+            self._differentiable = _with_gradient(self, gradient)
+        elif any(field.startswith("grad_") for field in self.outputs._fields) and "grad" not in self.names:
+            self._differentiable = _with_gradients_inside(self)
 
     def __call__(self, x: Any) -> Outputs:
-        if self._differentiable is not None and torch.is_grad_enabled():
-            result = self._differentiable(*self.flat(x))
-        else:
-            result = self.operator(*self.flat(x))
-        return self.outputs._make(result if isinstance(result, tuple) else (result,))
+        if self._differentiable is None or not torch.is_grad_enabled():
+            return self.outputs._make(self.run(x))
+        result = self._differentiable(x)
+        return self.outputs(*result, *[None] * (len(self.outputs._fields) - len(result)))  # gradients that are kept
+
+    def run(self, x: Any) -> tuple[Tensor, ...]:
+        """Run without a gradient. What nobody watches goes straight to the backend; the operator costs as much as ten launches."""
+        return self._compute(x) if _is_unwatched(x[0]) else self.run_operator(self.flat(x))
+
+    def run_operator(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
+        result = self.operator(*flat)
+        return result if isinstance(result, tuple) else (result,)
 
     def flat(self, x: Any) -> list[Any]:
-        """The inputs as the operator takes them."""
-        result: list[Any] = []
-        for field, value in zip(self.fields, x, strict=True):
-            if field.parts:
-                result.extend(value)
-            else:
-                result.append(value)
+        """The inputs as the operator takes them: fields that are NamedTuples one by one."""
+        result = list(x)
+        shift = 0
+        for start, end, _ in reversed(self._groups):
+            place = start - shift
+            result[start : start + 1] = x[place]
+            shift += end - start - 1
         return result
 
-    def nested(self, flat: tuple[Any, ...]) -> Any:
-        """The opposite of ``flat``. The operator hands tuples over as lists."""
-        values, start = [], 0
-        for field in self.fields:
-            if field.parts:
-                end = start + len(field.parts)
-                values.append(field.kind._make(tuple(v) if type(v) is list else v for v in flat[start:end]))
-                start = end
-            else:
-                value = flat[start]
-                values.append(tuple(value) if type(value) is list and field.kind is not list[Tensor] else value)
-                start += 1
+    def nested(self, flat: Sequence[Any]) -> Any:
+        """The opposite of ``flat``; the operator hands tuples over as lists."""
+        values = list(flat)
+        for place in self._tuples:
+            values[place] = tuple(values[place])
+        for start, end, kind in self._groups:
+            values[start:end] = (kind._make(values[start:end]),)
         return self.inputs._make(values)
 
-    def _run(self, *flat: Any) -> Any:
-        x = self.nested(flat)
+    def _compute(self, x: Any) -> tuple[Tensor, ...]:
         if self._check is not None:
             self._check(x)
         device = x[0].device
         function = getattr(_backend.implementation(device, getattr(x, "backend", "")), self.name)
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):  # types are explicit here
-                return _unpacked(function(x))
-        return _unpacked(function(x))
+                return function(x)
+        return function(x)
+
+    def _run(self, *flat: Any) -> Any:
+        return _unpacked(self._compute(self.nested(flat)))
 
     def _fake(self, *flat: Any) -> Any:
         return _unpacked(self.nested(flat).allocate())
@@ -117,44 +120,128 @@ def _unpacked(outputs: tuple[Any, ...]) -> Any:
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _differentiable(operation: Operation, gradient: Operation) -> Callable[..., Any]:
-    """Join an operation and its gradient, whose inputs are inputs and outputs of the operation by name."""
-    places = {name: place for place, name in enumerate(_flat_names(operation))}
-    wanted = [name for name in _flat_names(gradient) if name not in ("grad", "backend")]
-    num_inputs, results = len(places), operation.outputs._fields
-    places.update({name: num_inputs + place for place, name in enumerate(results)})
-    sources = [places[name] for name in wanted]
-    grads = [gradient.outputs._fields.index(f"grad_{name}") if f"grad_{name}" in gradient.outputs._fields else None
-             for name in _flat_names(operation)]  # fmt: skip
-    has_backend = "backend" in _flat_names(gradient)
+def _is_unwatched(x: Tensor) -> bool:
+    """Whether neither a graph nor a mode, a subclass or a profiler wants to see which operators run."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _kinds(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {name: hints[name] for name in kind._fields}
+
+
+def _with_gradient(operation: "Operation", gradient: "Operation") -> Differentiable:
+    """Join an operation and its gradient, which takes inputs and outputs of the operation by their names."""
+    known = [*operation.names, *operation.outputs._fields]
+    sources = [known.index(name) for name in gradient.names if name not in ("grad", "backend")]
+    grads = [f"grad_{name}" for name in operation.names]
+    places = [gradient.outputs._fields.index(name) if name in gradient.outputs._fields else None for name in grads]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> tuple[Tensor, ...]:
-            result = operation.operator(*flat)
-            return result if isinstance(result, tuple) else (result,)
+            return operation.run_operator(flat)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             values = [(*inputs, *output)[source] for source in sources]
-            ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
-            ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in values]
+            ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
+            ctx.others = [None if isinstance(value, Tensor) else value for value in values]
             # Autograd runs backward in threads of its own, which know nothing of a context.
-            ctx.backend = (_backend.current() if not torch.compiler.is_compiling() else "",) if has_backend else ()
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.backend = "" if torch.compiler.is_compiling() else _backend.current()
+            _only_first_has_gradient(ctx, output)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            flat = [next(saved) if item is None else item[0] for item in ctx.rest]
-            result = gradient.operator(grad, *flat, *ctx.backend)
-            result = result if isinstance(result, tuple) else (result,)
-            return tuple(None if place is None else result[place] for place in grads)
+            values = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            result = gradient.run(gradient.nested([grad, *values, ctx.backend]))
+            return tuple([None if place is None else result[place] for place in places])
 
-    Function.__name__ = Function.__qualname__ = operation.name
-    return Function.apply
+    return _called(operation, Function, Function)
 
 
-def _flat_names(operation: Operation) -> Iterator[str]:
-    return (part.name for field in operation.fields for part in field.parts or (field,))
+def _with_gradients_inside(operation: "Operation") -> Differentiable:
+    """Let an operation give back the gradients that it put out, times that of its first output."""
+    names = operation.outputs._fields
+    first = min(place for place, name in enumerate(names) if name.startswith("grad_"))
+    sources = [operation.names.index(name.removeprefix("grad_")) for name in names[first:]]
+
+    def placed(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * len(operation.names)
+        for source, grad in zip(sources, grads, strict=True):
+            result[source] = grad
+        return tuple(result)
+
+    class Functional(torch.autograd.Function):
+        """For graphs, in which nothing is changed in place."""
+
+        @staticmethod
+        def forward(*flat: Any) -> tuple[Tensor, ...]:
+            return operation.run_operator(flat)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*output[first:])
+            _only_first_has_gradient(ctx, output)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            return placed([(working(x) * grad).to(x.dtype) for x in ctx.saved_tensors])
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
+            output = operation.run(x)
+            ctx.save_for_backward(*leaves)
+            ctx.x, ctx.grads, ctx.backend = x, output[first:], _backend.current()
+            ctx.mark_non_differentiable(*output[1:first])
+            ctx.set_materialize_grads(False)  # of the others it would make zeros
+            return output[:first]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:  # of a graph that was retained: they went to whoever asked first, and are computed again
+                grads = operation.run(ctx.x)[first:]
+            _scale(grads, grad, ctx.backend)
+            return (None, *grads)
+
+    def call(x: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return Functional.apply(*operation.flat(x))
+        return InPlace.apply(x, *[x[source] for source in sources])
+
+    return call
+
+
+def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of the others it would make zeros
+
+
+def _called(operation: "Operation", plain: Any, functional: Any) -> Differentiable:
+    """Apply one of two functions: a graph and ``torch.func`` need a functional one with a context of its own."""
+    for function in (plain, functional):
+        function.__name__ = function.__qualname__ = operation.name
+
+    def call(x: Any) -> tuple[Tensor, ...]:
+        is_graph = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (functional if is_graph else plain).apply(*operation.flat(x))
+
+    return call
+
+
+def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:
+    if type(grad) is Tensor:
+        _backend.implementation(grad.device, backend).scale_(grads, grad)
+    else:
+        for x in grads:
+            x.mul_(grad)

@@ -326,20 +326,17 @@ class YOLO11LossBackward(NamedTuple):
 
 
 class YOLO11Outputs(NamedTuple):
-    """What ``YOLO11Assign`` and ``YOLO11Loss`` put out together."""
+    """The loss (); its weighted terms (3,): box, cls, dfl; number of positives; gradients, without elements if nobody wants them."""
 
     loss: Tensor
     terms: Tensor
-    held: Tensor
-    target_row: Tensor
-    target_score: Tensor
     num_fg: Tensor
-    gt_labels: Tensor
-    gt_boxes: Tensor
+    grad_pred_dist: Tensor
+    grad_pred_scores: Tensor
 
 
 class YOLO11(NamedTuple):
-    """The whole criterion of one process."""
+    """The whole criterion of one process, and its gradients on the way."""
 
     pred_dist: Tensor
     pred_scores: Tensor
@@ -349,14 +346,13 @@ class YOLO11(NamedTuple):
     reg_max: int
     assigner: TaskAligned
     gains: tuple[float, ...]
+    wants_grad: bool
 
     def allocate(self) -> YOLO11Outputs:
         dist, dtype = self.pred_dist, wider(self.pred_dist, self.pred_scores)
-        gt = new_ground_truth(self.targets, dtype)
         return YOLO11Outputs(
-            *(dist.new_empty(shape, dtype=dtype) for shape in ((), 3, 2)),
-            _of_anchors(dist, torch.int32), _of_anchors(dist, dtype), dist.new_empty((), dtype=torch.int64),
-            gt.labels, gt.boxes_xyxy,
+            dist.new_empty((), dtype=dtype), dist.new_empty(3, dtype=dtype), dist.new_empty((), dtype=torch.int64),
+            _grad_of(dist, self.wants_grad), _grad_of(self.pred_scores, self.wants_grad),
         )  # fmt: skip
 
 
@@ -460,20 +456,16 @@ class YOLOXLossBackward(NamedTuple):
 
 
 class YOLOXOutputs(NamedTuple):
-    """What ``YOLOXAssign`` and ``YOLOXLoss`` put out together, with positives per ground truth ()."""
+    """The loss (); its weighted terms (4,); positives per ground truth (); gradient, without elements if nobody wants it."""
 
     loss: Tensor
     terms: Tensor
     num_fg: Tensor
-    normaliser: Tensor
-    target_row: Tensor
-    matched_iou: Tensor
-    gt_labels: Tensor
-    gt_boxes: Tensor
+    grad_preds: Tensor
 
 
 class YOLOX(NamedTuple):
-    """The whole criterion of one process."""
+    """The whole criterion of one process, and its gradient on the way."""
 
     preds: Tensor
     targets: list[Tensor]
@@ -482,14 +474,16 @@ class YOLOX(NamedTuple):
     assigner: SimOTA
     iou_loss: str
     iou_gain: float
+    wants_grad: bool
 
     def allocate(self) -> YOLOXOutputs:
         preds, dtype = self.preds, working_dtype(self.preds.dtype)
-        gt = new_ground_truth(self.targets, dtype)
-        return YOLOXOutputs(
-            *(preds.new_empty(shape, dtype=dtype) for shape in ((), 4, (), ())),
-            _of_anchors(preds, torch.int32), _of_anchors(preds, dtype), gt.labels, gt.boxes_xywh,
-        )  # fmt: skip
+        scalars = [preds.new_empty(shape, dtype=dtype) for shape in ((), 4, ())]
+        return YOLOXOutputs(*scalars, _grad_of(preds, self.wants_grad))
+
+
+def _grad_of(x: Tensor, is_wanted: bool) -> Tensor:
+    return torch.empty_like(x) if is_wanted else x.new_empty(0)
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
 from .overlap import bbox_iou, bbox_iou_backward
+from .scale import scale_
 from .stages import align_metric, select_topk_candidates
 from .targets import unpack_rows
 from .task_aligned import task_aligned_assign

@@ -9,7 +9,7 @@ from .._signatures import Boxes, DecodeDFL, DecodeDFLBackward, DecodeYOLOX, Deco
 from .arguments import compute_type, points_of, tensor3
 from .boxes import box_columns, box_rows, expectation, rounded
 from .grid import load_points
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run, cdiv
 from .rows import Box
 
 
@@ -128,7 +128,7 @@ class _DFLPlan(Plan):
     def __init__(self, kernel: Any, x: DecodeDFL | DecodeDFLBackward) -> None:
         batch_size, num_anchors, _ = x.pred_dist.shape
         block, num_warps = decode_sizes(num_anchors, x.reg_max)
-        self.grid = triton.cdiv(num_anchors, block), batch_size, 1
+        self.grid = cdiv(num_anchors, block), batch_size, 1
         self.kernel = Launch(
             kernel, num_warps, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max), HAS_STRIDES=x.strides is not None,
             DTYPE=compute_type(x.pred_dist.dtype), BLOCK_A=block,
@@ -272,7 +272,7 @@ class _DecodeYOLOX(Plan):
     def __init__(self, x: DecodeYOLOX, out: Boxes, num_rows: int) -> None:
         batch_size, num_anchors, _ = x.preds.shape
         block, _, num_warps = channel_sizes(num_anchors, 4, x.preds.stride(2))
-        self.grid = triton.cdiv(num_anchors, block), batch_size, 1
+        self.grid = cdiv(num_anchors, block), batch_size, 1
         self.kernel = Launch(_decode_yolox_kernel, num_warps, DTYPE=compute_type(x.preds.dtype), BLOCK_A=block)
         super().__init__(Workspace(), self.kernel)
 
@@ -286,7 +286,7 @@ class _DecodeYOLOXBackward(Plan):
     def __init__(self, x: DecodeYOLOXBackward, out: GradPreds, num_rows: int) -> None:
         batch_size, num_anchors, num_channels = x.preds.shape
         block_a, block_c, num_warps = channel_sizes(num_anchors, num_channels, x.preds.stride(2))
-        self.grid = triton.cdiv(num_anchors, block_a), batch_size, 1
+        self.grid = cdiv(num_anchors, block_a), batch_size, 1
         self.kernel = Launch(
             _decode_yolox_backward_kernel, num_warps, DTYPE=compute_type(x.preds.dtype), BLOCK_A=block_a, BLOCK_C=block_c
         )

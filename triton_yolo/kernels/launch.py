@@ -7,7 +7,6 @@ their types and addresses and compiles; later runs pass addresses to what was co
 
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -86,8 +85,10 @@ class Workspace:
         counts = [*self._fixed, *((dtype, n * num_rows) for dtype, n in self._by_row)]
         return self._buffers._make(torch.empty(n, dtype=dtype, device=device) for dtype, n in counts)
 
-    def addresses(self, device: torch.device, num_rows: int) -> tuple[Tensor, Any]:
+    def addresses(self, device: torch.device, num_rows: int) -> tuple[Tensor | None, Any]:
         """One tensor for all of them; and where in it each begins."""
+        if not self._fixed and not self._by_row:
+            return None, ()
         num_rows = _aligned(num_rows)  # keeps every buffer aligned
         memory = torch.empty(self._end + num_rows * self._row_end, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
@@ -126,16 +127,22 @@ class Plan:
         raise NotImplementedError
 
     def __call__(self, x: Any, out: Any, num_rows: int) -> None:
-        device = out[0].device
-        with _device_guard(device):
-            if self._is_bound and not _is_watched() and all(t.data_ptr() % _ALIGNMENT == 0 for t in out):
-                stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
-                memory, buffers = self._workspace.addresses(device, num_rows)
-                self.launch(Run(stream, Tensor.data_ptr, x, out, buffers, num_rows))
-                del memory  # not before: what is launched next on this stream may get it
-            else:
-                self.launch(Run(None, _itself, x, out, self._workspace.tensors(device, num_rows), num_rows))
-                self._is_bound = all(launch.is_bound for launch in self._launches)
+        device, driver = out[0].device, triton.runtime.driver
+        if device.index is None or device.index == driver.active.get_current_device():
+            self._run(x, out, num_rows, device)
+        else:
+            with torch.get_device_module(device).device(device):
+                self._run(x, out, num_rows, device)
+
+    def _run(self, x: Any, out: Any, num_rows: int, device: torch.device) -> None:
+        if self._is_bound and _is_aligned(out) and not _is_watched():
+            stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
+            memory, buffers = self._workspace.addresses(device, num_rows)
+            self.launch(Run(stream, Tensor.data_ptr, x, out, buffers, num_rows))
+            del memory  # not before: what is launched next on this stream may get it
+        else:
+            self.launch(Run(None, _itself, x, out, self._workspace.tensors(device, num_rows), num_rows))
+            self._is_bound = all(launch.is_bound for launch in self._launches)
 
 
 _plans: dict[Any, Plan] = {}
@@ -143,7 +150,7 @@ _plans: dict[Any, Plan] = {}
 
 def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int = 0) -> None:
     """Run the plan that ``make`` makes, once for all inputs that differ in nothing but numbers and rows of ground truth."""
-    key = make, triton.next_power_of_2(num_rows) if INTERPRETED else num_rows > 0, *map(_key, x, x._fields)
+    key = _key(make, x, num_rows)
     plan = _plans.get(key)
     if plan is None:
         while len(_plans) >= _MAX_PLANS:
@@ -152,14 +159,30 @@ def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int =
     plan(x, out, num_rows)
 
 
-def _key(value: Any, name: str) -> Any:
-    """All that Triton compiles for, and sizes depend on, of an input."""
-    if isinstance(value, Tensor):
-        size = None if name in BY_ROW else value.shape
-        return value.dtype, size, value.stride(), value.data_ptr() % _ALIGNMENT, value.device
-    if isinstance(value, list):
-        return *(_key(part, name) for part in value),
-    return value
+def _key(make: Any, x: Any, num_rows: int) -> tuple[Any, ...]:
+    """All that Triton compiles for, and sizes depend on."""
+    parts = [make, triton.next_power_of_2(num_rows) if INTERPRETED else num_rows > 0, x[0].device]
+    for name, value in zip(x._fields, x, strict=True):
+        if isinstance(value, Tensor):
+            parts += value.dtype, None if name in BY_ROW else value.shape, value.stride(), value.data_ptr() % _ALIGNMENT
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+            for part in value:
+                parts += part.dtype, part.stride(), part.data_ptr() % _ALIGNMENT
+        else:
+            parts.append(value)
+    return tuple(parts)
+
+
+def cdiv(size: int, step: int) -> int:
+    """How many steps a size takes; ``triton.cdiv`` takes ten times the time."""
+    return -(-size // step)
+
+
+def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
+    addresses = 0
+    for x in tensors:
+        addresses |= x.data_ptr()
+    return addresses % _ALIGNMENT == 0
 
 
 def _is_watched() -> bool:
@@ -169,10 +192,3 @@ def _is_watched() -> bool:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on a device that need not be the current one."""
-    if device.type not in ("cuda", "xpu"):
-        return nullcontext()
-    return torch.get_device_module(device).device(device)

@@ -9,7 +9,7 @@ import triton.language as tl
 from .._signatures import BboxIoU, BboxIoUBackward, GradBoxes, Overlaps, wider
 from .arguments import compute_type
 from .boxes import box_columns, box_rows, overlap, overlap_derivative, rounded
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run, cdiv
 
 
 def overlap_sizes(num_pairs: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class _OverlapPlan(Plan):
     def __init__(self, kernel: Any, x: BboxIoU | BboxIoUBackward) -> None:
         self.count = x.a.shape[:-1].numel()
         block, num_warps = overlap_sizes(self.count)
-        self.grid = triton.cdiv(self.count, block), 1, 1
+        self.grid = cdiv(self.count, block), 1, 1
         dtype = compute_type(wider(x.a, x.b))
         self.kernel = Launch(kernel, num_warps, KIND=x.kind, EPS=x.eps, DTYPE=dtype, BLOCK=block)
         super().__init__(Workspace(), self.kernel)

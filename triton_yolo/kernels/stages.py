@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .._signatures import AlignMetric, Metrics, Selected, SelectTopk
 from .arguments import Grid, Rows, compute_type, points_of, targets_of, tensor3
-from .launch import Launch, Plan, Run, Workspace, run
+from .launch import Launch, Plan, Run, Workspace, run, cdiv
 from .pairs import Rule, candidates, pair_metrics, pair_overlaps, walk_length, widened
 from .rows import load_rows, row_sizes
 from .targets import packed_rows, packing
@@ -72,7 +72,7 @@ class _AlignMetric(Plan):
     def __init__(self, x: AlignMetric, out: Metrics, num_rows: int) -> None:
         num_anchors = x.scores.shape[1]
         self.block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, 512, 4)
-        self.tiles = triton.cdiv(num_anchors, block_p)
+        self.tiles = cdiv(num_anchors, block_p)
         dtype = out.metric.dtype
         self.pack = packing(x.targets, x.scores.shape[2], dtype)
         rule = Rule(x.alpha, x.beta, x.min_box_side, 1e-9, (1.0,), False, compute_type(dtype))
@@ -82,10 +82,10 @@ class _AlignMetric(Plan):
     def launch(self, run: Run) -> None:
         x, address, num_rows = run.x, run.address, run.num_rows
         rows = Rows(run.buffers.image, run.buffers.label, run.buffers.xyxy, None)
-        self.pack(run.stream, (triton.cdiv(num_rows, 128), 1, 1), rows, targets_of(address, x.targets), num_rows, len(x.scores))
+        self.pack(run.stream, (cdiv(num_rows, 128), 1, 1), rows, targets_of(address, x.targets), num_rows, len(x.scores))
         # Rows come first: CUDA takes 2^31 programs in that dimension, 65,535 in the others.
         self.align(
-            run.stream, (triton.cdiv(num_rows, self.block_g), self.tiles, 1), address(run.out.metric),
+            run.stream, (cdiv(num_rows, self.block_g), self.tiles, 1), address(run.out.metric),
             address(run.out.overlaps), tensor3(address, x.boxes), tensor3(address, x.scores),
             points_of(address, x.points, None), rows, Grid((1, 1), x.scores.shape[1]), num_rows,
         )  # fmt: skip
@@ -95,7 +95,7 @@ class _SelectTopk(Plan):
     def __init__(self, x: SelectTopk, out: Selected, num_rows: int) -> None:
         batch_size, num_slots, num_anchors = x.metric.shape
         block_g, block_p, num_warps = row_sizes(batch_size * num_slots, num_anchors, 512, 4)
-        self.grid = triton.cdiv(batch_size * num_slots, block_g), 1, 1
+        self.grid = cdiv(batch_size * num_slots, block_g), 1, 1
         self.select = Launch(
             _select_topk_kernel, num_warps, **list_sizes(x.topk, num_anchors), HAS_MASK=x.mask_gt is not None,
             DTYPE=compute_type(x.metric.dtype), BLOCK_G=block_g, BLOCK_P=block_p,

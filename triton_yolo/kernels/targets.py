@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._signatures import GroundTruth, UnpackRows
 from .arguments import Rows, compute_type, targets_of
-from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run, cdiv
 from .rows import Pack, pack_rows
 from .rows import unpack_rows as _unpack
 
@@ -44,7 +44,7 @@ class _UnpackPlan(Plan):
 
     def launch(self, run: Run) -> None:
         rows = Rows(*map(run.address, run.out))
-        grid = triton.cdiv(run.num_rows, self.block), 1, 1
+        grid = cdiv(run.num_rows, self.block), 1, 1
         self.unpack(run.stream, grid, rows, targets_of(run.address, [run.x.rows]), run.x.height, run.x.width, run.num_rows)
 
 

@@ -11,7 +11,7 @@ from .arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type
 from .boxes import expectation
 from .decode import decode_sizes, side_logits
 from .grid import anchor_points, cell_centres
-from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run, cdiv
 from .pairs import Rule, candidates, is_inside, load_contested, pair_metrics, pair_overlaps, walk_length, widened
 from .reduce import TOTAL_SIZES, total
 from .rows import (
@@ -317,7 +317,7 @@ class _Matching:
         self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None, rows: Rows, grid: Grid
     ) -> None:
         stream, num_rows, claims = run.stream, run.num_rows, run.buffers.claims
-        programs = triton.cdiv(num_rows, self.block_g), 1, 1
+        programs = cdiv(num_rows, self.block_g), 1, 1
         self.claim(stream, programs, claims, state, boxes, scores, points, rows, grid, num_rows)
         for contest in self.contests:
             contest(stream, programs, state, boxes, points, rows, grid, num_rows)
@@ -336,7 +336,7 @@ class TaskAlignedPlan(Plan):
         batch_size, num_anchors, num_classes = x.scores.shape
         dtype = out.target_score.dtype
         block = min(triton.next_power_of_2(num_anchors), 2**14) if INTERPRETED else 1024
-        self.programs = triton.cdiv(num_anchors, block), batch_size, 1
+        self.programs = cdiv(num_anchors, block), batch_size, 1
         self.clear = Launch(
             _background_kernel, 4, PACK=Pack(num_classes, False, False, 128), DTYPE=compute_type(dtype), BLOCK_A=block
         )
@@ -371,7 +371,7 @@ class YOLO11Assigning:
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
-        self.programs = triton.cdiv(num_anchors, block), batch_size, 1
+        self.programs = cdiv(num_anchors, block), batch_size, 1
         self.num_poisons = self.programs[0] * batch_size
         self.prepare = Launch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),

@@ -20,9 +20,10 @@ from .arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from .boxes import expectation, log_product, overlap, overlap_derivative, rounded, scalar, sigmoid, softplus, split_softplus
 from .decode import decode_sizes, side_distance, side_logits, store_side
 from .grid import cell_centres
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run, cdiv
 from .reduce import TOTAL_SIZES, total
 from .rows import Box, load_row_boxes
+from .targets import packed_rows
 from .task_aligned import YOLO11Assigning
 
 
@@ -91,8 +92,11 @@ def _side_loss(dist, image, target, share, offs_a, is_pos, side, R: tl.constexpr
 
 @triton.jit
 def _loss_scale(grad_ptr, normaliser_ptr, DTYPE: tl.constexpr):
-    """What every gradient of a sum over anchors is multiplied by."""
-    return tl.load(grad_ptr).to(DTYPE) * tl.load(normaliser_ptr + 1).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)
+    """What every gradient of a sum over anchors is multiplied by; the loss's own is 1 if it is not given."""
+    batch_size, normaliser = tl.load(normaliser_ptr + 1).to(DTYPE), tl.load(normaliser_ptr).to(DTYPE)
+    if grad_ptr is not None:
+        batch_size = tl.load(grad_ptr).to(DTYPE) * batch_size
+    return batch_size / normaliser
 
 
 @triton.jit
@@ -302,7 +306,7 @@ class _Loss:
         batch_size, num_anchors, self.num_classes = x.pred_scores.shape
         block_a, block_c, num_warps = dense_sizes(num_anchors, self.num_classes, x.pred_scores.stride(2))
         kind = compute_type(dtype)
-        self.programs = triton.cdiv(num_anchors, block_a), batch_size, 1
+        self.programs = cdiv(num_anchors, block_a), batch_size, 1
         self.num_programs = self.programs[0] * batch_size
         self.loss = Launch(
             _yolo11_loss_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
@@ -344,55 +348,76 @@ class _LossPlan(Plan):
         self.loss(run, dist, scores, matched, address(x.normaliser), Loss(*map(address, run.out)))
 
 
-class _CriterionPlan(Plan):
-    def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
-        dtype = out.loss.dtype
-        self.assign = YOLO11Assigning(x, dtype, num_rows, is_normaliser=True)
-        self.loss = _Loss(x, dtype)
-        workspace = Workspace({**self.assign.fixed, **self.loss.fixed, "normaliser": (dtype, 2)}, self.assign.by_row)
-        super().__init__(workspace, *self.assign.launches, *self.loss.launches)
+class _Gradient:
+    """The launches of the gradients for an assignment."""
 
-    def launch(self, run: Run) -> None:
-        loss, terms, held, row, score, num_fg, label, box = map(run.address, run.out)
-        dist, scores = tensor3(run.address, run.x.pred_dist), tensor3(run.address, run.x.pred_scores)
-        normaliser = run.buffers.normaliser
-        self.assign(run, dist, scores, row, score, normaliser, num_fg, Rows(run.buffers.image, label, box, None))
-        self.loss(run, dist, scores, Matched(row, score, label, box), normaliser, Loss(loss, terms, held))
-
-
-class _GradPlan(Plan):
-    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
+    def __init__(self, x: YOLO11 | YOLO11LossBackward, dtype: torch.dtype) -> None:
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, x.pred_scores.stride(2))
-        dtype = compute_type(x.target_score.dtype)
-        self.class_programs = triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), batch_size
+        kind = compute_type(dtype)
+        self.class_programs = cdiv(num_anchors, block_a), cdiv(num_classes, block_c), batch_size
         self.class_grad = Launch(
-            _class_grad_kernel, num_warps, C=num_classes, HAS_WEIGHTS=x.class_weights is not None, DTYPE=dtype,
+            _class_grad_kernel, num_warps, C=num_classes, HAS_WEIGHTS=x.class_weights is not None, DTYPE=kind,
             BLOCK_A=block_a, BLOCK_C=block_c,
         )  # fmt: skip
         block_a, num_warps = decode_sizes(num_anchors, x.reg_max, 512)  # CIoU's derivative needs the other registers
-        self.box_programs = triton.cdiv(num_anchors, block_a), batch_size, 1
+        self.box_programs = cdiv(num_anchors, block_a), batch_size, 1
         self.box_grad = Launch(
             _box_grad_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            DTYPE=dtype, BLOCK_A=block_a,
+            DTYPE=kind, BLOCK_A=block_a,
         )  # fmt: skip
+        self.launches = self.class_grad, self.box_grad
         self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        super().__init__(Workspace(), self.class_grad, self.box_grad)
 
-    def launch(self, run: Run) -> None:
+    def __call__(self, run: Run, grad: Any, dist: Tensor3, scores: Tensor3, matched: Matched, normaliser: Any) -> None:
         x, out, address = run.x, run.out, run.address
-        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
         weights = None if x.class_weights is None else address(x.class_weights)
-        grad, normaliser = address(x.grad), address(x.held)
         box_gain, cls_gain, dfl_gain = x.gains
         self.class_grad(
-            run.stream, self.class_programs, tensor3(address, out.grad_pred_scores), grad, normaliser,
-            tensor3(address, x.pred_scores), matched, weights, cls_gain, self.grid.A,
+            run.stream, self.class_programs, tensor3(address, out.grad_pred_scores), grad, normaliser, scores, matched,
+            weights, cls_gain, self.grid.A,
         )  # fmt: skip
         self.box_grad(
-            run.stream, self.box_programs, tensor3(address, out.grad_pred_dist), grad, normaliser,
-            tensor3(address, x.pred_dist), matched, self.grid, *self.size, box_gain, dfl_gain,
+            run.stream, self.box_programs, tensor3(address, out.grad_pred_dist), grad, normaliser, dist, matched, self.grid,
+            *self.size, box_gain, dfl_gain,
         )  # fmt: skip
+
+
+class _CriterionPlan(Plan):
+    def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
+        (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_normaliser=True)
+        self.loss = _Loss(x, dtype)
+        self.gradient = _Gradient(x, dtype) if out.grad_pred_dist.numel() else None
+        fixed = {
+            **self.assign.fixed, **self.loss.fixed, "target_row": (torch.int32, batch_size * num_anchors),
+            "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
+        }  # fmt: skip
+        launches = *self.assign.launches, *self.loss.launches, *(self.gradient.launches if self.gradient else ())
+        super().__init__(Workspace(fixed, {**self.assign.by_row, **packed_rows(dtype)}), *launches)
+
+    def launch(self, run: Run) -> None:
+        x, out, buffers, address = run.x, run.out, run.buffers, run.address
+        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        rows = Rows(buffers.image, buffers.label, buffers.xyxy, None)
+        matched = Matched(buffers.target_row, buffers.target_score, buffers.label, buffers.xyxy)
+        normaliser, held = buffers.normaliser, buffers.held
+        self.assign(run, dist, scores, buffers.target_row, buffers.target_score, normaliser, address(out.num_fg), rows)
+        self.loss(run, dist, scores, matched, normaliser, Loss(address(out.loss), address(out.terms), held))
+        if self.gradient is not None:
+            self.gradient(run, None, dist, scores, matched, held)
+
+
+class _GradientPlan(Plan):
+    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
+        self.gradient = _Gradient(x, x.target_score.dtype)
+        super().__init__(Workspace(), *self.gradient.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
+        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
+        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        self.gradient(run, address(x.grad), dist, scores, matched, address(x.held))
 
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
@@ -416,5 +441,5 @@ def yolo11(x: YOLO11) -> YOLO11Outputs:
 def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
     out = x.allocate()
     if x.target_row.numel():
-        run(_GradPlan, x, out)
+        run(_GradientPlan, x, out)
     return out

@@ -1,0 +1,57 @@
+"""Gradients times the one that arrives from outside, which is 1 in most trainings."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import compute_type
+from .boxes import rounded
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
+
+
+class Scale(NamedTuple):
+    grad: Tensor
+    grads: list[Tensor]
+
+
+@triton.jit
+def _scale(ptr, factor, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(ptr + offs, mask=offs < n, other=0.0).to(DTYPE)
+    tl.store(ptr + offs, rounded(x * factor, ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit(do_not_specialize=["first_count", "second_count"])
+def _scale_kernel(
+    first_ptr, second_ptr, grad_ptr, first_count, second_count, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program multiplies BLOCK numbers of either tensor, or returns at once if the factor is 1."""
+    factor = tl.load(grad_ptr).to(DTYPE)
+    if factor != 1:
+        if tl.program_id(1) == 0:
+            _scale(first_ptr, factor, first_count, DTYPE, BLOCK)
+        if second_ptr is not None:
+            if tl.program_id(1) == 1:
+                _scale(second_ptr, factor, second_count, DTYPE, BLOCK)
+
+
+class _ScalePlan(Plan):
+    def __init__(self, x: Scale, out: list[Tensor], num_rows: int) -> None:
+        self.block = 2**16 if INTERPRETED else 2048
+        self.scale = Launch(_scale_kernel, 4, DTYPE=compute_type(x.grad.dtype), BLOCK=self.block)
+        super().__init__(Workspace(), self.scale)
+
+    def launch(self, run: Run) -> None:
+        grads = run.x.grads
+        counts = [x.numel() for x in grads] + [0] * (2 - len(grads))
+        addresses: list[Any] = [run.address(x) for x in grads] + [None] * (2 - len(grads))
+        grid = cdiv(max(counts), self.block), len(grads), 1
+        self.scale(run.stream, grid, *addresses, run.address(run.x.grad), *counts)
+
+
+def scale_(grads: list[Tensor], grad: Tensor) -> None:
+    """Multiply one or two dense tensors, of any layout, in place."""
+    if any(x.numel() for x in grads):
+        run(_ScalePlan, Scale(grad, grads), grads)
