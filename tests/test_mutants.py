@@ -58,7 +58,7 @@ MUTANTS = {
     "DFL weights swapped": Mutant(YOLO11, "low + 1 - distances, distances - low", "distances - low, low + 1 - distances", LOSS11),
     "L1 by the wrong side of the image": Mutant(YOLO11, "new_tensor([width, height, width, height])", "new_tensor([height, width, height, width])", LOSS11),
     "class weight forgotten on positives": Mutant(YOLO11, "cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()", "cls - (logits * pos.scores).sum()", LOSS11),
-    "batch size forgotten": Mutant(YOLO11, "return len(pred_dist) * num_ranks * items.sum(), items", "return num_ranks * items.sum(), items", LOSS11),
+    "batch size forgotten": Mutant(YOLO11, "return normaliser[1] * items.sum(), items", "return items.sum(), items", LOSS11),
     "infinite logits hidden": Mutant(YOLO11, " + 0 * logits.sum((0, 1))", "", "tests/test_losses.py::test_yolo11_shows_a_prediction_that_is_no_number"),
     "centre region includes its edge": Mutant(SIMOTA, "< self.radius * strides", "<= self.radius * strides", SIM),
     "dynamic k at least two": Mutant(SIMOTA, ".long().clamp(min=1)", ".long().clamp(min=2)", SIM),

@@ -210,9 +210,10 @@ def yolo11_assign(
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
     topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Target row and target score of every anchor, from raw logits; the sum of the scores; the number of positives.
+    """Target row and target score of every anchor, from raw logits; sums (2,); the number of positives.
 
-    The sum is NaN if any of ``pred_dist`` is not finite: this is the pass that reads all of it.
+    The sums are that of the scores and the batch size: what the ranks of a process group add up. The first is NaN if any of
+    ``pred_dist`` is not finite: this is the pass that reads all of it.
     """
     _checks.rows_in_range(image_index, labels, pred_scores.shape[0], pred_scores.shape[2])
     return implementation(pred_dist.device).yolo11_assign(
@@ -229,66 +230,66 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(pred_dist.dtype)
     row, score = _assignment_like(pred_dist, dtype)
-    return row, score, pred_dist.new_empty((), dtype=dtype), labels.new_empty((), dtype=torch.int64)
+    return row, score, pred_dist.new_empty(2, dtype=dtype), labels.new_empty((), dtype=torch.int64)
 
 
 @_operator
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms box, cls, dfl (3,), for a given assignment. Only the loss has a gradient.
 
-    ``score_sum`` is that of all ranks together.
+    ``normaliser`` (2,) is used as it is: every term is divided by the first, and the loss is their sum times the second, the
+    batch size. The third result is what the backward pass takes for it: NaN if a class logit is not finite.
     """
     return implementation(pred_dist.device).yolo11_loss(
-        pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, labels, gt_boxes, class_weights,
+        pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
         feat_shapes, strides, reg_max, gains,
     )  # fmt: skip
 
 
 @yolo11_loss.register_fake
 def _(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(pred_dist.dtype)
-    return pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
+    return pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype), pred_dist.new_empty(2, dtype=dtype)
 
 
 @_operator
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return implementation(grad.device).yolo11_loss_backward(
-        grad, pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, labels, gt_boxes, class_weights,
+        grad, pred_dist, pred_scores, target_row, target_score, normaliser, labels, gt_boxes, class_weights,
         feat_shapes, strides, reg_max, gains,
     )  # fmt: skip
 
 
 @yolo11_loss_backward.register_fake
 def _(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(pred_dist), torch.empty_like(pred_scores)
 
 
-def _yolo11_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *inputs[6:9])
-    ctx.num_ranks, ctx.options = inputs[5], inputs[9:]
-    ctx.mark_non_differentiable(output[1])
+def _yolo11_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, terms, normaliser = output
+    ctx.save_for_backward(*inputs[:4], normaliser, *inputs[5:8])
+    ctx.options = inputs[8:]
+    ctx.mark_non_differentiable(terms, normaliser)
 
 
-def _yolo11_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grads = yolo11_loss_backward(grad, *saved[:5], ctx.num_ranks, *saved[5:], *ctx.options)
-    return *grads, *[None] * 11
+def _yolo11_loss_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *yolo11_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
 
 
 yolo11_loss.register_autograd(_yolo11_loss_grad, setup_context=_yolo11_loss_context)
@@ -342,45 +343,44 @@ def _(
 
 @_operator
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss () and its weighted terms iou, obj, cls, l1 for a given assignment; only the loss has a gradient.
 
-    The fifth of the terms (5,) is positives per ground truth. ``counts`` are those of all ranks together. A prediction
-    that is not finite makes the loss, its terms and its gradients NaN. ``l1_gain`` () is 0 or 1, a tensor so that a compiled
-    graph takes either.
+    Every term is divided by ``normaliser`` () as it is. ``l1_gain`` () is 0 or 1, a tensor so that a compiled graph takes
+    either.
     """
     return implementation(preds.device).yolox_loss(
-        preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
+        preds, target_row, matched_iou, normaliser, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, l1_gain,
     )  # fmt: skip
 
 
 @yolox_loss.register_fake
 def _(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = working_dtype(preds.dtype)
-    return preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
+    return preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
 
 
 @_operator
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     return implementation(grad.device).yolox_loss_backward(
-        grad, preds, target_row, matched_iou, counts, num_ranks, labels, gt_xywh,
+        grad, preds, target_row, matched_iou, normaliser, labels, gt_xywh,
         feat_shapes, strides, iou_loss, iou_gain, l1_gain,
     )  # fmt: skip
 
 
 @yolox_loss_backward.register_fake
 def _(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -388,14 +388,14 @@ def _(
 
 
 def _yolox_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *inputs[5:7], inputs[11])
-    ctx.num_ranks, ctx.options = inputs[4], inputs[7:11]
+    ctx.save_for_backward(*inputs[:6], inputs[10])
+    ctx.options = inputs[6:10]
     ctx.mark_non_differentiable(output[1])
 
 
 def _yolox_loss_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    return yolox_loss_backward(grad, *saved[:4], ctx.num_ranks, *saved[4:6], *ctx.options, saved[6]), *[None] * 11
+    *saved, l1_gain = ctx.saved_tensors
+    return yolox_loss_backward(grad, *saved, *ctx.options, l1_gain), *[None] * 10
 
 
 yolox_loss.register_autograd(_yolox_loss_grad, setup_context=_yolox_loss_context)

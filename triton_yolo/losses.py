@@ -72,8 +72,7 @@ class YOLO11Loss(nn.Module):
         min_box_side: sides shorter than this count as this long when candidates are sought, in pixels.
         class_weights: (C,) weight of every class in the classification term.
         process_group: if given, the loss is normalised over its ranks, so that gradients averaged over them, as
-            DistributedDataParallel does, equal those of one process on the whole batch. Every rank must have the same batch
-            size.
+            DistributedDataParallel does, equal those of one process on the whole batch.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -138,13 +137,13 @@ class YOLO11Loss(nn.Module):
         shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
         gt = _packed(targets, shapes, strides, pred_dist)
         with torch.no_grad():
-            target_row, target_score, score_sum, num_fg = _ops.yolo11_assign(
+            target_row, target_score, sums, num_fg = _ops.yolo11_assign(
                 pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
                 self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
             )  # fmt: skip
-            score_sum, num_ranks = _sum_over_ranks(score_sum, self.process_group)
-        loss, terms = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, gt.labels, gt.boxes_xyxy,
+            normaliser = _normaliser(sums, self.process_group)
+        loss, terms, _ = _ops.yolo11_loss(
+            pred_dist, pred_scores, target_row, target_score, normaliser, gt.labels, gt.boxes_xyxy,
             self.class_weights, shapes, strides, self.reg_max, self.gains,
         )  # fmt: skip
         box, cls, dfl = terms.unbind()
@@ -233,12 +232,14 @@ class YOLOXLoss(nn.Module):
                 preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
-            counts, num_ranks = _sum_over_ranks(counts, self.process_group)
+            num_fg, num_gt, is_broken = counts.to(matched_iou.dtype).unbind()
+            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self.process_group)
         loss, terms = _ops.yolox_loss(
-            preds, target_row, matched_iou, counts, num_ranks, gt.labels, gt.boxes_xywh,
+            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
             shapes, strides, self.iou_loss, self.iou_gain, self._l1_gain.to(preds.device, non_blocking=True),
         )  # fmt: skip
-        return YOLOXLossOutput(loss, *terms.unbind())
+        iou, obj, cls, l1 = terms.unbind()
+        return YOLOXLossOutput(loss, iou, obj, cls, l1, num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"
@@ -254,10 +255,15 @@ def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], 
     return targets
 
 
-def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The sum over the ranks; the number of ranks."""
+def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
+
+    The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
+    """
     if group is None:
-        return x, 1
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x, group.size()
+        return sums.clamp(min=1)
+    sums = sums.clone()
+    dist.all_reduce(sums, group=group)
+    sums = sums.clamp(min=1)
+    sums.view(-1)[0] /= group.size()
+    return sums

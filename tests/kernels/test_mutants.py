@@ -109,10 +109,11 @@ MUTANTS = {
     "L1 target without the cell": Mutant("yolox", "gt_x / stride - x,", "gt_x / stride,", YOLOX),
     "IoU not squared": Mutant("yolox", "box = 1 - iou * iou", "box = 1 - iou", YOLOX),
     "gradient of IoU, not of its square": Mutant("yolox", "slope = -2 * iou", "slope = 0 * iou - 1", YOLOX),
-    "number of ranks forgotten": Mutant("yolox", "positives / num_ranks)", "positives)", YOLOX),
+    "normaliser forgotten backward": Mutant("yolox", "tl.load(grad_ptr).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)", "tl.load(grad_ptr).to(DTYPE)", YOLOX),
+    "batch size forgotten backward": Mutant("yolo11", "* tl.load(normaliser_ptr + 1).to(DTYPE) /", "/", YOLO11),
     "objectness gradient only on positives": Mutant("yolox", "is_logit = is_obj | (is_pos", "is_logit = (is_obj & is_pos[:, None]) | (is_pos", YOLOX),
     "class gradient off by a channel": Mutant("yolox", "channel == 5 + label[:, None]", "channel == 4 + label[:, None]", YOLOX),
-    "loss finite after a prediction that is not": Mutant("yolox", "tl.where(tl.load(counts_ptr + 2) > 0, float(\"nan\"), positives / num_ranks)", "positives / num_ranks", f"{VALUES}::test_no_number_of_yolox_stays_at_its_anchor"),
+    "normaliser held after a class logit that is not finite": Mutant("yolo11", "tl.store(held_ptr, normaliser)", "tl.store(held_ptr, tl.load(normaliser_ptr))", f"{VALUES}::test_no_number_stays_at_its_anchor"),
     "class weight forgotten backward": Mutant("yolo11", "        error = error * tl.load(weights_ptr + offs_c", "        error = error * tl.load(weights_ptr + 0 * offs_c", YOLO11),
 }  # fmt: skip
 

@@ -43,14 +43,15 @@ def yolo11_assign(
         match(target_row, target_score, rows, cells, metric, overlaps, len(labels), topk, topk2, 1e-9)
     # A logit that is not finite shows in the loss even where no formula reads it.
     score_sum = target_score.sum() + 0 * pred_dist.sum(dtype=target_score.dtype)
-    return target_row.view(shape), target_score.view(shape), score_sum, (target_row >= 0).sum()
+    sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
+    return target_row.view(shape), target_score.view(shape), sums, (target_row >= 0).sum()
 
 
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
 
@@ -70,19 +71,20 @@ def yolo11_loss(
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
     dfl = (side.mean(-1) * pos.scores).sum()
 
-    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) * num_ranks / score_sum.clamp(min=1)
-    return len(pred_dist) * num_ranks * items.sum(), items
+    normaliser = normaliser.where(~cls.isnan(), cls)
+    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser[0]
+    return normaliser[1] * items.sum(), items, normaliser
 
 
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of both predictions, in their layout, for the gradient () of the loss."""
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
-    scale = grad * (len(pred_dist) * num_ranks**2) / score_sum.clamp(min=1)
+    scale = grad * normaliser[1] / normaliser[0]
 
     grad_scores = torch.empty_like(pred_scores)
     slope = _weighted((cls_gain * scale).expand(pred_scores.shape[2]), class_weights)

@@ -39,7 +39,7 @@ def yolox_assign(
 
 
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
@@ -50,17 +50,17 @@ def yolox_loss(
     for _, images, anchors in pos.parts(preds.shape[2]):
         cls += F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(l1_gain > 0, 0)
-    items = torch.stack([iou_gain * iou, obj, cls, l1]) / _normaliser(counts, num_ranks, iou.dtype)
-    return items.sum(), torch.cat([items, counts[:1].to(items.dtype) / counts[1:2].clamp(min=1)])
+    items = torch.stack([iou_gain * iou, obj, cls, l1]) / normaliser
+    return items.sum(), items
 
 
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
-    scale = grad / _normaliser(counts, num_ranks, grad.dtype)
+    scale = grad / normaliser
     result = untouched_zeros_like(preds)
     for block in blocks(preds[..., 4:5]):
         result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)
@@ -78,11 +78,6 @@ def yolox_loss_backward(
         grad_cls[torch.arange(len(images), device=preds.device), pos.labels[part]] -= pos.ious[part]
         result[images, anchors, 5:] = grad_cls.mul_(scale).to(result.dtype)
     return result
-
-
-def _normaliser(counts: Tensor, num_ranks: int, dtype: torch.dtype) -> Tensor:
-    """Mean over the ranks of the number of positives; NaN if a prediction is not finite, even where no formula reads it."""
-    return (counts[0].clamp(min=1).to(dtype) / num_ranks).where(counts[2] == 0, torch.nan)
 
 
 class _Positives:

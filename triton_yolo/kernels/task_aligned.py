@@ -12,7 +12,7 @@ from .._precision import working_dtype
 from .boxes import expectation
 from .decode import decode_sizes, side_logits
 from .grid import anchor_points, cell_centres
-from .launching import FIXED, TOTAL_SIZES, compute_type, on_device, total
+from .launching import FIXED, TOTAL_SIZES, compute_type, on_device, scalar, total
 from .pairs import candidates, is_inside, load_contested, pair_metrics, pair_overlaps, walk_length, widened
 from .rows import (
     CONTESTED,
@@ -248,11 +248,12 @@ def _score_kernel(
 
 @triton.jit
 def _sum_kernel(
-    score_sum_ptr, num_fg_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs,
+    sums_ptr, num_fg_ptr, row_sum_ptr, row_count_ptr, poison_ptr, N, programs, B,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the rows' sums and counts; ``poison`` makes the sum NaN."""
-    tl.store(score_sum_ptr, total(row_sum_ptr, N, DTYPE, BLOCK) + total(poison_ptr, programs, DTYPE, BLOCK))
+    """One program adds up the rows' sums and counts; ``poison`` makes the sum NaN. Behind it goes the batch size."""
+    tl.store(sums_ptr + 1, scalar(B, DTYPE))
+    tl.store(sums_ptr, total(row_sum_ptr, N, DTYPE, BLOCK) + total(poison_ptr, programs, DTYPE, BLOCK))
     tl.store(num_fg_ptr, total(row_count_ptr, N, tl.int64, BLOCK))
 
 
@@ -303,12 +304,12 @@ def yolo11_assign(
             target_row, target_score, contested, pred_scores, boxes, boxes, gt_rows(image_index, labels, gt_boxes),
             tuple(feat_shapes), tuple(strides), True, topk, topk2, alpha, beta, min_box_side, 1e-9,
         )  # fmt: skip
-    score_sum, num_fg = poisons.new_empty(()), labels.new_empty((), dtype=torch.int64)
+    sums, num_fg = poisons.new_empty(2), labels.new_empty((), dtype=torch.int64)
     _sum_kernel[(1,)](
-        score_sum, num_fg, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons),
+        sums, num_fg, row_sum, row_count, poisons, len(labels) if target_row.numel() else 0, len(poisons), batch_size,
         DTYPE=triton_dtype, **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
-    return target_row, target_score, score_sum, num_fg
+    return target_row, target_score, sums, num_fg
 
 
 def _assign(

@@ -76,15 +76,9 @@ def _side_loss(
 
 
 @triton.jit
-def _normaliser(score_sum_ptr, num_ranks, DTYPE: tl.constexpr):
-    score_sum = tl.load(score_sum_ptr).to(DTYPE)
-    return tl.where(score_sum < 1, 1.0, score_sum) / num_ranks  # NaN stays NaN
-
-
-@triton.jit
-def _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE: tl.constexpr):
+def _loss_scale(grad_ptr, normaliser_ptr, DTYPE: tl.constexpr):
     """What every gradient of a sum over anchors is multiplied by."""
-    return tl.load(grad_ptr).to(DTYPE) * batch_size * num_ranks / _normaliser(score_sum_ptr, num_ranks, DTYPE)
+    return tl.load(grad_ptr).to(DTYPE) * tl.load(normaliser_ptr + 1).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)
 
 
 @triton.jit
@@ -162,24 +156,32 @@ def _yolo11_loss_kernel(
 
 @triton.jit
 def _yolo11_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, score_sum_ptr, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64,
-    batch_size, num_ranks, programs, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    loss_ptr, terms_ptr, held_ptr, partial_ptr, normaliser_ptr,
+    box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64, programs, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums and writes the loss and its three terms."""
-    normaliser = _normaliser(score_sum_ptr, num_ranks, DTYPE)
+    """One program adds up the partial sums and writes the loss and its three terms.
+
+    Into ``held`` (2,) it writes the normaliser for the backward pass: NaN if the sum over the class logits is.
+    """
+    cls = total(partial_ptr + programs, programs, DTYPE, BLOCK)
+    is_broken = cls != cls
+    normaliser = tl.where(is_broken, cls, tl.load(normaliser_ptr).to(DTYPE))
+    batch_size = tl.where(is_broken, cls, tl.load(normaliser_ptr + 1).to(DTYPE))
+    tl.store(held_ptr, normaliser)
+    tl.store(held_ptr + 1, batch_size)
     box_term = scalar(box_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
-    cls_term = scalar(cls_gain, DTYPE) * total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
+    cls_term = scalar(cls_gain, DTYPE) * cls / normaliser
     dfl_term = scalar(dfl_gain, DTYPE) * total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
     tl.store(terms_ptr, box_term)
     tl.store(terms_ptr + 1, cls_term)
     tl.store(terms_ptr + 2, dfl_term)
-    tl.store(loss_ptr, batch_size * num_ranks * (box_term + cls_term + dfl_term))
+    tl.store(loss_ptr, batch_size * (box_term + cls_term + dfl_term))
 
 
 @triton.jit
 def _class_grad_kernel(
-    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    labels_ptr, weights_ptr, cls_gain: tl.float64, batch_size, num_ranks, A,
+    out_ptr, out_stride, grad_ptr, logits_ptr, logits_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
+    labels_ptr, weights_ptr, cls_gain: tl.float64, A,
     C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads one tile of class logits and writes its gradient."""
@@ -197,7 +199,7 @@ def _class_grad_kernel(
     error = sigmoid(logits) - tl.where(offs_c[:, None] == label[None, :], score[None, :], 0.0)
     if HAS_WEIGHTS:
         error = error * tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)[:, None]
-    scale = scalar(cls_gain, DTYPE) * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
+    scale = scalar(cls_gain, DTYPE) * _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
     offs = offs_c.to(tl.int64)[:, None] * out_stride[2] + offs_a.to(tl.int64)[None, :] * out_stride[1]
     tl.store(out_ptr + image * out_stride[0] + offs, rounded(error * scale, out_ptr.dtype.element_ty), mask=mask)
 
@@ -223,8 +225,8 @@ def _side_grad(
 
 @triton.jit
 def _box_grad_kernel(
-    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, score_sum_ptr,
-    gt_ptr, gt_stride, shapes, box_gain: tl.float64, dfl_gain: tl.float64, batch_size, num_ranks, A,
+    out_ptr, out_stride, grad_ptr, dist_ptr, dist_stride, target_row_ptr, target_score_ptr, normaliser_ptr,
+    gt_ptr, gt_stride, shapes, box_gain: tl.float64, dfl_gain: tl.float64, A,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of the box logits of BLOCK_A anchors of one image, 0 for background.
@@ -250,7 +252,7 @@ def _box_grad_kernel(
             x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
         )
         score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
-        weight = score * _loss_scale(grad_ptr, score_sum_ptr, batch_size, num_ranks, DTYPE)
+        weight = score * _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
         box_weight, dfl_weight = scalar(box_gain, DTYPE) * weight, scalar(dfl_gain, DTYPE) / 4 * weight
         x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
         for side in range(4):
@@ -268,16 +270,16 @@ def _box_grad_kernel(
 
 @on_device
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     images, num_anchors, num_classes = pred_scores.shape
     block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
     grid = (triton.cdiv(num_anchors, block_a), images)
     dtype = working_dtype(pred_dist.dtype)
     partial = pred_dist.new_empty((3, grid[0] * grid[1]), dtype=dtype)
-    loss, terms = pred_dist.new_empty((), dtype=dtype), pred_dist.new_empty(3, dtype=dtype)
+    loss, terms, held = (pred_dist.new_empty(shape, dtype=dtype) for shape in ((), 3, 2))
     if partial.numel():
         _yolo11_loss_kernel[grid](
             partial, pred_dist, pred_dist.stride(), pred_scores, pred_scores.stride(), target_row, target_score,
@@ -287,16 +289,16 @@ def yolo11_loss(
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
     _yolo11_total_kernel[(1,)](
-        loss, terms, partial, score_sum, *gains, images, num_ranks, partial.shape[1],
+        loss, terms, held, partial, normaliser, *gains, partial.shape[1],
         DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
-    return loss, terms
+    return loss, terms, held
 
 
 @on_device
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_dist, grad_scores = torch.empty_like(pred_dist), torch.empty_like(pred_scores)
@@ -307,15 +309,15 @@ def yolo11_loss_backward(
     dtype = compute_type(pred_dist.dtype)
     block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, pred_scores.stride(2))
     _class_grad_kernel[(triton.cdiv(num_anchors, block_a), triton.cdiv(num_classes, block_c), images)](
-        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, score_sum,
-        labels, class_weights, cls_gain, images, num_ranks, num_anchors,
+        grad_scores, grad_scores.stride(), grad, pred_scores, pred_scores.stride(), target_row, target_score, normaliser,
+        labels, class_weights, cls_gain, num_anchors,
         C=num_classes, HAS_WEIGHTS=class_weights is not None, DTYPE=dtype, BLOCK_A=block_a, BLOCK_C=block_c,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip
     block_a, num_warps = decode_sizes(num_anchors, reg_max, 512)  # CIoU's derivative needs the other registers
     _box_grad_kernel[(triton.cdiv(num_anchors, block_a), images)](
-        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, score_sum,
-        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, images, num_ranks, num_anchors,
+        grad_dist, grad_dist.stride(), grad, pred_dist, pred_dist.stride(), target_row, target_score, normaliser,
+        gt_boxes, gt_boxes.stride(), tuple(feat_shapes), box_gain, dfl_gain, num_anchors,
         STRIDES=tuple(strides), R=reg_max, RP=triton.next_power_of_2(reg_max), DTYPE=dtype, BLOCK_A=block_a,
         num_warps=num_warps, **FIXED,
     )  # fmt: skip
