@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks, _ops
+from ._precision import widened
 from .assigners import CANDIDATE_MODES, check_topk
 from .targets import Targets
 
@@ -55,8 +56,9 @@ class YOLO11Loss(nn.Module):
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
 
-    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
+    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 if one is float64).
+    A logit that is NaN or infinite makes the loss, its terms and every gradient NaN, and changes the assignment of no other
+    image. A finite one never does, however large: a class masked with ``torch.finfo(dtype).min`` costs nothing.
 
     Args:
         num_classes: number of classes C.
@@ -134,6 +136,7 @@ class YOLO11Loss(nn.Module):
         _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
         batch_size, num_anchors, _ = pred_dist.shape
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        pred_dist, pred_scores = widened(pred_dist, pred_scores)
         shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
         gt = _packed(targets, shapes, strides, pred_dist)
         with torch.no_grad():
@@ -157,7 +160,9 @@ class YOLOXLoss(nn.Module):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
+    A prediction that takes part and is NaN or infinite makes the loss, its terms and every gradient NaN, and changes the
+    assignment of no other image. What takes part: every objectness logit, and the box and class logits of the anchors that take
+    part in the assignment of their image (see ``SimOTAAssigner``). A finite one never does, however large.
 
     Args:
         num_classes: number of classes C.
@@ -197,7 +202,7 @@ class YOLOXLoss(nn.Module):
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
         self.iou_gain = float(iou_gain)
         self.process_group = process_group
-        self.register_buffer("_l1_gain", torch.zeros(()), persistent=False)
+        self.register_buffer("_l1_gain", torch.zeros((), dtype=torch.float32), persistent=False)
         self.use_l1 = use_l1
 
     @property
@@ -250,7 +255,7 @@ def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], 
         forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
     if not isinstance(targets, Targets):
-        targets = Targets.from_yolo(targets, (int(shapes[0] * strides[0]), int(shapes[1] * strides[0])))
+        targets = Targets.from_yolo(targets, (shapes[0] * strides[0], shapes[1] * strides[0]))
     _checks.require(targets.labels.device == preds.device, "targets", f"be on {preds.device}", targets.labels.device)
     return targets
 

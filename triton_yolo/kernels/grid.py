@@ -3,19 +3,21 @@
 import triton
 import triton.language as tl
 
+from .launching import scalar
+
 
 @triton.jit
 def cell_centres(anchors, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
     """Point (x, y) in cells and stride of every anchor."""
     index, width = anchors, tl.zeros_like(anchors) + shapes[1]
-    stride = tl.zeros_like(anchors).to(DTYPE) + STRIDES[0]
+    stride = tl.zeros_like(anchors).to(DTYPE) + scalar(STRIDES[0], DTYPE)
     start = 0
     for level in tl.static_range(1, len(STRIDES)):
         start += shapes[2 * level - 2] * shapes[2 * level - 1]
         is_past = anchors >= start
         index = tl.where(is_past, anchors - start, index)
         width = tl.where(is_past, shapes[2 * level + 1], width)
-        stride = tl.where(is_past, STRIDES[level], stride).to(DTYPE)
+        stride = tl.where(is_past, scalar(STRIDES[level], DTYPE), stride)
     y = index // width
     return (index - y * width).to(DTYPE) + 0.5, y.to(DTYPE) + 0.5, stride
 
@@ -85,7 +87,7 @@ def rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES: tl.constexpr, DTYPE: t
         first_x, first_y = tl.where(is_here, level_x, first_x), tl.where(is_here, level_y, first_y)
         width = tl.where(is_here, shapes[2 * level + 1], width)
         first_anchor = tl.where(is_here, start, first_anchor)
-        stride = tl.where(is_here, STRIDES[level], stride).to(DTYPE)
+        stride = tl.where(is_here, scalar(STRIDES[level], DTYPE), stride)
         before += level_columns * level_rows
         start += shapes[2 * level] * shapes[2 * level + 1]
     row = position // columns

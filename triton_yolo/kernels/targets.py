@@ -7,17 +7,18 @@ from torch import Tensor
 
 from .._precision import working_dtype
 from .boxes import box_rows
-from .launching import FIXED, INTERPRETED, compute_type, on_device
+from .launching import FIXED, INTERPRETED, compute_type, on_device, scalar
 
 
 @triton.jit
 def _unpack_kernel(
-    image_ptr, label_ptr, xyxy_ptr, xywh_ptr, rows_ptr, rows_stride, width, height, N,
+    image_ptr, label_ptr, xyxy_ptr, xywh_ptr, rows_ptr, rows_stride, width: tl.float64, height: tl.float64, N,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program reads BLOCK rows of (image index, class, cx, cy, w, h) in shares of the image, and writes boxes in pixels."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < N
+    width, height = scalar(width, DTYPE), scalar(height, DTYPE)
     ptr, step = rows_ptr + offs.to(tl.int64) * rows_stride[0], rows_stride[1]
     tl.store(image_ptr + offs, tl.load(ptr, mask=mask, other=0.0).to(DTYPE).to(tl.int64), mask=mask)
     tl.store(label_ptr + offs, tl.load(ptr + step, mask=mask, other=0.0).to(DTYPE).to(tl.int64), mask=mask)

@@ -47,6 +47,13 @@ def _of_side(side, left, top, right, bottom):
 
 
 @triton.jit
+def _image_shares(stride, shapes, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
+    """Width and height of cells [n] in shares of the image's."""
+    first = scalar(STRIDES[0], DTYPE)
+    return stride / (scalar(shapes[1], DTYPE) * first), stride / (scalar(shapes[0], DTYPE) * first)
+
+
+@triton.jit
 def _bin_weights(target, bins, R: tl.constexpr):
     """Weights [R, n] of the two bins around distances [n], 0 for the others: they fall off linearly to the next bin."""
     last = tl.full(target.shape, R - 1 - 0.01, target.dtype)  # a bare constant would be rounded to float32
@@ -118,8 +125,8 @@ def _yolo11_loss_kernel(
                 weights = tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)
                 cls += softplus(logits) * weights[None, :]
             else:
-                twice, e = split_softplus(logits)
-                cls += twice * 0.5
+                most, e = split_softplus(logits)
+                cls += most
                 excess = tl.fma(excess, e, excess + e)
             start += BLOCK_C
         cls += log_product(excess)
@@ -128,7 +135,9 @@ def _yolo11_loss_kernel(
     if HAS_WEIGHTS:
         hit *= tl.load(weights_ptr + label, mask=is_pos, other=0.0).to(DTYPE)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(partial_ptr + programs + program, tl.sum(cls) - tl.sum(hit))
+    cls_sum, hits = tl.sum(cls), tl.sum(hit)
+    # A sum of finite numbers that overflows is not NaN.
+    tl.store(partial_ptr + programs + program, tl.where(cls_sum < float("inf"), cls_sum - hits, cls_sum))
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     dfl = tl.zeros((BLOCK_A,), DTYPE)
@@ -138,7 +147,7 @@ def _yolo11_loss_kernel(
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
         gt_x1, gt_y1, gt_x2, gt_y2 = _target_sides(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE)
         dist_ptr += image * dist_stride[0]
-        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        x_share, y_share = _image_shares(stride, shapes, STRIDES, DTYPE)
         left, top, right, bottom = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
         for side in range(4):
             target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
@@ -206,10 +215,10 @@ def _class_grad_kernel(
 
 @triton.jit
 def _side_grad(
-    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
+    out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, zero, offs_a, mask_a, is_pos, side,
     R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one side's logits: through the distance, and from DFL (or L1)."""
+    """Write the gradient of one side's logits: through the distance, and from DFL (or L1); of background, ``zero``."""
     logits = side_logits(dist_ptr, dist_stride, offs_a, is_pos, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None].to(DTYPE)
     probs, distance = expectation(logits, bins, R)
@@ -220,7 +229,7 @@ def _side_grad(
     else:
         through = probs * (bins - distance[None, :]) * d_distance[None, :]
         grad = through + dfl_weight[None, :] * (probs - _bin_weights(target, bins, R))
-    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
+    store_side(out_ptr, out_stride, tl.where(is_pos[None, :], grad, zero), offs_a, mask_a, side, R, RP)
 
 
 @triton.jit
@@ -239,6 +248,8 @@ def _box_grad_kernel(
     row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
     out_ptr += image * out_stride[0]
+    scale = _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+    zero = tl.where(scale == scale, 0.0, scale)  # NaN for every anchor if any logit is not finite
     if tl.max(row, 0) >= 0:
         dist_ptr += image * dist_stride[0]
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
@@ -252,20 +263,20 @@ def _box_grad_kernel(
             x - left, y - top, x + right, y + bottom, gt_x1, gt_y1, gt_x2, gt_y2, "ciou", 1e-7
         )
         score = tl.load(target_score_ptr + image * A + offs_a, mask=is_pos, other=0.0).to(DTYPE)
-        weight = score * _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+        weight = score * scale
         box_weight, dfl_weight = scalar(box_gain, DTYPE) * weight, scalar(dfl_gain, DTYPE) / 4 * weight
-        x_share, y_share = stride / (shapes[1] * STRIDES[0]), stride / (shapes[0] * STRIDES[0])
+        x_share, y_share = _image_shares(stride, shapes, STRIDES, DTYPE)
         for side in range(4):
             target = _of_side(side, x - gt_x1, y - gt_y1, gt_x2 - x, gt_y2 - y)
             share = _of_side(side, x_share, y_share, x_share, y_share)
             d_distance = box_weight * _of_side(side, d_x1, d_y1, -d_x2, -d_y2)
             _side_grad(
-                out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight,
+                out_ptr, out_stride, dist_ptr, dist_stride, target, share, d_distance, dfl_weight, zero,
                 offs_a, mask_a, is_pos, side, R, RP, DTYPE,
             )  # fmt: skip
     else:
         for side in range(4):
-            store_side(out_ptr, out_stride, tl.zeros((RP, BLOCK_A), DTYPE), offs_a, mask_a, side, R, RP)
+            store_side(out_ptr, out_stride, tl.zeros((RP, BLOCK_A), DTYPE) + zero, offs_a, mask_a, side, R, RP)
 
 
 @on_device

@@ -46,6 +46,12 @@ def _sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x)).to(x.dtype)
 
 
+@triton.jit
+def _or_zero(slope):
+    """0 for the NaN that the box of a finite prediction gives where it overflows."""
+    return tl.where(slope == slope, slope, 0.0)
+
+
 # ---- kernels
 
 
@@ -79,10 +85,12 @@ def _yolox_loss_kernel(
         gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
         x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
         iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        # NaN where the box of a finite prediction overflows: it overlaps nothing.
         if KIND == "iou":
+            iou = tl.where(iou == iou, iou, 0.0)
             box = 1 - iou * iou
         else:
-            box = 1 - tl.where(iou > 1, 1.0, tl.where(iou < -1, -1.0, iou))
+            box = 1 - tl.where(iou > 1, 1.0, tl.where(iou >= -1, iou, -1.0))
         box = tl.where(is_pos, box, 0.0).to(DTYPE)
         l1 = tl.abs(raw[0] - raw_target[0]) + tl.abs(raw[1] - raw_target[1])
         l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - raw_target[2]) + tl.abs(raw[3] - raw_target[3]), 0.0).to(DTYPE)
@@ -151,10 +159,11 @@ def _yolox_grad_kernel(
         if KIND == "iou":
             slope = -2 * iou
         else:
-            slope = tl.where((iou >= -1) & (iou <= 1), -1.0, 0.0).to(DTYPE)
+            slope = tl.where(tl.abs(iou) == 1, -0.5, tl.where(tl.abs(iou) < 1, -1.0, 0.0)).to(DTYPE)
         slope = scalar(iou_gain, DTYPE) * slope
         corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
         d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
+        d_x, d_y, d_w, d_h = _or_zero(d_x), _or_zero(d_y), _or_zero(d_w), _or_zero(d_h)
         is_l1 = tl.load(l1_gain_ptr) > 0
         d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
         d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
