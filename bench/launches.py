@@ -75,10 +75,10 @@ def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.
         dist, scores = _preds(dtype, layout, 4 * reg_max), _preds(dtype, layout, num_classes)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         target_row, target_score = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
-        one, (_, labels, boxes) = _empty(dtype=working), _rows(ROWS)
+        one, normaliser, (_, labels, boxes) = _empty(dtype=working), _empty(2, dtype=working), _rows(ROWS)
         tail = (labels, boxes, _empty(num_classes) if has_weights else None, SHAPES, STRIDES, reg_max, (7.5, 0.5, 1.5))
-        kernels.yolo11_loss(dist, scores, target_row, target_score, one, 1, *tail)
-        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, one, 1, *tail)
+        kernels.yolo11_loss(dist, scores, target_row, target_score, normaliser, *tail)
+        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, normaliser, *tail)
 
     return operator
 
@@ -134,10 +134,10 @@ def _yolox_loss(num_classes: int, iou_loss: str) -> Callable[[torch.dtype, str],
         from triton_yolo import kernels
 
         working = torch.float64 if dtype == torch.float64 else torch.float32
-        preds, counts, one = _preds(dtype, layout, 5 + num_classes), _empty(3, dtype=torch.int64), _empty(dtype=working)
+        preds, one = _preds(dtype, layout, 5 + num_classes), _empty(dtype=working)
         target_row, matched_iou = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
         gt = (_empty(ROWS, dtype=torch.int64), _empty(ROWS, 4, dtype=working))
-        args = (preds, target_row, matched_iou, counts, 1, *gt, SHAPES, STRIDES, iou_loss, 5.0, _empty())
+        args = (preds, target_row, matched_iou, one, *gt, SHAPES, STRIDES, iou_loss, 5.0, _empty())
         kernels.yolox_loss(*args)
         kernels.yolox_loss_backward(one, *args)
 

@@ -67,11 +67,14 @@ def _losses_of_assignment(module: ModuleType, system: str, case: Case, target: T
     with torch.no_grad():
         if system == "yolo11":
             assign = (gt.image_index, gt.labels, gt.boxes_xyxy, *levels, case.reg_max, 10, None, 0.5, 6.0, 0.0)
-            assignment = _ops.yolo11_assign(*preds, *assign)[:3]
-            tail = (1, gt.labels, gt.boxes_xyxy, None, *levels, case.reg_max, [7.5, 0.5, 1.5])
+            target_row, target_score, sums, _ = _ops.yolo11_assign(*preds, *assign)
+            assignment = target_row, target_score, sums.clamp(min=1)
+            tail = (gt.labels, gt.boxes_xyxy, None, *levels, case.reg_max, [7.5, 0.5, 1.5])
             return Step(lambda: _ops.yolo11_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
-        assignment = _ops.yolox_assign(*preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, *levels, "center", 1.5)
-    tail = (1, gt.labels, gt.boxes_xywh, *levels, "iou", 5.0, torch.zeros((), device=target.device))
+        x_rows = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh)
+        target_row, matched_iou, counts = _ops.yolox_assign(*preds, *x_rows, *levels, "center", 1.5)
+        assignment = target_row, matched_iou, counts[0].clamp(min=1).to(matched_iou.dtype)
+    tail = (gt.labels, gt.boxes_xywh, *levels, "iou", 5.0, torch.zeros((), device=target.device))
     return Step(lambda: _ops.yolox_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
 
 

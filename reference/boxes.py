@@ -26,15 +26,16 @@ def xyxy_to_xywh(boxes: Tensor) -> Tensor:
 def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """Overlap of boxes ``a`` and ``b`` (..., 4) in xyxy, element by element with broadcasting.
 
-    ``eps`` is added to both heights, to the union and to the enclosing measure.
+    ``eps`` is added to both heights, to the union and to the enclosing measure. The height of GIoU's enclosing box has that of
+    both, so that it is never smaller than the union. Boxes that touch are a tie: half of the derivative of an intersection.
     """
     ax1, ay1, ax2, ay2 = working_precision(a).unbind(-1)
     bx1, by1, bx2, by2 = working_precision(b).unbind(-1)
     wa, ha = ax2 - ax1, ay2 - ay1 + eps
     wb, hb = bx2 - bx1, by2 - by1 + eps
-    inter_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    inter_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    inter = inter_w * inter_h
+    inter_w = torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)
+    inter_h = torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
+    inter = torch.maximum(inter_w, torch.zeros_like(inter_w)) * torch.maximum(inter_h, torch.zeros_like(inter_h))
     union = wa * ha + wb * hb - inter + eps
     iou = inter / union
     if kind == "iou":
@@ -42,7 +43,7 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
     enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     if kind == "giou":
-        enclosing_area = enclosing_w * enclosing_h + eps
+        enclosing_area = enclosing_w * (enclosing_h + 2 * eps) + eps
         return iou - (enclosing_area - union) / enclosing_area
     diagonal2 = enclosing_w**2 + enclosing_h**2 + eps
     dx = (ax1 + ax2 - bx1 - bx2) / 2

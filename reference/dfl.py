@@ -35,6 +35,7 @@ def dfl_loss(logits: Tensor, distances: Tensor) -> Tensor:
     distances = distances.clamp(0, reg_max - 1 - 0.01)
     low = distances.floor()
     log_p = F.log_softmax(logits, -1)
-    ce_low = -log_p.gather(-1, low.long()[..., None]).squeeze(-1)
-    ce_high = -log_p.gather(-1, low.long()[..., None] + 1).squeeze(-1)
-    return (ce_low * (low + 1 - distances) + ce_high * (distances - low)).mean(-1)
+    cross_entropy = -torch.stack([log_p.gather(-1, low.long()[..., None] + i).squeeze(-1) for i in (0, 1)], -1)
+    weights = torch.stack([low + 1 - distances, distances - low], -1)
+    # Of a bin without a weight even an infinite cross entropy counts 0.
+    return torch.where(weights > 0, cross_entropy * weights, torch.zeros_like(weights)).sum(-1).mean(-1)

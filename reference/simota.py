@@ -103,7 +103,7 @@ def simota_assign(
         labels = gt_labels.reshape(batch_size, -1)[image, slots].long()
         cost = classification_cost(cls_logits[image, anchors], obj_logits[image, anchors], labels)
         cost = cost + 3.0 * -torch.log(ious + 1e-8)
-        cost = cost + INFEASIBLE_COST * ~feasible[image][slots][:, anchors]
+        cost = torch.where(feasible[image][slots][:, anchors], cost, cost + INFEASIBLE_COST)
         matching = match(cost.nan_to_num(nan=torch.inf), dynamic_k(ious))
         gt, anchor = matching.nonzero(as_tuple=True)
         fg_mask[image, anchors[anchor]] = True

@@ -9,6 +9,7 @@ from torch import Tensor
 from .anchors import make_anchors
 from .boxes import bbox_iou, working_precision, xywh_to_xyxy
 from .dfl import decode_dfl, dfl_loss, distances_to_sides
+from .finite import poison
 from .targets import pad_targets
 from .task_aligned import TaskAlignedResult, task_aligned_assign
 
@@ -38,7 +39,7 @@ def yolo11_assign(
     """Assign the rows of ``targets`` (N, 6) to the anchors of the detached predictions, in pixels."""
     pred_dist, pred_scores = working_precision(pred_dist.detach()), working_precision(pred_scores.detach())
     points, point_strides = make_anchors(feat_shapes, strides, dtype=pred_dist.dtype, device=pred_dist.device)
-    imgsz = (int(feat_shapes[0][0] * strides[0]), int(feat_shapes[0][1] * strides[0]))
+    imgsz = (feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0])
     labels, boxes, mask = pad_targets(targets.to(pred_dist.dtype), pred_dist.shape[0], imgsz)
     return task_aligned_assign(
         pred_scores.sigmoid(),
@@ -77,16 +78,14 @@ def yolo11_loss(
     bce = F.binary_cross_entropy_with_logits(logits, assignment.target_scores.to(logits.dtype), reduction="none")
     if class_weights is not None:
         bce = bce * class_weights.to(bce)
-    # A non-finite prediction must show in the loss even where no formula reads it.
-    cls = (bce.sum() + 0 * logits.sum()) / normaliser
-    box = dfl = 0 * dist.sum()
+    cls = bce.sum() / normaliser
 
     fg = assignment.fg_mask
     _, anchor = fg.nonzero(as_tuple=True)
     score = assignment.target_scores.sum(-1)[fg]
     gt_cell = assignment.target_bboxes[fg] / point_strides[anchor][:, None]
     pred_cell = decode_dfl(dist, points, reg_max=reg_max)[fg]
-    box = box + ((1 - bbox_iou(pred_cell, gt_cell, kind="ciou")) * score).sum() / normaliser
+    box = ((1 - bbox_iou(pred_cell, gt_cell, kind="ciou")) * score).sum() / normaliser
     target = distances_to_sides(points[anchor], gt_cell)
     if reg_max > 1:
         side_loss = dfl_loss(dist[fg].unflatten(-1, (4, reg_max)), target)
@@ -94,7 +93,9 @@ def yolo11_loss(
         height, width = feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0]
         per_image = point_strides[anchor][:, None] / dist.new_tensor([width, height, width, height])
         side_loss = ((dist[fg] - target) * per_image).abs().mean(-1)
-    dfl = dfl + (side_loss * score).sum() / normaliser
+    dfl = (side_loss * score).sum() / normaliser
 
-    box, cls, dfl = box_gain * box, cls_gain * cls, dfl_gain * dfl
+    # A logit that is not finite shows even where no formula reads it.
+    not_finite = poison(dist.isfinite().all() & logits.isfinite().all(), dist, logits)
+    box, cls, dfl = box_gain * box + not_finite, cls_gain * cls + not_finite, dfl_gain * dfl + not_finite
     return YOLO11LossOutput(batch_size * (box + cls + dfl), box.detach(), cls.detach(), dfl.detach(), fg.sum())

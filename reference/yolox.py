@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .anchors import make_anchors
 from .boxes import bbox_iou, working_precision, xywh_to_xyxy
-from .simota import SimOTAResult, decode_yolox, simota_assign
-from .targets import pad_targets
+from .finite import poison
+from .simota import SimOTAResult, decode_yolox, find_regions, simota_assign
+from .targets import is_box, pad_targets
 
 
 class YOLOXLossOutput(NamedTuple):
@@ -34,7 +35,7 @@ def yolox_assign(
     """Assign the rows of ``targets`` (N, 6) to the anchors of the detached raw predictions (B, A, 5 + C)."""
     preds = working_precision(preds.detach())
     points, point_strides = make_anchors(feat_shapes, strides, dtype=preds.dtype, device=preds.device)
-    imgsz = (int(feat_shapes[0][0] * strides[0]), int(feat_shapes[0][1] * strides[0]))
+    imgsz = (feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0])
     labels, boxes, mask = pad_targets(targets.to(preds.dtype), preds.shape[0], imgsz)
     return simota_assign(
         preds[..., 5:], preds[..., 4], decode_yolox(preds, points, point_strides),
@@ -46,7 +47,10 @@ def yolox_assign(
 def box_loss(pred: Tensor, target: Tensor, kind: str) -> Tensor:
     """1 - IoU^2, or 1 - GIoU, of boxes (M, 4) in pixels."""
     overlap = bbox_iou(pred, target, kind=kind, eps=1e-16)
-    return 1 - overlap**2 if kind == "iou" else 1 - overlap.clamp(-1, 1)
+    if kind == "iou":
+        return 1 - overlap**2
+    one = torch.ones_like(overlap)
+    return 1 - torch.maximum(torch.minimum(overlap, one), -one)
 
 
 def l1_targets(boxes_xywh: Tensor, points_cell: Tensor, strides: Tensor) -> Tensor:
@@ -65,31 +69,42 @@ def yolox_loss(
     iou_gain: float = 5.0,
     use_l1: bool = False,
     assignment: SimOTAResult | None = None,
-    **assigner_options: str | float,
+    candidates: str = "center",
+    center_radius: float = 1.5,
 ) -> YOLOXLossOutput:
     """The whole criterion; ``assignment`` replaces the assigner's result if given."""
+    regions = {"candidates": candidates, "center_radius": center_radius}
     if assignment is None:
-        assignment = yolox_assign(preds, feat_shapes, targets, strides=strides, **assigner_options)
+        assignment = yolox_assign(preds, feat_shapes, targets, strides=strides, **regions)
     raw = working_precision(preds)
     points, point_strides = make_anchors(feat_shapes, strides, dtype=raw.dtype, device=raw.device)
-    imgsz = (int(feat_shapes[0][0] * strides[0]), int(feat_shapes[0][1] * strides[0]))
+    imgsz = (feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0])
     labels, boxes, mask = pad_targets(targets.to(raw.dtype), raw.shape[0], imgsz)
     fg = assignment.fg_mask
     normaliser = fg.sum().clamp(min=1)
-    # A non-finite prediction must show in the loss even where no formula reads it.
-    obj = (F.binary_cross_entropy_with_logits(raw[..., 4], fg.to(raw.dtype), reduction="sum") + 0 * raw.sum()) / normaliser
+    obj = F.binary_cross_entropy_with_logits(raw[..., 4], fg.to(raw.dtype), reduction="sum") / normaliser
 
     image, anchor = fg.nonzero(as_tuple=True)
     slot = assignment.target_gt_idx[fg]
     gt_xywh, gt_label = boxes[image, slot], labels[image, slot]
-    pred = decode_yolox(raw, points, point_strides)[fg]
-    iou = box_loss(pred, xywh_to_xyxy(gt_xywh), iou_loss).sum() / normaliser
+    pred = decode_yolox(raw[fg], points[anchor], point_strides[anchor])
+    # The size of a finite prediction may overflow: such a box overlaps nothing, and no small step changes that.
+    is_bounded = pred.isfinite().all(-1)
+    pred = decode_yolox(raw[fg][is_bounded], points[anchor][is_bounded], point_strides[anchor][is_bounded])
+    unbounded_loss = (~is_bounded).sum() * (1 if iou_loss == "iou" else 2)
+    iou = (box_loss(pred, xywh_to_xyxy(gt_xywh)[is_bounded], iou_loss).sum() + unbounded_loss) / normaliser
     cls_target = F.one_hot(gt_label, raw.shape[-1] - 5) * assignment.matched_iou[fg][:, None]
     cls = F.binary_cross_entropy_with_logits(raw[fg][:, 5:], cls_target.to(raw.dtype), reduction="sum") / normaliser
     if use_l1:
         l1 = (raw[fg][:, :4] - l1_targets(gt_xywh, points[anchor], point_strides[anchor])).abs().sum() / normaliser
     else:
         l1 = raw.new_zeros(())
-    loss = iou_gain * iou + obj + cls + l1
-    positives_per_box = fg.sum() / mask.sum().clamp(min=1)
-    return YOLOXLossOutput(loss, (iou_gain * iou).detach(), obj.detach(), cls.detach(), l1.detach(), positives_per_box)
+
+    # A prediction that is not finite shows, if it takes part, even where no formula reads it.
+    xyxy, points_px = xywh_to_xyxy(boxes), points * point_strides[:, None]
+    is_gt = mask & is_box(xyxy)
+    takes_part, _ = find_regions(points_px, point_strides, xyxy, boxes[..., :2], is_gt, candidates, center_radius)
+    not_finite = poison(raw[..., 4].isfinite().all() & raw[takes_part].isfinite().all(), raw)
+    iou, obj, cls, l1 = iou_gain * iou + not_finite, obj + not_finite, cls + not_finite, l1 + not_finite
+    positives_per_box = fg.sum().to(raw.dtype) / mask.sum().clamp(min=1)
+    return YOLOXLossOutput(iou + obj + cls + l1, iou.detach(), obj.detach(), cls.detach(), l1.detach(), positives_per_box)

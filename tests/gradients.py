@@ -30,7 +30,7 @@ def held_weight(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def held_weight_of_loss(
-    dist: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, gt_boxes: Tensor,
+    dist: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, gt_boxes: Tensor,
     shapes: Sequence[int], strides: Sequence[float], reg_max: int, box_gain: float,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """The same for the YOLO11 loss as a function of ``dist``, for a given assignment."""
@@ -43,5 +43,5 @@ def held_weight_of_loss(
         return reference.decode_dfl(dist.detach(), points, reg_max=reg_max)[is_pos]
 
     correction = held_weight(boxes(dist), target)
-    scale = box_gain * len(dist) / score_sum.clamp(min=1)
+    scale = box_gain * normaliser[1] / normaliser[0]
     return lambda dist: -(correction(boxes(dist), target) * target_score[is_pos]).sum() * scale

@@ -239,3 +239,32 @@ def test_crowded_image_is_cut_into_blocks_without_a_trace(monkeypatch):
         assert torch.equal(a, b)
     for a, b in zip(whole, ref.simota_assign(*args), strict=True):
         assert_close(a.float(), b.float())
+
+
+def assigner_args():
+    """Scores, objectness, boxes, points, strides and ground truth, in float32."""
+    points, strides = ty.make_anchors([(4, 4), (2, 2)], (8, 16), device=DEVICE, dtype=torch.float32)
+    points = points * strides[:, None]
+    boxes = torch.cat([points - 7, points + 9], -1).repeat(2, 1, 1)
+    scores = strat.spread([0.25, 0.5, 0.125, 0.75], (2, 20, 3), jitter=0.125)
+    gt = torch.tensor([[[2.0, 2, 20, 20], [8, 8, 30, 24]], [[0.0, 0, 9, 9], [12, 3, 30, 31]]], device=DEVICE)
+    labels, mask = torch.tensor([[0, 2], [1, 0]], device=DEVICE), torch.ones(2, 2, dtype=torch.bool, device=DEVICE)
+    return scores, scores[..., 0], boxes, points, strides, labels, gt, mask
+
+
+def both_assignments(scores, objectness, boxes, points, strides, labels, gt, mask):
+    task_aligned = ty.TaskAlignedAssigner(num_classes=3, topk=3)(scores, boxes, points, labels, gt, mask)
+    args = (scores, objectness, boxes, points, strides, labels, gt, mask)
+    return *task_aligned, *ty.SimOTAAssigner(3)(*args), *ty.SimOTAAssigner(3, 2.5, "box_and_center")(*args)
+
+
+@pytest.mark.parametrize("wide", range(5))
+def test_inputs_of_two_types_are_computed_in_the_wider(wide):
+    args = assigner_args()
+    which = (0, 1, 2, 3, 6)[wide]
+    have = both_assignments(*(x.double() if i == which else x for i, x in enumerate(args)))
+    want = both_assignments(*(x.double() if x.is_floating_point() else x for x in args))
+    # The objectness is no input of the first.
+    for a, b in list(zip(have, want, strict=True))[5 if which == 1 else 0 :]:
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

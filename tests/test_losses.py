@@ -1,6 +1,8 @@
 """Both criteria against the reference, and what must hold whatever the input."""
 
 import copy
+import functools
+import math
 import pickle
 
 import pytest
@@ -14,6 +16,7 @@ from tests import strategies as strat
 from tests.compare import TOLERANCE, assert_close, is_assignment_decided
 from tests.conftest import DEVICE
 from tests.test_assigners import is_simota_decided
+from triton_yolo import _ops
 
 
 def yolo11(case: strat.YOLO11Case) -> ty.YOLO11Loss:
@@ -212,28 +215,218 @@ def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+BY = pytest.mark.parametrize("by", ["package", "reference"])
+
+
+def loss_by(by: str, system: str, num_classes: int, **options):
+    """A criterion of the package or of the reference, as a function of predictions, levels and rows."""
+    if by == "package":
+        return (ty.YOLO11Loss if system == "yolo11" else ty.YOLOXLoss)(num_classes, **options)
+    return functools.partial(ref.yolo11_loss if system == "yolo11" else ref.yolox_loss, **options)
+
+
+def check_is_nothing_but_nan(out, grads):
+    """The loss, its terms and every gradient are NaN."""
+    assert all(x.isnan() for x in out[:-1])
+    assert all(grad.isnan().all() for grad in grads)
+
+
+NOT_FINITE = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+
+
+@BY
+@NOT_FINITE
 @pytest.mark.parametrize("which", [0, 1])
-def test_yolo11_shows_a_prediction_that_is_no_number(bad, which):
-    criterion, *preds, shapes, rows = small_yolo11()
-    clean = criterion(*preds, shapes, rows)
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_yolo11_shows_a_prediction_that_is_no_number(by, bad, which, num_rows):
+    _, *preds, shapes, rows = small_yolo11(num_rows)
+    criterion = loss_by(by, "yolo11", 3, strides=(8, 16), reg_max=8)
     for anchor in (0, 5, 19):
         broken = [p.clone() for p in preds]
         broken[which][1, anchor, 2] = bad
-        out = criterion(*broken, shapes, rows)
-        assert out.loss.isnan()
-        assert (out.cls if which else out.box).isnan()
-        assert clean.loss.isfinite()
+        check_is_nothing_but_nan(*with_gradients(lambda d, s: criterion(d, s, shapes, rows), *broken))
+    assert criterion(*preds, shapes, rows).loss.isfinite()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@BY
+@NOT_FINITE
 @pytest.mark.parametrize("channel", [0, 3, 4, 6])
-def test_yolox_shows_a_prediction_that_is_no_number(bad, channel):
-    criterion, preds, shapes, rows = small_yolox()
-    for anchor in (0, 5, 19):
+def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part(by, bad, channel):
+    _, preds, shapes, rows = small_yolox()
+    criterion = loss_by(by, "yolox", 3, strides=(8, 16))
+    clean, (clean_grad,) = with_gradients(lambda p: criterion(p, shapes, rows), preds)
+    # The box of image 1 has its centre at (12.8, 16): 12 px around it are cells 0-2 x 1-2 of the first level, 24 px all others.
+    for anchor, takes_part in ((0, False), (7, False), (15, False), (5, True), (10, True), (19, True)):
         broken = preds.clone()
         broken[1, anchor, channel] = bad
-        assert criterion(broken, shapes, rows).loss.isnan()
+        out, (grad,) = with_gradients(lambda p: criterion(p, shapes, rows), broken)
+        if takes_part or channel == 4:
+            check_is_nothing_but_nan(out, [grad])
+            assert out.num_fg.isfinite()
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(out, clean, strict=True))
+            assert torch.equal(grad, clean_grad)
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("channel", [0, 3, 4, 6])
+def test_a_broken_image_of_yolox_does_not_disturb_the_assignment_of_another(bad, channel):
+    _, preds, shapes, rows = small_yolox()
+    gt, flat = ty.Targets.from_yolo(rows, 32), [side for shape in shapes for side in shape]
+    args = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, flat, [8.0, 16.0], "center", 1.5)
+    clean, _, _ = _ops.yolox_assign(preds, *args)
+    preds[1, :, channel] = bad
+    broken, _, counts = _ops.yolox_assign(preds, *args)
+    assert torch.equal(broken[0], clean[0])
+    assert counts[2] == 1
+
+
+@BY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_masked_class_costs_nothing(by, dtype):
+    scores = torch.zeros(1, 4, 2, dtype=dtype, device=DEVICE)
+    scores[..., 1] = torch.finfo(dtype).min
+    criterion = loss_by(by, "yolo11", 2, strides=(8,))
+    out, grads = with_gradients(
+        lambda d, s: criterion(d, s, [(2, 2)], torch.zeros(0, 6, device=DEVICE)),
+        torch.zeros(1, 4, 64, dtype=dtype, device=DEVICE), scores,
+    )  # fmt: skip
+    # Four cells with one logit of 0: 0.5 * 4 * log 2; its gradient is 0.5 * (1/2 - 0).
+    assert out.loss.item() == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert grads[0].abs().sum() == 0
+    assert grads[1].tolist() == [[[0.25, 0.0]] * 4]
+
+
+@BY
+def test_large_logits_of_yolo11_are_as_good_as_any(by):
+    """What is masked counts as with -1e4, whose exponential is 0 too; a box as wide as any number is nobody's."""
+    lowest, rows = torch.finfo(torch.float32).min, small_yolo11()[-1]
+    _, dist, scores, shapes, _ = small_yolo11()
+    criterion = loss_by(by, "yolo11", 3, strides=(8, 16), reg_max=8)
+    found = []
+    for masked in (-1e4, lowest):
+        dist.unflatten(2, (4, 8))[..., 6:], scores[:, ::3, 0] = masked, masked
+        scores[1, 2, 1] = 1e4
+        found.append(with_gradients(lambda d, s: criterion(d, s, shapes, rows), dist, scores))
+    (want, want_grads), (have, have_grads) = found
+    assert have.num_fg == want.num_fg > 3
+    assert all(torch.equal(a, b) for a, b in zip((*have, *have_grads), (*want, *want_grads), strict=True))
+
+    # 0.5 * 2e38 for one logit of the largest numbers that has no target.
+    scores = torch.zeros(1, 4, 1, device=DEVICE)
+    scores[0, 1] = 2e38
+    criterion = loss_by(by, "yolo11", 1, strides=(8,), reg_max=8)
+    out, grads = with_gradients(lambda d, s: criterion(d, s, [(2, 2)], rows[:0]), torch.zeros(1, 4, 32, device=DEVICE), scores)
+    assert out.loss.item() == pytest.approx(1e38)
+    assert grads[1].flatten().tolist() == [0.25, 0.5, 0.25, 0.25]
+
+
+@BY
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_one_distance_of_the_largest_numbers_is_nobodys(by, value):
+    torch.manual_seed(0)
+    criterion = loss_by(by, "yolo11", 3, strides=(8, 16), reg_max=1)
+    _, _, scores, shapes, rows = small_yolo11()
+    found = []
+    for distance in (-50.0, value):  # no overlap with anything
+        dist = torch.full((2, 20, 4), 1.5, device=DEVICE)
+        dist[:, 5, 1] = distance
+        found.append(with_gradients(lambda d, s: criterion(d, s, shapes, rows), dist, scores))
+    (want, want_grads), (have, have_grads) = found
+    assert have.num_fg == want.num_fg > 3
+    assert all(torch.equal(a, b) for a, b in zip((*have, *have_grads), (*want, *want_grads), strict=True))
+
+
+@BY
+def test_masked_objectness_costs_nothing(by):
+    preds = torch.zeros(1, 4, 7, device=DEVICE)
+    preds[0, 0, 4], preds[0, 1, 5] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    criterion = loss_by(by, "yolox", 2, strides=(8,))
+    out, (grad,) = with_gradients(lambda p: criterion(p, [(2, 2)], torch.zeros(0, 6, device=DEVICE)), preds)
+    assert out.loss.item() == pytest.approx(3 * math.log(2))
+    assert grad[0, :, 4].tolist() == [0.0, 0.5, 0.5, 0.5]
+    assert grad[..., [0, 1, 2, 3, 5, 6]].abs().sum() == 0
+
+
+@BY
+@pytest.mark.parametrize(("channel", "value"), [(0, 3e38), (1, -3e38), (2, 100.0), (3, 3e38)])
+@pytest.mark.parametrize(("iou_loss", "worst"), [("iou", 1), ("giou", 2)])
+def test_a_box_of_yolox_that_overflows_overlaps_nothing(by, channel, value, iou_loss, worst):
+    """One anchor takes part and is the positive; its class target is the IoU, 0."""
+    preds = torch.zeros(1, 1, 6, device=DEVICE)
+    preds[0, 0, channel], preds[0, 0, 4] = value, 3e38
+    criterion = loss_by(by, "yolox", 1, strides=(8,), iou_loss=iou_loss)
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.5, 0.5]], device=DEVICE)
+    out, (grad,) = with_gradients(lambda p: criterion(p, [(1, 1)], rows), preds)
+    assert out.num_fg == 1
+    assert out.obj == 0
+    assert out.iou.item() == pytest.approx(5 * worst)
+    assert out.cls.item() == pytest.approx(math.log(2))
+    assert grad.tolist() == [[[0.0, 0.0, 0.0, 0.0, 0.0, 0.5]]]
+
+
+@pytest.mark.parametrize("side", [1e15, 1e20, 3e38])
+@pytest.mark.parametrize("options", [{}, {"candidates": "box_and_center", "center_radius": 2.5}])
+@pytest.mark.parametrize("system", ["yolo11", "yolox"])
+def test_a_huge_box_changes_no_other_image(system, side, options):
+    torch.manual_seed(0)
+    shapes, num_images = [(4, 4), (2, 2)], 6
+    boxes = torch.tensor([[2.0, 2, 28, 30]]).repeat(num_images, 1)
+    boxes[:-1:2] = torch.tensor([-side / 2, -side / 2, side / 2, side / 2])
+    targets = ty.Targets.from_padded(torch.zeros(num_images, 1).long(), boxes[:, None])
+    targets = ty.Targets(*(x.to(DEVICE) for x in targets))
+    if system == "yolo11":
+        preds = torch.rand(num_images, 20, 32, device=DEVICE), torch.randn(num_images, 20, 1, device=DEVICE)
+        criterion = ty.YOLO11Loss(1, strides=(8, 16), reg_max=8, **({"min_box_side": 16.0} if options else {}))
+    else:
+        preds = (torch.randn(num_images, 20, 6, device=DEVICE),)
+        criterion = ty.YOLOXLoss(1, strides=(8, 16), **options)
+    whole, grads = with_gradients(lambda *p: criterion(*p, shapes, targets), *preds)
+    assert whole.loss.isfinite()
+    for image in (1, 3, 5):
+        alone = ty.Targets(torch.zeros_like(targets.image_index[:1]), *(x[image : image + 1] for x in targets[1:]))
+        _, own = with_gradients(lambda *p, t=alone: criterion(*p, shapes, t), *(p[image : image + 1] for p in preds))
+        is_positive = own[0].flatten(2)[..., :4].abs().sum(-1) > 0
+        assert is_positive.any()
+        assert torch.equal(grads[0][image : image + 1, :, :4].abs().sum(-1) > 0, is_positive)
+
+
+@BY
+@pytest.mark.parametrize("stride", [3.5, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_perfect_prediction_of_a_fractional_image_costs_nothing(by, stride, dtype):
+    """15 cells of 3 x 5, and the box is the image: 1 for every IoU, 0 for every distance."""
+    points = torch.cartesian_prod(torch.arange(3), torch.arange(5)).flip(-1).to(DEVICE, dtype) + 0.5  # (x, y) of each cell
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 1, 1]], dtype=dtype, device=DEVICE)
+    to_sides = torch.cat([points, torch.tensor([5, 3], device=DEVICE) - points], -1)[None]
+    criterion = loss_by(by, "yolo11", 1, strides=(stride,), reg_max=1)
+    out = criterion(to_sides, torch.zeros(1, 15, 1, dtype=dtype, device=DEVICE), [(3, 5)], rows)
+    assert out.num_fg == 10
+    assert out.box.item() == pytest.approx(0, abs=1e-5)
+    assert out.dfl.item() == pytest.approx(0, abs=1e-9 if dtype == torch.float64 else 1e-5)
+    # Ten scores of 1, of which a logit of 0 takes nothing.
+    assert out.loss.item() == pytest.approx(0.5 * 15 * math.log(2) / 10, rel=1e-4)
+
+    preds = torch.zeros(1, 15, 6, dtype=dtype, device=DEVICE)
+    preds[..., :2] = torch.tensor([2.5, 1.5], device=DEVICE) - (points - 0.5)
+    preds[..., 2:4] = torch.tensor([5.0, 3.0], device=DEVICE).log()
+    out = loss_by(by, "yolox", 1, strides=(stride,), use_l1=True)(preds, [(3, 5)], rows)
+    assert out.num_fg in (8, 9)  # the 3 x 3 cells around the centre, less one where an IoU of 1 is rounded down
+    assert out.iou.item() == pytest.approx(0, abs=1e-5)
+    assert out.l1.item() == pytest.approx(0, abs=1e-5)
+    assert out.loss.item() == pytest.approx(15 * math.log(2) / out.num_fg.item() + math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_yolo11_computes_predictions_of_two_types_in_the_wider(which):
+    criterion, *preds, shapes, rows = small_yolo11()
+    mixed = [p.double() if i == which else p for i, p in enumerate(preds)]
+    have, grads = with_gradients(lambda d, s: criterion(d, s, shapes, rows), *mixed)
+    want, want_grads = with_gradients(lambda d, s: criterion(d, s, shapes, rows), *(p.double() for p in preds))
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+    for grad, want_grad, pred in zip(grads, want_grads, mixed, strict=True):
+        assert grad.dtype == pred.dtype
+        assert torch.equal(grad, want_grad.to(pred.dtype))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

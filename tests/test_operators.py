@@ -48,12 +48,12 @@ def yolo11_loss_args(reg_max=8, dtype=F64, weights=None):
     dist = torch.rand(2, 20, 4 * reg_max, dtype=dtype, device=DEVICE)
     scores = torch.randn(2, 20, 3, dtype=dtype, device=DEVICE)
     levels = (shapes, [8.0, 16.0])
-    target_row, target_score, total, _ = _ops.yolo11_assign(
+    target_row, target_score, sums, _ = _ops.yolo11_assign(
         dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, reg_max, 10, None, 0.5, 6.0, 0.0
     )
     assert (target_row >= 0).any()
     return (
-        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, total, 1,
+        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, sums.clamp(min=1),
         gt.labels, gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5],
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def yolox_loss_args(iou_loss="iou", use_l1=True):
     target_row, matched_iou, counts = _ops.yolox_assign(*args)
     assert counts[0] > 0
     return (
-        args[0].requires_grad_(), target_row, matched_iou, counts, 1, gt.labels, gt.boxes_xywh,
+        args[0].requires_grad_(), target_row, matched_iou, counts[0].double(), gt.labels, gt.boxes_xywh,
         shapes, [8.0, 16.0], iou_loss, 5.0, torch.tensor(float(use_l1), device=DEVICE),
     )  # fmt: skip
 
@@ -148,8 +148,8 @@ def test_gradcheck_bbox_iou(kind):
 def test_gradcheck_yolo11_loss(reg_max, has_weights):
     weights = torch.tensor([1.0, 2.0, 0.5], device=DEVICE) if has_weights else None
     dist, scores, *rest = yolo11_loss_args(reg_max, weights=weights)
-    row, score, score_sum, _, _, gt_boxes, _, *levels, gains = rest
-    correction = held_weight_of_loss(dist, row, score, score_sum, gt_boxes, *levels, gains[0])
+    row, score, normaliser, _, gt_boxes, _, *levels, gains = rest
+    correction = held_weight_of_loss(dist, row, score, normaliser, gt_boxes, *levels, gains[0])
     assert torch.autograd.gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *rest)[0] + correction(d), (dist, scores))
 
 

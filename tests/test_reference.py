@@ -37,8 +37,10 @@ def test_eps_is_added_to_heights_union_and_enclosing_measure():
     # With eps = 1: w, h = 2, 3 each, intersection 4 (of true sides), union 6 + 6 - 4 + 1 = 9.
     a = b = box(0, 0, 2, 2)
     assert ref.bbox_iou(a, b, eps=1) == pytest.approx(4 / 9)
-    # Enclosing area 2 * 2 + 1 = 5.
-    assert ref.bbox_iou(a, b, kind="giou", eps=1) == pytest.approx(4 / 9 - (5 - 9) / 5)
+    # Enclosing area 2 * (2 + 2) + 1 = 9: the height has the eps of both boxes, so that it is the union of equal boxes.
+    assert ref.bbox_iou(a, b, kind="giou", eps=1) == pytest.approx(4 / 9)
+    # The enclosing box of 3 x 2: 3 * (2 + 2) + 1 = 13; intersection 2, union 6 + 6 - 2 + 1 = 11.
+    assert ref.bbox_iou(a, box(1, 0, 3, 2), kind="giou", eps=1) == pytest.approx(2 / 11 - 2 / 13)
     # Squared diagonal 4 + 4 + 1, and centres 1 apart: intersection 2, union 10 + ... = 6 + 6 - 2 + 1.
     assert ref.bbox_iou(a, box(1, 0, 3, 2), kind="diou", eps=1) == pytest.approx(2 / 11 - 1 / (9 + 4 + 1))
     # The angle uses the height with eps: atan(2/3) and atan(2/5); the weight's denominator has eps too.
@@ -46,6 +48,21 @@ def test_eps_is_added_to_heights_union_and_enclosing_measure():
     iou = 4 / (6 + 10 - 4 + 1)
     expected = iou - 1 / (4 + 16 + 1) - v * v / (1 - iou + v + 1)
     assert ref.bbox_iou(a, box(0, 0, 2, 4), kind="ciou", eps=1) == pytest.approx(expected)
+
+
+def test_giou_of_flat_boxes():
+    # No intersection. Of equal ones 40 wide and 0 high, union and enclosing area are both 2 * 40 * eps + eps.
+    flat = box(0, 0, 40, 0)
+    assert ref.bbox_iou(flat, flat, kind="giou", eps=1e-7) == pytest.approx(0, abs=1e-12)
+    # 10 apart, the enclosing box is 90 wide: the union has 81 of its 181 eps.
+    assert ref.bbox_iou(flat, box(50, 0, 90, 0), kind="giou", eps=1e-7) == pytest.approx(-100 / 181)
+
+
+def test_gradient_of_touching_boxes_is_half_of_that_of_an_intersection():
+    # Two 2 x 2 boxes side by side: a step to the right would share 2 of the union's 8, a step to the left nothing.
+    a = box(0, 0, 2, 2).requires_grad_()
+    (grad,) = torch.autograd.grad(ref.bbox_iou(a, box(2, 0, 4, 2), kind="iou", eps=0), a)
+    assert grad.tolist() == [0, 0, 1 / 8, 0]
 
 
 def test_ciou_weight_is_a_constant_for_the_gradient():

@@ -110,6 +110,29 @@ def test_bbox_iou_is_symmetric_and_bounded(kind, data):
     is_box = ((a[:, 2:] > a[:, :2]) & (b[:, 2:] > b[:, :2])).all(-1)
     assert (iou[is_box] <= 1 + 1e-6).all()
     assert (iou[is_box] >= -2).all()
+    if kind == "giou":
+        assert (iou.abs() <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_giou_of_flat_boxes(dtype):
+    # No intersection. Of equal ones the union is the enclosing box; 10 apart it has 81 of its 181 eps.
+    a = torch.tensor([[0.0, 0, 40, 0]], dtype=dtype, device=DEVICE)
+    b = torch.tensor([[0.0, 0, 40, 0], [50, 0, 90, 0]], dtype=dtype, device=DEVICE)
+    assert ty.bbox_iou(a, b, kind="giou").tolist() == pytest.approx([0, -100 / 181], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["iou", "giou"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradient_of_touching_boxes_is_half_of_that_of_an_intersection(kind, axis):
+    a = torch.tensor([[0.0, 0, 2, 2]], device=DEVICE, requires_grad=True)
+    b = a.detach() + torch.tensor([[2.0, 0], [0, 2]], device=DEVICE)[axis].repeat(2)
+    ty.bbox_iou(a, b, kind=kind).sum().backward()
+    # A step towards b would share 2 of the union's 8, a step away nothing. Of GIoU the union is the enclosing box, and grows
+    # as that less half of what is shared: 1/8 for a side of b's, on either side, and for the others nothing.
+    expected = torch.zeros(4, device=DEVICE)
+    expected[2 + axis] = 1 / 8 if kind == "iou" else 1 / 8 + (2 - 1) / 8
+    assert_close(a.grad[0], expected, "gradient", tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

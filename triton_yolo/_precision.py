@@ -10,3 +10,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def working(x: Tensor) -> Tensor:
     return x.to(working_dtype(x.dtype))
+
+
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, all in float64 if one of them is: inputs of several types are computed in the widest."""
+    is_wide = any(x.dtype == torch.float64 for x in tensors)
+    return tuple(x.double() for x in tensors) if is_wide else tensors

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _ops
+from ._precision import widened
 from .stages import check_padded
 from .targets import Targets
 
@@ -109,6 +110,7 @@ class TaskAlignedAssigner(nn.Module):
         names = ("pd_scores", "pd_bboxes", "anc_points")
         labels, mask = check_padded(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
         _checks.tensor("pd_scores", pd_scores, ("B", "A", self.num_classes))
+        pd_scores, pd_bboxes, anc_points, gt_bboxes = widened(pd_scores, pd_bboxes, anc_points, gt_bboxes)
         gt = Targets.from_padded(labels, gt_bboxes, mask)
         target_row, target_score = _ops.task_aligned_assign(
             pd_scores, pd_bboxes, anc_points, gt.image_index, gt.labels, gt.boxes_xyxy,
@@ -186,6 +188,9 @@ class SimOTAAssigner(nn.Module):
         obj_logits = _checks.per_slot("obj_logits", obj_logits, cls_logits)
         _checks.tensor("obj_logits", obj_logits, ("B", "A"))
         _checks.tensor("strides", strides, (cls_logits.shape[1],), like=cls_logits)
+        cls_logits, obj_logits, pred_bboxes, anc_points, strides, gt_bboxes = widened(
+            cls_logits, obj_logits, pred_bboxes, anc_points, strides, gt_bboxes
+        )
         gt = Targets.from_padded(labels, gt_bboxes, mask)
         target_row, matched_iou = _ops.simota_assign(
             cls_logits, obj_logits, pred_bboxes, anc_points, strides,

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks, _ops
+from ._precision import widened
 from .assigners import CANDIDATE_MODES, check_topk
 from .targets import Targets
 
@@ -55,8 +56,9 @@ class YOLO11Loss(nn.Module):
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
 
-    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
+    Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 if one is float64).
+    A logit that is NaN or infinite makes the loss, its terms and every gradient NaN, and changes the assignment of no other
+    image. A finite one never does, however large: a class masked with ``torch.finfo(dtype).min`` costs nothing.
 
     Args:
         num_classes: number of classes C.
@@ -72,8 +74,7 @@ class YOLO11Loss(nn.Module):
         min_box_side: sides shorter than this count as this long when candidates are sought, in pixels.
         class_weights: (C,) weight of every class in the classification term.
         process_group: if given, the loss is normalised over its ranks, so that gradients averaged over them, as
-            DistributedDataParallel does, equal those of one process on the whole batch. Every rank must have the same batch
-            size.
+            DistributedDataParallel does, equal those of one process on the whole batch.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -135,16 +136,17 @@ class YOLO11Loss(nn.Module):
         _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
         batch_size, num_anchors, _ = pred_dist.shape
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        pred_dist, pred_scores = widened(pred_dist, pred_scores)
         shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
         gt = _packed(targets, shapes, strides, pred_dist)
         with torch.no_grad():
-            target_row, target_score, score_sum, num_fg = _ops.yolo11_assign(
+            target_row, target_score, sums, num_fg = _ops.yolo11_assign(
                 pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
                 self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
             )  # fmt: skip
-            score_sum, num_ranks = _sum_over_ranks(score_sum, self.process_group)
-        loss, terms = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_score, score_sum, num_ranks, gt.labels, gt.boxes_xyxy,
+            normaliser = _normaliser(sums, self.process_group)
+        loss, terms, _ = _ops.yolo11_loss(
+            pred_dist, pred_scores, target_row, target_score, normaliser, gt.labels, gt.boxes_xyxy,
             self.class_weights, shapes, strides, self.reg_max, self.gains,
         )  # fmt: skip
         box, cls, dfl = terms.unbind()
@@ -158,7 +160,9 @@ class YOLOXLoss(nn.Module):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A NaN or an infinity anywhere in the predictions makes the loss NaN; it disturbs the assignment of no other image.
+    A prediction that takes part and is NaN or infinite makes the loss, its terms and every gradient NaN, and changes the
+    assignment of no other image. What takes part: every objectness logit, and the box and class logits of the anchors that take
+    part in the assignment of their image (see ``SimOTAAssigner``). A finite one never does, however large.
 
     Args:
         num_classes: number of classes C.
@@ -198,7 +202,7 @@ class YOLOXLoss(nn.Module):
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
         self.iou_gain = float(iou_gain)
         self.process_group = process_group
-        self.register_buffer("_l1_gain", torch.zeros(()), persistent=False)
+        self.register_buffer("_l1_gain", torch.zeros((), dtype=torch.float32), persistent=False)
         self.use_l1 = use_l1
 
     @property
@@ -233,12 +237,14 @@ class YOLOXLoss(nn.Module):
                 preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
                 self.candidates, self.center_radius,
             )  # fmt: skip
-            counts, num_ranks = _sum_over_ranks(counts, self.process_group)
+            num_fg, num_gt, is_broken = counts.to(matched_iou.dtype).unbind()
+            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self.process_group)
         loss, terms = _ops.yolox_loss(
-            preds, target_row, matched_iou, counts, num_ranks, gt.labels, gt.boxes_xywh,
+            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
             shapes, strides, self.iou_loss, self.iou_gain, self._l1_gain.to(preds.device, non_blocking=True),
         )  # fmt: skip
-        return YOLOXLossOutput(loss, *terms.unbind())
+        iou, obj, cls, l1 = terms.unbind()
+        return YOLOXLossOutput(loss, iou, obj, cls, l1, num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"
@@ -249,15 +255,20 @@ def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], 
         forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
     if not isinstance(targets, Targets):
-        targets = Targets.from_yolo(targets, (int(shapes[0] * strides[0]), int(shapes[1] * strides[0])))
+        targets = Targets.from_yolo(targets, (shapes[0] * strides[0], shapes[1] * strides[0]))
     _checks.require(targets.labels.device == preds.device, "targets", f"be on {preds.device}", targets.labels.device)
     return targets
 
 
-def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """The sum over the ranks; the number of ranks."""
+def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
+
+    The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
+    """
     if group is None:
-        return x, 1
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x, group.size()
+        return sums.clamp(min=1)
+    sums = sums.clone()
+    dist.all_reduce(sums, group=group)
+    sums = sums.clamp(min=1)
+    sums.view(-1)[0] /= group.size()
+    return sums

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _ops
+from ._precision import widened
 
 _KINDS = ("iou", "giou", "diou", "ciou")
 
@@ -64,8 +65,10 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
 def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> Tensor:
     """Overlap of boxes, element by element. Differentiable by both.
 
-    ``eps`` is added to the heights, to the union and to the enclosing area or squared diagonal. CIoU's trade-off weight is a
-    constant for the gradient. An inverted box overlaps nothing. (GIoU: arXiv 1902.09630; DIoU, CIoU: arXiv 1911.08287.)
+    ``eps`` is added to the heights, to the union and to the enclosing area or squared diagonal. The height of GIoU's enclosing
+    box has that of both boxes: GIoU is between -1 and 1 however flat they are. CIoU's trade-off weight is a constant for the
+    gradient. Where sides coincide or boxes touch, the gradient is the mean of those on either side. An inverted box overlaps
+    nothing. (GIoU: arXiv 1902.09630; DIoU, CIoU: arXiv 1911.08287.)
 
     Args:
         a: (..., 4) in xyxy, any float type.
@@ -127,8 +130,9 @@ def align_metric(
         TypeError: an argument that must be a float tensor is not.
     """
     labels, mask = check_padded(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
+    scores, boxes, anchor_points, gt_bboxes = widened(pred_scores.detach(), pred_bboxes.detach(), anchor_points, gt_bboxes)
     return _ops.align_metric(
-        pred_scores.detach(), pred_bboxes.detach(), anchor_points, labels, gt_bboxes, mask,
+        scores, boxes, anchor_points, labels, gt_bboxes, mask,
         float(alpha), float(beta), float(min_box_side),
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ class Targets(NamedTuple):
     boxes_xywh: Tensor
 
     @classmethod
-    def from_yolo(cls, rows: Tensor, imgsz: int | Sequence[int]) -> "Targets":
+    def from_yolo(cls, rows: Tensor, imgsz: float | Sequence[float]) -> "Targets":
         """Take rows (N, 6) of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image.
 
         Args:
@@ -43,7 +43,7 @@ class Targets(NamedTuple):
             TypeError: ``rows`` is not a float tensor.
         """
         _checks.tensor("targets", rows, ("N", 6))
-        height, width = (imgsz, imgsz) if isinstance(imgsz, int) else _pair(imgsz)
+        height, width = (imgsz, imgsz) if isinstance(imgsz, (int, float)) else _pair(imgsz)
         return cls(*_ops.unpack_rows(rows.detach(), width, height))
 
     @classmethod
@@ -116,6 +116,6 @@ class Targets(NamedTuple):
         return cls(image_index, labels, boxes, torch.cat([(low + high) / 2, high - low], -1))
 
 
-def _pair(imgsz: Sequence[int]) -> tuple[int, int]:
+def _pair(imgsz: Sequence[float]) -> tuple[float, float]:
     _checks.require(len(imgsz) == 2, "imgsz", "be (height, width)", tuple(imgsz))
     return imgsz[0], imgsz[1]

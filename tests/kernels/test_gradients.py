@@ -48,10 +48,11 @@ def test_yolo11_loss(reg_max, has_weights):
     weights = torch.tensor([1.0, 2.0, 0.5]) if has_weights else None
     dist = case.dist.abs() + 0.5
     levels = (FLAT_SHAPES, STRIDES, reg_max)
-    row, score, total, _ = _ops.yolo11_assign(dist, *case[1:], *levels, 10, None, 0.5, 6.0, 0.0)
+    row, score, sums, _ = _ops.yolo11_assign(dist, *case[1:], *levels, 10, None, 0.5, 6.0, 0.0)
     assert (row >= 0).any()
-    tail = (row, score, total, 1, *case[3:], weights, *levels, [7.5, 0.5, 1.5])
-    correction = held_weight_of_loss(dist, row, score, total, case.gt_boxes, *levels, 7.5)
+    normaliser = sums.clamp(min=1)
+    tail = (row, score, normaliser, *case[3:], weights, *levels, [7.5, 0.5, 1.5])
+    correction = held_weight_of_loss(dist, row, score, normaliser, case.gt_boxes, *levels, 7.5)
     inputs = (dist.requires_grad_(), case.scores.requires_grad_())
     assert gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *tail)[0] + correction(d), inputs)
 
@@ -68,7 +69,7 @@ def test_decode_yolox(layout):
 def test_yolox_loss(iou_loss, use_l1):
     case = make_yolox_case(1, dtype=F64)
     preds = case.preds + 0.1 * torch.rand_like(case.preds)  # off the boxes' corners, where the overlap has a kink
-    assignment = _ops.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5)
-    assert assignment[2][0] > 0
-    tail = (*assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, torch.tensor(float(use_l1)))
+    *assignment, counts = _ops.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5)
+    assert counts[0] > 0
+    tail = (*assignment, counts[0].double(), case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, torch.tensor(float(use_l1)))
     assert gradcheck(lambda p: _ops.yolox_loss(p, *tail)[0], preds.requires_grad_())

@@ -92,9 +92,10 @@ def test_yolo11(layout, dtype, reg_max, topk2, min_box_side):
     assert (assignment[0] >= 0).sum() > 3
     assert_same(kernels.yolo11_assign(*case, *levels, *options), assignment)
 
-    target_row, target_score, total, _ = assignment
+    target_row, target_score, *_ = assignment
+    normaliser = target_score.new_tensor([2.5, 3.0])
     weights = torch.rand(3) if topk2 else None
-    args = (case.dist, case.scores, target_row, target_score, total, 3, case.labels, case.gt_boxes, weights, *levels, GAINS)
+    args = (case.dist, case.scores, target_row, target_score, normaliser, case.labels, case.gt_boxes, weights, *levels, GAINS)
     assert_same(kernels.yolo11_loss(*args), eager.yolo11_loss(*args))
     grad = torch.tensor(1.5, dtype=target_score.dtype)
     assert_same(kernels.yolo11_loss_backward(grad, *args), eager.yolo11_loss_backward(grad, *args))
@@ -105,8 +106,8 @@ def test_yolo11(layout, dtype, reg_max, topk2, min_box_side):
 def test_classes_of_several_tiles(num_classes):
     case = make_case(4, num_classes=num_classes)
     levels = (FLAT_SHAPES, STRIDES, 5)
-    target_row, target_score, total, _ = eager.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
-    args = (case.dist, case.scores, target_row, target_score, total, 1, case.labels, case.gt_boxes, None, *levels, GAINS)
+    target_row, target_score, sums, _ = eager.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
+    args = (case.dist, case.scores, target_row, target_score, sums, case.labels, case.gt_boxes, None, *levels, GAINS)
     assert_same(kernels.yolo11_loss(*args), eager.yolo11_loss(*args))
     x_args = (*make_yolox_case(4, num_classes=num_classes), *X_LEVELS, "center", 1.5)
     assert_same(kernels.yolox_assign(*x_args), eager.yolox_assign(*x_args))
@@ -193,7 +194,18 @@ def test_yolox(layout, dtype, mode, iou_loss, use_l1):
     assignment = eager.yolox_assign(*case, *X_LEVELS, *mode)
     assert assignment[2][0] > 10
     assert_same(kernels.yolox_assign(*case, *X_LEVELS, *mode), assignment)
-    args = (case.preds, *assignment, 3, case.labels, case.gt_xywh, *X_LEVELS, iou_loss, 5.0, torch.tensor(float(use_l1)))
+    normaliser = assignment[1].new_tensor(2.5)
+    args = (
+        case.preds,
+        *assignment[:2],
+        normaliser,
+        case.labels,
+        case.gt_xywh,
+        *X_LEVELS,
+        iou_loss,
+        5.0,
+        torch.tensor(float(use_l1)),
+    )
     assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
     grad = torch.tensor(1.5, dtype=assignment[1].dtype)
     assert_same([kernels.yolox_loss_backward(grad, *args)], [eager.yolox_loss_backward(grad, *args)])
@@ -234,7 +246,7 @@ def test_few_rows_of_yolox(num_rows):
     args = (*case, *X_LEVELS, *CENTER)
     want = eager.yolox_assign(*args)
     assert_same(kernels.yolox_assign(*args), want)
-    args = (case.preds, *want, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
+    args = (case.preds, *want[:2], torch.tensor(2.5), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
     assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
     assert_same([kernels.yolox_loss_backward(torch.ones(()), *args)], [eager.yolox_loss_backward(torch.ones(()), *args)])
 
@@ -252,7 +264,17 @@ def test_yolox_results_repeat_to_the_bit():
 
     def run():
         assignment = kernels.yolox_assign(*case, *X_LEVELS, *CENTER)
-        args = (case.preds, *assignment, 1, case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
+        args = (
+            case.preds,
+            *assignment[:2],
+            torch.tensor(2.5),
+            case.labels,
+            case.gt_xywh,
+            *X_LEVELS,
+            "iou",
+            5.0,
+            torch.ones(()),
+        )
         return *assignment, *kernels.yolox_loss(*args), kernels.yolox_loss_backward(torch.ones(()), *args)
 
     first = run()

@@ -23,7 +23,7 @@ def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
     enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     if kind == "giou":
-        enclosing_area = enclosing_w * enclosing_h + eps
+        enclosing_area = enclosing_w * (enclosing_h + 2 * eps) + eps
         return iou - (enclosing_area - union) / enclosing_area
     diagonal2 = enclosing_w.square() + enclosing_h.square() + eps
     dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
@@ -37,8 +37,9 @@ def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
 def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     """Derivative of the overlap by the corners of ``a``: (..., 4).
 
-    Where two sides coincide, each gets half of the derivative of their minimum or maximum. CIoU's trade-off weight is a
-    constant. Every kind is symmetric, so the derivative by ``b`` is that of (b, a).
+    Where two sides coincide, each gets half of the derivative of their minimum or maximum, and where boxes touch, the overlap
+    gets half of that of its maximum with 0. CIoU's trade-off weight is a constant. Every kind is symmetric, so the derivative
+    by ``b`` is that of (b, a).
     """
     ax1, ay1, ax2, ay2 = working(a).unbind(-1)
     bx1, by1, bx2, by2 = working(b).unbind(-1)
@@ -49,18 +50,18 @@ def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     union = wa * ha + wb * hb - inter + eps
 
     # Shares of a's sides in the intersection and, the other way round, in the enclosing box.
-    x1_inner, x2_inner = _share(ax1 > bx1, ax1 == bx1), _share(ax2 < bx2, ax2 == bx2)
-    y1_inner, y2_inner = _share(ay1 > by1, ay1 == by1), _share(ay2 < by2, ay2 == by2)
+    x1_inner, x2_inner = share(ax1 > bx1, ax1 == bx1), share(ax2 < bx2, ax2 == bx2)
+    y1_inner, y2_inner = share(ay1 > by1, ay1 == by1), share(ay2 < by2, ay2 == by2)
 
     d_inter, d_union = 1 / union, -inter / union.square()
     enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
     enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     d_wa = d_ha = d_enclosing_w = d_enclosing_h = d_dx = d_dy = torch.zeros_like(union)
     if kind == "giou":
-        enclosing_area = enclosing_w * enclosing_h + eps
+        enclosing_area = enclosing_w * (enclosing_h + 2 * eps) + eps
         d_union = d_union + 1 / enclosing_area
         d_enclosing_area = -union / enclosing_area.square()
-        d_enclosing_w, d_enclosing_h = d_enclosing_area * enclosing_h, d_enclosing_area * enclosing_w
+        d_enclosing_w, d_enclosing_h = d_enclosing_area * (enclosing_h + 2 * eps), d_enclosing_area * enclosing_w
     elif kind in ("diou", "ciou"):
         diagonal2 = enclosing_w.square() + enclosing_h.square() + eps
         dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
@@ -77,8 +78,8 @@ def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
 
     d_inter = d_inter - d_union
     d_wa, d_ha = d_wa + d_union * ha, d_ha + d_union * wa
-    d_overlap_w = torch.where(overlap_w >= 0, d_inter * overlap_h.clamp(min=0), 0)
-    d_overlap_h = torch.where(overlap_h >= 0, d_inter * overlap_w.clamp(min=0), 0)
+    d_overlap_w = d_inter * overlap_h.clamp(min=0) * share(overlap_w > 0, overlap_w == 0)
+    d_overlap_h = d_inter * overlap_w.clamp(min=0) * share(overlap_h > 0, overlap_h == 0)
     return torch.stack(
         [
             -d_wa - d_overlap_w * x1_inner - d_enclosing_w * (1 - x1_inner) + d_dx / 2,
@@ -96,5 +97,6 @@ def bbox_iou_backward(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float)
     return grad_a.to(a.dtype), grad_b.to(b.dtype)
 
 
-def _share(is_own: Tensor, is_tie: Tensor) -> Tensor:
+def share(is_own: Tensor, is_tie: Tensor) -> Tensor:
+    """How much of the derivative of a minimum or maximum is due to one of its arguments: half of it at a tie."""
     return is_own.float() + 0.5 * is_tie.float()

@@ -34,9 +34,8 @@ def valid_rows(image_index: Tensor, labels: Tensor, boxes: Tensor, batch_size: i
 
 def by_images(rows: Tensor, image_index: Tensor, num_pairs: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Cut ``rows`` into parts with all rows of their images and about ``_PART`` pairs, if every row (N,) has so many."""
-    per_image = num_pairs.new_zeros(batch_size, dtype=torch.float64)
     images = image_index[rows]
-    per_image.index_add_(0, images, num_pairs[rows].double())
+    per_image = num_pairs.new_zeros(batch_size).index_add_(0, images, num_pairs[rows])
     part = torch.div(per_image.cumsum(0) - per_image, _PART, rounding_mode="floor")[images]
     for number in part.unique():
         yield rows[part == number]

@@ -148,7 +148,7 @@ def simota_assign(
         return point_pairs(low, high, points)
 
     regions = Regions(points.T.contiguous(), strides, candidates, radius, find_near, find_in_box)
-    target_row, matched_iou = match(
+    target_row, matched_iou, _ = match(
         cls_logits, obj_logits, lambda images, anchors: boxes[images, anchors], regions,
         image_index, labels, gt_boxes, gt_xywh,
     )  # fmt: skip
@@ -158,8 +158,8 @@ def simota_assign(
 def match(
     cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions,
     image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Row of every anchor (B, A), int32, -1 for background, and its IoU with it, 0 for background.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Row of every anchor (B, A), int32, -1 for background; its IoU with it, 0 for background; whether it takes part.
 
     ``boxes_at`` gives the predicted boxes (M, 4) at images and anchors (M,).
     """
@@ -184,7 +184,7 @@ def match(
     target_row[at] = rows.ids[winner].int()
     matched_iou = torch.zeros_like(takes_part, dtype=members.boxes.dtype)
     matched_iou[at] = _iou(rows.boxes[:, winner], members.boxes[:, positive])
-    return target_row, matched_iou
+    return target_row, matched_iou, takes_part
 
 
 def _choose_rows(rows: _Rows, members: _Members, nth: Tensor, member: Tensor, cost_of: _Cost) -> Tensor:
@@ -272,7 +272,7 @@ def _costs(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions)
     # BCE against the one-hot class differs from that against no class by two terms.
     cost = background_cost + _log_not(probs) - probs.log().clamp(min=-100)
     cost = cost + 3.0 * -torch.log(_iou(rows.boxes, boxes) + 1e-8)
-    cost = cost + INFEASIBLE_COST * ~regions.is_feasible(points, strides, rows)
+    cost = cost.where(regions.is_feasible(points, strides, rows), cost + INFEASIBLE_COST)
     return cost.where(cost < torch.inf, torch.inf)
 
 
@@ -292,9 +292,9 @@ def _log_not(probs: Tensor) -> Tensor:
 
 
 def dynamic_k(ious: Tensor) -> Tensor:
-    """How many anchors each row of (n, P) takes: the sum of its largest IoUs, in float64 so that no order matters."""
+    """How many anchors each row of (n, P) takes: the sum of its largest IoUs, of integers so that no order matters."""
     largest = ious.topk(min(MAX_DYNAMIC_K, ious.shape[1]), dim=1).values
-    return largest.double().sum(1).floor().long().clamp(min=1)
+    return ((largest * 2.0**52).long().sum(1) >> 52).clamp(min=1)
 
 
 def cheapest_k(cost: Tensor, k: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._precision import working
 from .boxes import bbox_iou, bbox_iou_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
+from .finite import is_finite
 from .memory import blocks, untouched_zeros_like
 from .pairs import anchor_table, by_images, grid_pairs, valid_rows
 from .task_aligned import is_inside, match, pair_metric, widen
@@ -31,7 +32,9 @@ def yolo11_assign(
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
     sides = gt_boxes[:, 2:] - gt_boxes[:, :2]
-    for row_ids in by_images(valid, image_index, sides.prod(1) / min(strides) ** 2, batch_size):
+    # About so many anchors lie in a box; no more than there are, however large it is.
+    num_pairs = (sides.prod(1) / min(strides) ** 2).ceil().clamp(max=num_anchors).long()
+    for row_ids in by_images(valid, image_index, num_pairs, batch_size):
         widened = widen(gt_boxes[row_ids], min_box_side)
         nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], feat_shapes, strides)
         kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], 1e-9).nonzero().squeeze(1)
@@ -42,47 +45,54 @@ def yolo11_assign(
         metric, overlaps = pair_metric(scores, boxes[:, cells], gt_boxes.T.contiguous()[:, rows], alpha, beta)
         match(target_row, target_score, rows, cells, metric, overlaps, len(labels), topk, topk2, 1e-9)
     # A logit that is not finite shows in the loss even where no formula reads it.
-    score_sum = target_score.sum() + 0 * pred_dist.sum(dtype=target_score.dtype)
-    return target_row.view(shape), target_score.view(shape), score_sum, (target_row >= 0).sum()
+    score_sum = target_score.sum().where(is_finite(pred_dist), torch.nan)
+    sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
+    return target_row.view(shape), target_score.view(shape), sums, (target_row >= 0).sum()
 
 
 def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor, num_ranks: int,
+    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
     labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
 
-    per_class = pos.scores.new_zeros(pred_scores.shape[2])
+    per_class, normaliser = pos.scores.new_zeros(pred_scores.shape[2]), normaliser.clone()
     for block in blocks(pred_scores):
-        per_class += _softplus_per_class(pred_scores[block])
+        logits = working(pred_scores[block])
+        per_class += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
+        normaliser = normaliser.where(is_finite(logits), torch.nan)
     logits = working(pred_scores[pos.images, pos.anchors, labels[pos.rows]])
     cls = _weighted(per_class, class_weights).sum()
-    cls = cls - (_weighted(logits * pos.scores, class_weights, labels[pos.rows])).sum()
+    hits = _weighted(logits * pos.scores, class_weights, labels[pos.rows]).sum()
+    cls = torch.where(cls < torch.inf, cls - hits, cls)  # a sum of finite numbers that overflows is not NaN
 
     box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum()
     if reg_max > 1:
         log_p = F.log_softmax(pos.logits, -1)
         low, weight_low, weight_high = pos.soft_bins()
-        side = -(log_p.gather(-1, low).squeeze(-1) * weight_low + log_p.gather(-1, low + 1).squeeze(-1) * weight_high)
+        log_p, weights = log_p.gather(-1, torch.cat([low, low + 1], -1)), torch.stack([weight_low, weight_high], -1)
+        side = -(log_p * weights).where(weights > 0, 0).sum(-1)  # -inf without a weight counts 0
     else:
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
     dfl = (side.mean(-1) * pos.scores).sum()
 
-    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) * num_ranks / score_sum.clamp(min=1)
-    return len(pred_dist) * num_ranks * items.sum(), items
+    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser[0]
+    return normaliser[1] * items.sum(), items, normaliser
 
 
 def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, score_sum: Tensor,
-    num_ranks: int, labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
+    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
+    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
     feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of both predictions, in their layout, for the gradient () of the loss."""
+    if normaliser.isnan().any():
+        return torch.full_like(pred_dist, torch.nan), torch.full_like(pred_scores, torch.nan)
     box_gain, cls_gain, dfl_gain = gains
     pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
-    scale = grad * (len(pred_dist) * num_ranks**2) / score_sum.clamp(min=1)
+    scale = grad * normaliser[1] / normaliser[0]
 
     grad_scores = torch.empty_like(pred_scores)
     slope = _weighted((cls_gain * scale).expand(pred_scores.shape[2]), class_weights)
@@ -151,12 +161,6 @@ def _decode_px(pred_dist: Tensor, points: Tensor, point_strides: Tensor, reg_max
         result[:2, image] = (points - distances[:2]) * point_strides
         result[2:, image] = (points + distances[2:]) * point_strides
     return result.flatten(1)
-
-
-def _softplus_per_class(logits: Tensor) -> Tensor:
-    logits = working(logits)
-    # The second term is 0, or NaN where a logit is infinite.
-    return F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1)) + 0 * logits.sum((0, 1))
 
 
 def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:

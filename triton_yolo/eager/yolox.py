@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .._precision import working
 from ..targets import Targets
-from .boxes import bbox_iou, bbox_iou_derivative
+from .boxes import bbox_iou, bbox_iou_derivative, share
 from .decode import decode_yolox, yolox_raw_grad
+from .finite import is_finite
 from .memory import blocks, row_parts, untouched_zeros_like
 from .pairs import anchor_table, grid_pairs
 from .simota import Regions, match
@@ -32,44 +33,55 @@ def yolox_assign(
         return decode_yolox(preds[images, anchors, :4], points.T[anchors], point_strides[anchors])
 
     regions = Regions((points * point_strides).contiguous(), point_strides, candidates, radius, find_near, find_in_box)
-    target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh)
+    target_row, matched_iou, takes_part = match(
+        preds[..., 5:], preds[..., 4], boxes_at, regions, image_index, labels, gt_boxes, gt_xywh
+    )
     num_gt = Targets(image_index, labels, gt_boxes, gt_xywh).is_valid(len(preds), preds.shape[2] - 5).sum()
-    is_broken = (0 * preds.sum(dtype=matched_iou.dtype)).isnan()
-    return target_row, matched_iou, torch.stack([(target_row >= 0).count_nonzero(), num_gt, is_broken.long()])
+    is_whole = is_finite(preds[..., 4])
+    images, anchors = takes_part.nonzero().unbind(-1)
+    for part in row_parts(images, preds.shape[2]):
+        is_whole = is_whole & is_finite(preds[images[part], anchors[part]])
+    return target_row, matched_iou, torch.stack([(target_row >= 0).count_nonzero(), num_gt, (~is_whole).long()])
 
 
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
+    overlap = overlap.where(~overlap.isnan(), 0 if iou_loss == "iou" else -1)  # of a finite prediction whose box overflows
     iou = (1 - overlap.square() if iou_loss == "iou" else 1 - overlap.clamp(-1, 1)).sum()
-    obj = F.softplus(working(preds[..., 4]), threshold=40).sum() - pos.raw[:, 4].sum()
-    cls = 0 - (pos.label_logits * pos.ious).sum()  # not -0 without positives
-    for _, images, anchors in pos.parts(preds.shape[2]):
-        cls += F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum()
+    obj_logits = working(preds[..., 4])
+    obj = F.softplus(torch.where(target_row >= 0, -obj_logits, obj_logits), threshold=40).sum()
+    cls = iou.new_zeros(())
+    for part, images, anchors in pos.parts(preds.shape[2]):
+        softplus = F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum(1)
+        cls += (softplus - pos.label_logits[part] * pos.ious[part]).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(l1_gain > 0, 0)
-    items = torch.stack([iou_gain * iou, obj, cls, l1]) / _normaliser(counts, num_ranks, iou.dtype)
-    return items.sum(), torch.cat([items, counts[:1].to(items.dtype) / counts[1:2].clamp(min=1)])
+    items = torch.stack([iou_gain * iou, obj, cls, l1]) / normaliser
+    return items.sum(), items
 
 
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
     """Gradient of the raw predictions, in their layout, for the gradient () of the loss."""
-    scale = grad / _normaliser(counts, num_ranks, grad.dtype)
+    if normaliser.isnan():
+        return torch.full_like(preds, torch.nan)
+    scale = grad / normaliser
     result = untouched_zeros_like(preds)
     for block in blocks(preds[..., 4:5]):
         result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)
 
     pos = _Positives(preds, target_row, matched_iou, labels, gt_xywh, feat_shapes, strides)
     overlap = bbox_iou(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)[:, None]
-    slope = -2 * overlap if iou_loss == "iou" else -((overlap >= -1) & (overlap <= 1)).to(overlap.dtype)
+    slope = -2 * overlap if iou_loss == "iou" else -share(overlap.abs() < 1, overlap.abs() == 1)
     grad_boxes = iou_gain * slope * bbox_iou_derivative(pos.boxes, pos.gt_boxes, iou_loss, 1e-16)
     grad_raw = yolox_raw_grad(grad_boxes, pos.raw[:, 2:4], pos.strides)
+    grad_raw = grad_raw.where(~grad_raw.isnan(), 0)  # of a finite prediction whose box overflows
     grad_raw += torch.sign(pos.raw[:, :4] - pos.l1_targets) * l1_gain
     grad_obj = pos.raw[:, 4:].sigmoid() - 1
     result[pos.images, pos.anchors, :5] = torch.cat([grad_raw, grad_obj], 1).mul_(scale).to(result.dtype)
@@ -78,11 +90,6 @@ def yolox_loss_backward(
         grad_cls[torch.arange(len(images), device=preds.device), pos.labels[part]] -= pos.ious[part]
         result[images, anchors, 5:] = grad_cls.mul_(scale).to(result.dtype)
     return result
-
-
-def _normaliser(counts: Tensor, num_ranks: int, dtype: torch.dtype) -> Tensor:
-    """Mean over the ranks of the number of positives; NaN if a prediction is not finite, even where no formula reads it."""
-    return (counts[0].clamp(min=1).to(dtype) / num_ranks).where(counts[2] == 0, torch.nan)
 
 
 class _Positives:

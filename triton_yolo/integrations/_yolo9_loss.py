@@ -74,8 +74,9 @@ def _criterion_call(module: Any, tested: str) -> Any:
         pred_dist, pred_scores = preds.split([4 * reg_max, num_classes], 2)
         shapes, strides = _checks.levels([level.shape[2:] for level in predictions], strides, preds.shape[1])
         labels, gt_boxes = targets.flatten(0, 1).split([1, 4], 1)
-        loss, terms = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_scores.sum(-1), norm, 1, labels.squeeze(1).long(), gt_boxes, None,
+        normaliser = torch.stack([norm, torch.full_like(norm, batch_size)])
+        loss, terms, _ = _ops.yolo11_loss(
+            pred_dist, pred_scores, target_row, target_scores.sum(-1), normaliser, labels.squeeze(1).long(), gt_boxes, None,
             shapes, strides, reg_max, gains,
         )  # fmt: skip
         return _named(loss / batch_size, terms, is_positive.sum() / batch_size)

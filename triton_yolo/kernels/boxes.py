@@ -74,18 +74,18 @@ def log_not(p):
 
 @triton.jit
 def split_softplus(x):
-    """Twice a number, and another one, so that softplus(x) = number + log(1 + other).
+    """Two numbers, so that softplus(x) = first + log(1 + second).
 
-    The first is NaN where x is not finite: x + |x| for twice max(x, 0) makes that of -inf, and 0 * x of inf.
+    The first is NaN where x is not finite: x / 2 + |x / 2| for max(x, 0) makes that of -inf, and 0 * x of inf.
     """
-    size = tl.abs(x)
-    return x + size + x * 0.0, tl.exp(-size)
+    half = x * 0.5
+    return half + tl.abs(half) + x * 0.0, tl.exp(-tl.abs(x))
 
 
 @triton.jit
 def softplus(x):
-    twice, e = split_softplus(x)
-    return twice * 0.5 + _log1p(e)
+    most, e = split_softplus(x)
+    return most + _log1p(e)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.
         enclosing_w = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
         enclosing_h = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
         if KIND == "giou":
-            enclosing_area = enclosing_w * enclosing_h + EPS
+            enclosing_area = enclosing_w * (enclosing_h + 2 * EPS) + EPS
             result = result - (enclosing_area - union) / enclosing_area
         else:
             iou = result
@@ -207,8 +207,9 @@ def overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.
 def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr):
     """Derivative of ``overlap`` by the four corners of a.
 
-    Where two sides coincide, each gets half of the derivative of their minimum or maximum. CIoU's trade-off weight is a
-    constant. Every kind is symmetric, so the derivative by b is that of (b, a).
+    Where two sides coincide, each gets half of the derivative of their minimum or maximum, and where boxes touch, the overlap
+    gets half of that of its maximum with 0. CIoU's trade-off weight is a constant. Every kind is symmetric, so the derivative
+    by b is that of (b, a).
     """
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
     overlap_w = tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1)
@@ -227,12 +228,13 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
     enclosing_w = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
     enclosing_h = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
     if KIND == "giou":
-        enclosing_area = enclosing_w * enclosing_h + EPS
+        enclosing_area = enclosing_w * (enclosing_h + 2 * EPS) + EPS
         d_union = d_union + 1 / enclosing_area
     d_inter = 1 / union - d_union
     d_wa, d_ha = d_union * ha, d_union * wa
-    d_overlap_w = tl.where(overlap_w >= 0, d_inter * inter_h, 0.0)
-    d_overlap_h = tl.where(overlap_h >= 0, d_inter * inter_w, 0.0)
+    d_overlap_w, d_overlap_h = d_inter * inter_h, d_inter * inter_w
+    d_overlap_w = tl.where(overlap_w > 0, d_overlap_w, tl.where(overlap_w == 0, d_overlap_w / 2, 0.0))
+    d_overlap_h = tl.where(overlap_h > 0, d_overlap_h, tl.where(overlap_h == 0, d_overlap_h / 2, 0.0))
     if KIND == "ciou":
         angle = shape_angle(wa, ha, wb, hb)
         v = _FOUR_BY_PI2 * (angle * angle)
@@ -245,7 +247,7 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
     if KIND != "iou":
         if KIND == "giou":
             d_area = -union / (enclosing_area * enclosing_area)
-            d_enclosing_w, d_enclosing_h = d_area * enclosing_h, d_area * enclosing_w
+            d_enclosing_w, d_enclosing_h = d_area * (enclosing_h + 2 * EPS), d_area * enclosing_w
         else:
             diagonal2 = enclosing_w * enclosing_w + enclosing_h * enclosing_h + EPS
             dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2

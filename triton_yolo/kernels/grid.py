@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .boxes import scalar
+
 
 class Cell(NamedTuple):
     """Cells [...]: anchor, centre and stride in pixels."""
@@ -20,14 +22,14 @@ def cell_centres(anchors, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
     """Point (x, y) in cells and stride of every anchor."""
     shapes = grid.shapes
     index, width = anchors, tl.zeros_like(anchors) + shapes[1]
-    stride = tl.zeros_like(anchors).to(DTYPE) + STRIDES[0]
+    stride = tl.zeros_like(anchors).to(DTYPE) + scalar(STRIDES[0], DTYPE)
     start = 0
     for level in tl.static_range(1, len(STRIDES)):
         start += shapes[2 * level - 2] * shapes[2 * level - 1]
         is_past = anchors >= start
         index = tl.where(is_past, anchors - start, index)
         width = tl.where(is_past, shapes[2 * level + 1], width)
-        stride = tl.where(is_past, STRIDES[level], stride).to(DTYPE)
+        stride = tl.where(is_past, scalar(STRIDES[level], DTYPE), stride)
     y = index // width
     return (index - y * width).to(DTYPE) + 0.5, y.to(DTYPE) + 0.5, stride
 
@@ -103,7 +105,7 @@ def rectangle_cells(nth, box, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr, 
         first_x, first_y = tl.where(is_here, level_x, first_x), tl.where(is_here, level_y, first_y)
         width = tl.where(is_here, shapes[2 * level + 1], width)
         first_anchor = tl.where(is_here, start, first_anchor)
-        stride = tl.where(is_here, STRIDES[level], stride).to(DTYPE)
+        stride = tl.where(is_here, scalar(STRIDES[level], DTYPE), stride)
         before += level_columns * level_rows
         start += shapes[2 * level] * shapes[2 * level + 1]
     row = position // columns

@@ -40,6 +40,8 @@ from .topk import empty_list, index_of, is_taken, keep_best, merged, none, order
 _INFEASIBLE_COST: tl.constexpr = tl.constexpr(1e6)
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
+_BROKEN: tl.constexpr = tl.constexpr(-2)
+"""State of an anchor whose box or class logits are not finite: background otherwise."""
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
 # ---- tiles
@@ -130,7 +132,8 @@ def _prepare_kernel(
     """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
 
     It writes their boxes, decoded if ``IS_GRID``, and the ``table`` of two (B, A), the cost of no class and the objectness
-    probability; to ``broken`` (programs,) 1 if a prediction is not finite, else 0. It clears what the next launches count in.
+    probability; to ``broken`` (programs,) 1 if an objectness logit is not finite, else 0. Other logits count where an anchor
+    takes part, so its state keeps whether they are finite. It clears what the next launches count in.
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -140,7 +143,7 @@ def _prepare_kernel(
     obj_ptr += image * obj_stride[0]
     obj_logits = tl.load(obj_ptr + offs_a.to(tl.int64) * obj_stride[1], mask=mask_a, other=0.0).to(DTYPE)
     obj_probs = sigmoid(obj_logits)
-    poison = raw[0] * 0.0 + raw[1] * 0.0 + raw[2] * 0.0 + raw[3] * 0.0 + obj_logits * 0.0
+    poison = raw[0] * 0.0 + raw[1] * 0.0 + raw[2] * 0.0 + raw[3] * 0.0
     boxes = raw
     if IS_GRID:
         x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
@@ -170,12 +173,12 @@ def _prepare_kernel(
     poison += tl.sum(cls_poison, 1)
     tl.store(table[0] + cell, tl.sum(cost, 1), mask=mask_a)
     tl.store(table[1] + cell, obj_probs, mask=mask_a)
-    tl.store(target_row_ptr + cell, tl.full((BLOCK_A,), -1, tl.int32), mask=mask_a)
+    tl.store(target_row_ptr + cell, tl.where(poison == 0, -1, _BROKEN), mask=mask_a)
     num_words = (A + 31) // 32
     word = tl.program_id(0) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)
     tl.store(words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(broken_ptr + program, (tl.sum(poison) != 0).to(tl.int32))
+    tl.store(broken_ptr + program, (tl.sum(obj_logits * 0.0) != 0).to(tl.int32))
     if tl.program_id(0) == 0:
         tl.store(num_members_ptr + image, 0)
         tl.store(num_contested_ptr + image, 0)
@@ -185,11 +188,11 @@ def _prepare_kernel(
 
 @triton.jit
 def _member_kernel(
-    words_ptr, members, counts_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
+    words_ptr, members, counts_ptr, target_row_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
     C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program lists the anchors that take part because of BLOCK_G rows, and counts those rows.
+    """A program lists the anchors that take part because of BLOCK_G rows, counts those rows, and says if an anchor is broken.
 
     It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
     """
@@ -205,6 +208,7 @@ def _member_kernel(
         length = rectangle_size(x1, y1, x2, y2, shapes, STRIDES, 1.001 * RADIUS)
     length = tl.where(info[2], length, 0)
     limit = tl.max(length)
+    state = tl.full((), -1, tl.int32)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
@@ -224,7 +228,10 @@ def _member_kernel(
         bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
         is_new = mask & ((tl.atomic_or(words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
         append(members, info[0], anchor, is_new, A)
+        state = tl.minimum(state, tl.min(tl.load(target_row_ptr + info[0] * A + anchor, mask=is_new, other=-1)))
         start += BLOCK_P
+    if state == _BROKEN:
+        tl.atomic_max(counts_ptr + 2, tl.full((), 1, tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -319,7 +326,7 @@ def _settle_kernel(
         x2 = tl.load(ptr + 2 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
         y2 = tl.load(ptr + 3 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
         iou = tl.where(is_pos, _iou((x1, y1, x2, y2), boxes), 0.0)
-    tl.store(target_row_ptr + cell, row, mask=mask_a)
+    tl.store(target_row_ptr + cell, tl.maximum(row, -1), mask=mask_a)
     tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
     tl.atomic_add(counts_ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
     broken = tl.load(broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
@@ -383,7 +390,7 @@ def _assign(
             "IS_GRID": is_grid, "DTYPE": triton_dtype, "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": row_warps, **FIXED,
         }  # fmt: skip
         pairs = (boxes, boxes.stride(), table, cls_logits, cls_logits.stride(), *tail)
-        _member_kernel[row_grid](words, members, counts, *tail, **options)
+        _member_kernel[row_grid](words, members, counts, target_row, *tail, **options)
         _claim_kernel[row_grid](
             target_row, best, members, contested, *pairs, **{**options, **claim_sizes(num_rows, num_anchors, 128, 1)}
         )

@@ -119,8 +119,8 @@ def _class_loss(logits, weights_ptr, image, offs_a, mask_a, C, HAS_WEIGHTS: tl.c
                 weights = tl.load(weights_ptr + offs_c, mask=offs_c < C, other=0.0).to(DTYPE)
                 cls += softplus(x) * weights[None, :]
             else:
-                twice, e = split_softplus(x)
-                cls += twice * 0.5
+                most, e = split_softplus(x)
+                cls += most
                 excess = tl.fma(excess, e, excess + e)
             start += BLOCK_C
         cls += log_product(excess)
@@ -152,7 +152,9 @@ def _yolo11_loss_kernel(
     if HAS_WEIGHTS:
         hit *= tl.load(weights_ptr + label, mask=is_pos, other=0.0).to(DTYPE)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(partial_ptr + programs + program, tl.sum(cls) - tl.sum(hit))
+    cls_sum, hits = tl.sum(cls), tl.sum(hit)
+    # A sum of finite numbers that overflows is not NaN.
+    tl.store(partial_ptr + programs + program, tl.where(cls_sum < float("inf"), cls_sum - hits, cls_sum))
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     dfl = tl.zeros((BLOCK_A,), DTYPE)
@@ -236,10 +238,10 @@ def _class_grad_kernel(
 
 @triton.jit
 def _side_grad(
-    out, dist, image, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side,
+    out, dist, image, target, share, d_distance, dfl_weight, zero, offs_a, mask_a, is_pos, side,
     R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one side's logits: through the distance, and from DFL (or L1)."""
+    """Write the gradient of one side's logits: through the distance, and from DFL (or L1); of background, ``zero``."""
     logits = side_logits(dist, image, offs_a, is_pos, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None].to(DTYPE)
     probs, distance = expectation(logits, bins, R)
@@ -250,7 +252,7 @@ def _side_grad(
     else:
         through = probs * (bins - distance[None, :]) * d_distance[None, :]
         grad = through + dfl_weight[None, :] * (probs - _bin_weights(target, bins, R))
-    store_side(out, image, tl.where(is_pos[None, :], grad, 0.0), offs_a, mask_a, side, R, RP)
+    store_side(out, image, tl.where(is_pos[None, :], grad, zero), offs_a, mask_a, side, R, RP)
 
 
 @triton.jit
@@ -268,6 +270,7 @@ def _box_grad_kernel(
     row = tl.load(matched.row_ptr + image * grid.A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
     scale = _loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+    zero = tl.where(scale == scale, 0.0, scale)  # NaN for every anchor if any logit is not finite
     if tl.max(row, 0) >= 0:
         x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
         gt = _target_sides(row, is_pos, matched.box_ptr, stride, DTYPE)
@@ -288,10 +291,10 @@ def _box_grad_kernel(
             share = _of_side(side, x_share, y_share, x_share, y_share)
             d_distance = box_weight * _of_side(side, d_x1, d_y1, -d_x2, -d_y2)
             _side_grad(
-                out, dist, image, target, share, d_distance, dfl_weight, offs_a, mask_a, is_pos, side, R, RP, DTYPE
+                out, dist, image, target, share, d_distance, dfl_weight, zero, offs_a, mask_a, is_pos, side, R, RP, DTYPE
             )
     else:
-        zeros = tl.zeros((RP, BLOCK_A), DTYPE)
+        zeros = tl.zeros((RP, BLOCK_A), DTYPE) + zero
         for side in range(4):
             store_side(out, image, zeros, offs_a, mask_a, side, R, RP)
 

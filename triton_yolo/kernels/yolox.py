@@ -1,8 +1,4 @@
-"""YOLOX's loss for a given assignment, forward and backward, with the one-hot target implied.
-
-``counts`` (3,) are the numbers of positives, of ground truths and of ranks with a prediction that is not finite. Such a
-prediction makes the normaliser NaN, and with it the loss and every gradient.
-"""
+"""YOLOX's loss for a given assignment, forward and backward, with the one-hot target implied."""
 
 from collections.abc import Sequence
 
@@ -29,13 +25,6 @@ def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[i
 
 
 @triton.jit
-def _normaliser(counts_ptr, num_ranks, DTYPE: tl.constexpr):
-    """Mean over the ranks of the number of positives, at least 1 for all of them together."""
-    positives = tl.maximum(tl.load(counts_ptr), 1).to(DTYPE)
-    return tl.where(tl.load(counts_ptr + 2) > 0, float("nan"), positives / num_ranks)
-
-
-@triton.jit
 def _target_boxes(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
     """True boxes [n]: corners in pixels from the cell's corner (x, y) in cells, and what the raw output should be.
 
@@ -55,6 +44,12 @@ def _target_boxes(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.conste
 @triton.jit
 def _sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x)).to(x.dtype)
+
+
+@triton.jit
+def _or_zero(slope):
+    """0 for the NaN that the box of a finite prediction gives where it overflows."""
+    return tl.where(slope == slope, slope, 0.0)
 
 
 # ---- kernels
@@ -90,10 +85,12 @@ def _yolox_loss_kernel(
         gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
         x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
         iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        # NaN where the box of a finite prediction overflows: it overlaps nothing.
         if KIND == "iou":
+            iou = tl.where(iou == iou, iou, 0.0)
             box = 1 - iou * iou
         else:
-            box = 1 - tl.where(iou > 1, 1.0, tl.where(iou < -1, -1.0, iou))
+            box = 1 - tl.where(iou > 1, 1.0, tl.where(iou >= -1, iou, -1.0))
         box = tl.where(is_pos, box, 0.0).to(DTYPE)
         l1 = tl.abs(raw[0] - raw_target[0]) + tl.abs(raw[1] - raw_target[1])
         l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - raw_target[2]) + tl.abs(raw[3] - raw_target[3]), 0.0).to(DTYPE)
@@ -117,14 +114,11 @@ def _yolox_loss_kernel(
 
 @triton.jit
 def _yolox_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, counts_ptr, l1_gain_ptr, num_ranks, iou_gain: tl.float64, programs,
+    loss_ptr, terms_ptr, partial_ptr, normaliser_ptr, l1_gain_ptr, iou_gain: tl.float64, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums, and writes the loss and its terms: the fifth is not added.
-
-    ``l1_gain`` is 0 or 1.
-    """
-    normaliser = _normaliser(counts_ptr, num_ranks, DTYPE)
+    """One program adds up the partial sums, and writes the loss and its terms. ``l1_gain`` is 0 or 1."""
+    normaliser = tl.load(normaliser_ptr).to(DTYPE)
     box_term = scalar(iou_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
     obj_term = total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
     cls_term = total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
@@ -134,14 +128,13 @@ def _yolox_total_kernel(
     tl.store(terms_ptr + 1, obj_term)
     tl.store(terms_ptr + 2, cls_term)
     tl.store(terms_ptr + 3, l1_term)
-    tl.store(terms_ptr + 4, tl.load(counts_ptr).to(DTYPE) / tl.maximum(tl.load(counts_ptr + 1), 1).to(DTYPE))
     tl.store(loss_ptr, box_term + obj_term + cls_term + l1_term)
 
 
 @triton.jit
 def _yolox_grad_kernel(
-    out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, counts_ptr, labels_ptr,
-    gt_ptr, gt_stride, l1_gain_ptr, shapes, num_ranks, iou_gain: tl.float64, A, CHANNELS,
+    out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, normaliser_ptr, labels_ptr,
+    gt_ptr, gt_stride, l1_gain_ptr, shapes, iou_gain: tl.float64, A, CHANNELS,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
@@ -150,7 +143,7 @@ def _yolox_grad_kernel(
     mask_a = offs_a < A
     row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    scale = tl.load(grad_ptr).to(DTYPE) / _normaliser(counts_ptr, num_ranks, DTYPE)
+    scale = tl.load(grad_ptr).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)
     out_ptr += image * out_stride[0]
     d_x = tl.zeros((BLOCK_A,), DTYPE)
     d_y = tl.zeros((BLOCK_A,), DTYPE)
@@ -166,10 +159,11 @@ def _yolox_grad_kernel(
         if KIND == "iou":
             slope = -2 * iou
         else:
-            slope = tl.where((iou >= -1) & (iou <= 1), -1.0, 0.0).to(DTYPE)
+            slope = tl.where(tl.abs(iou) == 1, -0.5, tl.where(tl.abs(iou) < 1, -1.0, 0.0)).to(DTYPE)
         slope = scalar(iou_gain, DTYPE) * slope
         corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
         d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
+        d_x, d_y, d_w, d_h = _or_zero(d_x), _or_zero(d_y), _or_zero(d_w), _or_zero(d_h)
         is_l1 = tl.load(l1_gain_ptr) > 0
         d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
         d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
@@ -203,7 +197,7 @@ def _yolox_grad_kernel(
 
 @on_device
 def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int, labels: Tensor, gt_xywh: Tensor,
+    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch_size, num_anchors, num_channels = preds.shape
@@ -211,7 +205,7 @@ def yolox_loss(
     block_a, block_c, num_warps = positive_sizes(num_anchors, num_channels - 5, preds.stride(2))
     grid = (triton.cdiv(num_anchors, block_a), batch_size)
     partial = preds.new_empty((4, grid[0] * grid[1]), dtype=dtype)
-    loss, terms = preds.new_empty((), dtype=dtype), preds.new_empty(5, dtype=dtype)
+    loss, terms = preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
     if partial.numel():
         _yolox_loss_kernel[grid](
             partial, preds, preds[..., 4], preds[..., 5:], preds.stride(), target_row, matched_iou,
@@ -220,7 +214,7 @@ def yolox_loss(
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
     _yolox_total_kernel[(1,)](
-        loss, terms, partial, counts, l1_gain, num_ranks, iou_gain, partial.shape[1],
+        loss, terms, partial, normaliser, l1_gain, iou_gain, partial.shape[1],
         DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
     )  # fmt: skip
     return loss, terms
@@ -228,7 +222,7 @@ def yolox_loss(
 
 @on_device
 def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, counts: Tensor, num_ranks: int,
+    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
     labels: Tensor, gt_xywh: Tensor,
     feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -237,8 +231,8 @@ def yolox_loss_backward(
     block_a, block_c, num_warps = channel_sizes(num_anchors, num_channels, result.stride(2))
     if result.numel():
         _yolox_grad_kernel[(triton.cdiv(num_anchors, block_a), batch_size)](
-            result, result.stride(), grad, preds, preds.stride(), target_row, matched_iou, counts, labels,
-            gt_xywh, gt_xywh.stride(), l1_gain, tuple(feat_shapes), num_ranks, iou_gain, num_anchors, num_channels,
+            result, result.stride(), grad, preds, preds.stride(), target_row, matched_iou, normaliser, labels,
+            gt_xywh, gt_xywh.stride(), l1_gain, tuple(feat_shapes), iou_gain, num_anchors, num_channels,
             STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(preds.dtype), BLOCK_A=block_a, BLOCK_C=block_c,
             num_warps=num_warps, **FIXED,
         )  # fmt: skip
