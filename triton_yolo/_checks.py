@@ -59,7 +59,7 @@ def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
 
 def levels(
     feat_shapes: Sequence[Sequence[int]], strides: Sequence[float], num_anchors: int | None = None
-) -> tuple[list[int], list[float]]:
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Check the levels and return (h0, w0, h1, w1, ...) and the strides as the operators take them."""
     require(len(feat_shapes) > 0, "feat_shapes", "have at least one level", len(feat_shapes))
     require(len(feat_shapes) == len(strides), "feat_shapes", f"have one (h, w) for each of the {len(strides)} strides",
@@ -72,7 +72,18 @@ def levels(
         total = sum(prod(shape) for shape in feat_shapes)
         require(total == num_anchors, "feat_shapes", f"have as many cells as the predictions have anchors ({num_anchors})",
                 f"{total} from {[tuple(s) for s in feat_shapes]}")  # fmt: skip
-    return [int(side) for shape in feat_shapes for side in shape], [float(s) for s in strides]
+    return tuple([side for shape in feat_shapes for side in shape]), tuple([float(s) for s in strides])
+
+
+def targets(rows: list[Tensor], batch_size: int, num_classes: int) -> None:
+    """Check the values of what operations take as targets, on the CPU."""
+    if rows[0].device.type != "cpu":
+        return
+    if len(rows) == 1:
+        normalised_rows(rows[0])
+        rows_in_range(rows[0][:, 0], rows[0][:, 1], batch_size, num_classes)
+    else:
+        rows_in_range(rows[0], rows[1], batch_size, num_classes)
 
 
 def normalised_rows(rows: Tensor) -> None:

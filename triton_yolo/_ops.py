@@ -4,10 +4,20 @@ An assignment and the loss that it leads to are operations of their own too, so 
 normaliser in between, and so that the assignment can be given.
 """
 
+from typing import Any
+
+from . import _checks
 from . import _signatures as of
 from ._operation import Operation
 
-unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows)
+
+def _check(x: Any) -> None:
+    """Check the values of targets against the sizes of the predictions."""
+    scores = x.preds[..., 5:] if hasattr(x, "preds") else x.pred_scores if hasattr(x, "pred_scores") else x[0]
+    _checks.targets(x.targets, scores.shape[0], scores.shape[2])
+
+
+unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows, check=lambda x: _checks.normalised_rows(x.rows))
 
 _decode_dfl_backward: Operation[of.GradDist] = Operation("decode_dfl_backward", of.DecodeDFLBackward)
 _decode_yolox_backward: Operation[of.GradPreds] = Operation("decode_yolox_backward", of.DecodeYOLOXBackward)
@@ -18,14 +28,14 @@ bbox_iou: Operation[of.Overlaps] = Operation("bbox_iou", of.BboxIoU, gradient=_b
 align_metric: Operation[of.Metrics] = Operation("align_metric", of.AlignMetric)
 select_topk_candidates: Operation[of.Selected] = Operation("select_topk_candidates", of.SelectTopk)
 
-task_aligned_assign: Operation[of.TaskAlignedAssignment] = Operation("task_aligned_assign", of.TaskAlignedAssign)
+task_aligned_assign: Operation[of.TaskAlignedAssignment] = Operation("task_aligned_assign", of.TaskAlignedAssign, check=_check)
 _yolo11_backward: Operation[of.GradDistScores] = Operation("yolo11_loss_backward", of.YOLO11LossBackward)
-yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YOLO11Assign)
+yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YOLO11Assign, check=_check)
 yolo11_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_loss", of.YOLO11Loss, gradient=_yolo11_backward)
-yolo11: Operation[of.YOLO11Outputs] = Operation("yolo11", of.YOLO11)
+yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of.YOLO11, check=_check)
 
-simota_assign: Operation[of.SimOTAAssignment] = Operation("simota_assign", of.SimOTAAssign)
+simota_assign: Operation[of.SimOTAAssignment] = Operation("simota_assign", of.SimOTAAssign, check=_check)
 _yolox_backward: Operation[of.GradPreds] = Operation("yolox_loss_backward", of.YOLOXLossBackward)
-yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign)
+yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign, check=_check)
 yolox_loss: Operation[of.YOLOXLossOutputs] = Operation("yolox_loss", of.YOLOXLoss, gradient=_yolox_backward)
-yolox: Operation[of.YOLOXOutputs] = Operation("yolox", of.YOLOX)
+yolox_criterion: Operation[of.YOLOXOutputs] = Operation("yolox_criterion", of.YOLOX, check=_check)

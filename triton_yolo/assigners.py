@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import _checks, _ops
 from ._precision import widened
+from ._signatures import SimOTA, SimOTAAssign, TaskAligned, TaskAlignedAssign
 from .stages import check_padded
 from .targets import Targets
 
@@ -112,10 +113,9 @@ class TaskAlignedAssigner(nn.Module):
         _checks.tensor("pd_scores", pd_scores, ("B", "A", self.num_classes))
         pd_scores, pd_bboxes, anc_points, gt_bboxes = widened(pd_scores, pd_bboxes, anc_points, gt_bboxes)
         gt = Targets.from_padded(labels, gt_bboxes, mask)
-        target_row, target_score = _ops.task_aligned_assign(
-            pd_scores, pd_bboxes, anc_points, gt.image_index, gt.labels, gt.boxes_xyxy,
-            self.topk, self.topk2, self.alpha, self.beta, self.min_box_side, self.eps,
-        )  # fmt: skip
+        rule = TaskAligned(self.topk, self.topk2, self.alpha, self.beta, self.min_box_side, self.eps)
+        x = TaskAlignedAssign(pd_scores, pd_bboxes, anc_points, list(gt), rule)
+        target_row, target_score = _ops.task_aligned_assign(x)
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         if labels.shape[1] == 0:
             target_labels = torch.full_like(slot, self.num_classes)
@@ -192,10 +192,9 @@ class SimOTAAssigner(nn.Module):
             cls_logits, obj_logits, pred_bboxes, anc_points, strides, gt_bboxes
         )
         gt = Targets.from_padded(labels, gt_bboxes, mask)
-        target_row, matched_iou = _ops.simota_assign(
-            cls_logits, obj_logits, pred_bboxes, anc_points, strides,
-            gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, self.candidates, self.center_radius,
-        )  # fmt: skip
+        rule = SimOTA(self.candidates, self.center_radius)
+        x = SimOTAAssign(cls_logits, obj_logits, pred_bboxes, anc_points, strides, list(gt), rule)
+        target_row, matched_iou = _ops.simota_assign(x)
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         return SimOTAResult(fg_mask, slot, matched_iou, fg_mask.sum())
 

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks, _ops
+from . import _signatures as signatures
 from ._precision import widened
+from ._signatures import YOLO11, YOLOX, Levels, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
 from .assigners import CANDIDATE_MODES, check_topk
 from .targets import Targets
 
@@ -106,9 +108,8 @@ class YOLO11Loss(nn.Module):
         if class_weights is not None:
             _checks.tensor("class_weights", class_weights, (num_classes,))
         self.num_classes, self.strides, self.reg_max = num_classes, _checks.sequence("strides", strides), reg_max
-        self.topk, self.topk2, self.alpha, self.beta = topk, topk2, float(alpha), float(beta)
+        self.assigner = TaskAligned(topk, topk2, float(alpha), float(beta), float(min_box_side), 1e-9)
         self.gains = (float(box_gain), float(cls_gain), float(dfl_gain))
-        self.min_box_side = float(min_box_side)
         self.process_group = process_group
         self.register_buffer("class_weights", class_weights, persistent=False)
 
@@ -137,23 +138,22 @@ class YOLO11Loss(nn.Module):
         batch_size, num_anchors, _ = pred_dist.shape
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
         pred_dist, pred_scores = widened(pred_dist, pred_scores)
-        shapes, strides = _checks.levels(feat_shapes, self.strides, num_anchors)
-        gt = _packed(targets, shapes, strides, pred_dist)
+        levels = Levels(*_checks.levels(feat_shapes, self.strides, num_anchors))
+        rows = _rows(targets, pred_dist)
+        if self.process_group is None and _keeps_gradients(pred_dist, pred_scores):
+            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, _wants_grad(pred_dist, pred_scores)
+            out = _ops.yolo11_criterion(YOLO11(pred_dist, pred_scores, rows, *options))
+            return YOLO11LossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
-            target_row, target_score, sums, num_fg = _ops.yolo11_assign(
-                pred_dist, pred_scores, gt.image_index, gt.labels, gt.boxes_xyxy, shapes, strides, self.reg_max,
-                self.topk, self.topk2, self.alpha, self.beta, self.min_box_side,
-            )  # fmt: skip
+            assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
+            row, score, sums, num_fg, labels, boxes = assigned
             normaliser = _normaliser(sums, self.process_group)
-        loss, terms, _ = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_score, normaliser, gt.labels, gt.boxes_xyxy,
-            self.class_weights, shapes, strides, self.reg_max, self.gains,
-        )  # fmt: skip
-        box, cls, dfl = terms.unbind()
-        return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
+        options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
+        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
+        return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.topk}"
+        return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
 
 
 class YOLOXLoss(nn.Module):
@@ -197,8 +197,7 @@ class YOLOXLoss(nn.Module):
         _checks.at_least("num_classes", num_classes, 1)
         _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
         self.num_classes, self.strides = num_classes, _checks.sequence("strides", strides)
-        self.candidates = _checks.one_of("candidates", candidates, CANDIDATE_MODES)
-        self.center_radius = float(center_radius)
+        self.assigner = SimOTA(_checks.one_of("candidates", candidates, CANDIDATE_MODES), float(center_radius))
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
         self.iou_gain = float(iou_gain)
         self.process_group = process_group
@@ -230,34 +229,47 @@ class YOLOXLoss(nn.Module):
             TypeError: predictions or rows are not float tensors.
         """
         _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
-        shapes, strides = _checks.levels(feat_shapes, self.strides, preds.shape[1])
-        gt = _packed(targets, shapes, strides, preds)
+        levels = Levels(*_checks.levels(feat_shapes, self.strides, preds.shape[1]))
+        rows, l1_gain = _rows(targets, preds), self._l1_gain
+        if l1_gain.device != preds.device:
+            l1_gain = l1_gain.to(preds.device, non_blocking=True)
+        options = levels, self.iou_loss, self.iou_gain
+        if self.process_group is None and _keeps_gradients(preds):
+            x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, _wants_grad(preds))
+            out = _ops.yolox_criterion(x)
+            return YOLOXLossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
-            target_row, matched_iou, counts = _ops.yolox_assign(
-                preds, gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, strides,
-                self.candidates, self.center_radius,
-            )  # fmt: skip
-            num_fg, num_gt, is_broken = counts.to(matched_iou.dtype).unbind()
+            row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
+            num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
             normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self.process_group)
-        loss, terms = _ops.yolox_loss(
-            preds, target_row, matched_iou, normaliser, gt.labels, gt.boxes_xywh,
-            shapes, strides, self.iou_loss, self.iou_gain, self._l1_gain.to(preds.device, non_blocking=True),
-        )  # fmt: skip
-        iou, obj, cls, l1 = terms.unbind()
-        return YOLOXLossOutput(loss, iou, obj, cls, l1, num_fg / num_gt.clamp(min=1))
+        loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
+        return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.candidates!r}"
+        return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"
 
 
-def _packed(targets: Tensor | Targets, shapes: list[int], strides: list[float], preds: Tensor) -> Targets:
-    if not isinstance(targets, (Tensor, Targets)):
+def _rows(targets: Tensor | Targets, preds: Tensor) -> list[Tensor]:
+    """Targets as operations take them."""
+    if isinstance(targets, Targets):
+        rows = list(targets)
+    elif isinstance(targets, Tensor):
+        _checks.tensor("targets", targets, ("N", 6))
+        rows = [targets.detach()]
+    else:
         forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
-    if not isinstance(targets, Targets):
-        targets = Targets.from_yolo(targets, (shapes[0] * strides[0], shapes[1] * strides[0]))
-    _checks.require(targets.labels.device == preds.device, "targets", f"be on {preds.device}", targets.labels.device)
-    return targets
+    _checks.require(rows[0].device == preds.device, "targets", f"be on {preds.device}", rows[0].device)
+    return rows
+
+
+def _keeps_gradients(*preds: Tensor) -> bool:
+    """Whether gradients may be written before the loss's own is known: float16 needs it, as a loss scale keeps them above 0."""
+    return torch.float16 not in [x.dtype for x in preds] or not _wants_grad(*preds)
+
+
+def _wants_grad(*preds: Tensor) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in preds])
 
 
 def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:

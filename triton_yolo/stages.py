@@ -5,6 +5,8 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._precision import widened
+from ._signatures import AlignMetric, BboxIoU, DecodeDFL, DecodeYOLOX, SelectTopk
+from .targets import Targets
 
 _KINDS = ("iou", "giou", "diou", "ciou")
 
@@ -34,7 +36,7 @@ def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, *, reg_max: int = 16, s
     _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=pred_dist)
     if strides is not None:
         _checks.tensor("strides", strides, (num_anchors,), like=pred_dist)
-    return _ops.decode_dfl(pred_dist, anchor_points, strides, reg_max)
+    return _ops.decode_dfl(DecodeDFL(pred_dist, anchor_points, strides, reg_max)).boxes
 
 
 def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
     num_anchors = preds.shape[1]
     _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=preds)
     _checks.tensor("strides", strides, (num_anchors,), like=preds)
-    return _ops.decode_yolox(preds, anchor_points, strides)
+    return _ops.decode_yolox(DecodeYOLOX(preds, anchor_points, strides)).boxes
 
 
 def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> Tensor:
@@ -90,7 +92,7 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
         a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:
         raise ValueError(f"b must broadcast with a of shape {tuple(a.shape)}, got {tuple(b.shape)}") from None
-    return _ops.bbox_iou(a, b, kind, eps)
+    return _ops.bbox_iou(BboxIoU(a, b, kind, eps)).overlaps
 
 
 def align_metric(
@@ -131,10 +133,10 @@ def align_metric(
     """
     labels, mask = check_padded(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
     scores, boxes, anchor_points, gt_bboxes = widened(pred_scores.detach(), pred_bboxes.detach(), anchor_points, gt_bboxes)
-    return _ops.align_metric(
-        scores, boxes, anchor_points, labels, gt_bboxes, mask,
-        float(alpha), float(beta), float(min_box_side),
-    )  # fmt: skip
+    targets = list(Targets.from_padded(labels, gt_bboxes, mask))
+    options = labels.shape[1], float(alpha), float(beta), float(min_box_side)
+    metric, overlaps = _ops.align_metric(AlignMetric(scores, boxes, anchor_points, targets, *options))
+    return metric, overlaps
 
 
 def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = None) -> Tensor:
@@ -159,7 +161,7 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = N
     _checks.at_least("topk", topk, 1)
     if mask_gt is not None:
         mask_gt = _checks.per_slot("mask_gt", mask_gt, metric).bool()
-    return _ops.select_topk_candidates(metric.detach(), topk, mask_gt)
+    return _ops.select_topk_candidates(SelectTopk(metric.detach(), topk, mask_gt)).selected
 
 
 def check_padded(

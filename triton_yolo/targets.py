@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._precision import working
+from ._rows import is_valid
+from ._signatures import UnpackRows
 
 
 class Targets(NamedTuple):
@@ -44,7 +46,7 @@ class Targets(NamedTuple):
         """
         _checks.tensor("targets", rows, ("N", 6))
         height, width = (imgsz, imgsz) if isinstance(imgsz, (int, float)) else _pair(imgsz)
-        return cls(*_ops.unpack_rows(rows.detach(), width, height))
+        return cls(*_ops.unpack_rows(UnpackRows(rows.detach(), width, height)))
 
     @classmethod
     def from_padded(cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy") -> "Targets":
@@ -98,12 +100,7 @@ class Targets(NamedTuple):
 
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
         """Which rows (N,) count as ground truth."""
-        low, high = self.boxes_xyxy.split(2, -1)
-        sides = high - low
-        in_batch = (self.image_index >= 0) & (self.image_index < batch_size)
-        is_class = (self.labels >= 0) & (self.labels < num_classes)
-        is_box = self.boxes_xyxy.isfinite().all(-1) & (sides.isfinite() & (sides > 0)).all(-1)
-        return in_batch & is_class & is_box
+        return is_valid(self.image_index, self.labels, self.boxes_xyxy, batch_size, num_classes)
 
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":

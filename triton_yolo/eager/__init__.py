@@ -2,11 +2,12 @@
 
 from .boxes import bbox_iou, bbox_iou_backward
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
+from .scale import scale_
 from .simota import simota_assign
 from .targets import unpack_rows
 from .task_aligned import align_metric, select_topk_candidates, task_aligned_assign
-from .yolo11 import yolo11_assign, yolo11_loss, yolo11_loss_backward
-from .yolox import yolox_assign, yolox_loss, yolox_loss_backward
+from .yolo11 import yolo11_assign, yolo11_criterion, yolo11_loss, yolo11_loss_backward
+from .yolox import yolox_assign, yolox_criterion, yolox_loss, yolox_loss_backward
 
 __all__ = [
     "align_metric",
@@ -16,14 +17,17 @@ __all__ = [
     "decode_dfl_backward",
     "decode_yolox",
     "decode_yolox_backward",
+    "scale_",
     "select_topk_candidates",
     "simota_assign",
     "task_aligned_assign",
     "unpack_rows",
     "yolo11_assign",
+    "yolo11_criterion",
     "yolo11_loss",
     "yolo11_loss_backward",
     "yolox_assign",
+    "yolox_criterion",
     "yolox_loss",
     "yolox_loss_backward",
 ]

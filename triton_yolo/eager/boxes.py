@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._precision import working
+from .._signatures import BboxIoU, BboxIoUBackward, GradBoxes, Overlaps
 
 
-def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+def overlap(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     """Overlap of boxes (..., 4) in xyxy."""
     ax1, ay1, ax2, ay2 = working(a).unbind(-1)
     bx1, by1, bx2, by2 = working(b).unbind(-1)
@@ -34,7 +35,7 @@ def bbox_iou(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     return diou - v / (1 - iou + v + eps) * v
 
 
-def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
+def overlap_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     """Derivative of the overlap by the corners of ``a``: (..., 4).
 
     Where two sides coincide, each gets half of the derivative of their minimum or maximum, and where boxes touch, the overlap
@@ -91,10 +92,14 @@ def bbox_iou_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     )
 
 
-def bbox_iou_backward(grad: Tensor, a: Tensor, b: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:
-    grad_a = grad[..., None] * bbox_iou_derivative(a, b, kind, eps)
-    grad_b = grad[..., None] * bbox_iou_derivative(b, a, kind, eps)
-    return grad_a.to(a.dtype), grad_b.to(b.dtype)
+def bbox_iou(x: BboxIoU) -> Overlaps:
+    return Overlaps(overlap(x.a, x.b, x.kind, x.eps))
+
+
+def bbox_iou_backward(x: BboxIoUBackward) -> GradBoxes:
+    grad_a = x.grad[..., None] * overlap_derivative(x.a, x.b, x.kind, x.eps)
+    grad_b = x.grad[..., None] * overlap_derivative(x.b, x.a, x.kind, x.eps)
+    return GradBoxes(grad_a.to(x.a.dtype), grad_b.to(x.b.dtype))
 
 
 def share(is_own: Tensor, is_tie: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._precision import working
+from .._signatures import Boxes, DecodeDFL, DecodeDFLBackward, DecodeYOLOX, DecodeYOLOXBackward, GradDist, GradPreds
 
 
 def expectation(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,27 +33,31 @@ def distances_grad(grad_boxes: Tensor) -> Tensor:
     return torch.cat([-grad_boxes[..., :2], grad_boxes[..., 2:]], -1)
 
 
-def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
-    _, distances = expectation(working(pred_dist).unflatten(-1, (4, reg_max)))
-    boxes = boxes_from_distances(anchor_points.to(distances.dtype), distances)
-    return boxes if strides is None else boxes * strides.to(boxes.dtype)[:, None]
+def decode_dfl(x: DecodeDFL) -> Boxes:
+    _, distances = expectation(working(x.pred_dist).unflatten(-1, (4, x.reg_max)))
+    boxes = boxes_from_distances(x.anchor_points.to(distances.dtype), distances)
+    return Boxes(boxes if x.strides is None else boxes * x.strides.to(boxes.dtype)[:, None])
 
 
-def decode_dfl_backward(grad: Tensor, pred_dist: Tensor, strides: Tensor | None, reg_max: int) -> Tensor:
-    grad = distances_grad(grad if strides is None else grad * strides.to(grad.dtype)[:, None])
-    result = torch.empty_like(pred_dist)
-    bins = torch.arange(reg_max, dtype=grad.dtype, device=grad.device)
-    for image, dist in enumerate(pred_dist):  # a part that stays in the processor's cache
-        logits = working(dist.T).unflatten(0, (4, reg_max))
+def decode_dfl_backward(x: DecodeDFLBackward) -> GradDist:
+    grad = distances_grad(x.grad if x.strides is None else x.grad * x.strides.to(x.grad.dtype)[:, None])
+    result = torch.empty_like(x.pred_dist)
+    bins = torch.arange(x.reg_max, dtype=grad.dtype, device=grad.device)
+    for image, dist in enumerate(x.pred_dist):  # a part that stays in the processor's cache
+        logits = working(dist.T).unflatten(0, (4, x.reg_max))
         grad_logits = grad[image].T.unsqueeze(1)
-        if reg_max > 1:
+        if x.reg_max > 1:
             probs = logits.softmax(1)
             grad_logits = (bins[:, None] - (bins @ probs).unsqueeze(1)).mul_(probs).mul_(grad_logits)
-        result[image].T.unflatten(0, (4, reg_max)).copy_(grad_logits)
-    return result
+        result[image].T.unflatten(0, (4, x.reg_max)).copy_(grad_logits)
+    return GradDist(result)
 
 
-def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
+def decode_yolox(x: DecodeYOLOX) -> Boxes:
+    return Boxes(boxes_from_raw(x.preds, x.anchor_points, x.strides))
+
+
+def boxes_from_raw(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tensor:
     raw = working(preds)
     stride = strides.to(raw.dtype)[:, None]
     centre = (anchor_points.to(raw.dtype) - 0.5 + raw[..., :2]) * stride
@@ -60,10 +65,10 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
     return torch.cat([centre - size / 2, centre + size / 2], -1)
 
 
-def decode_yolox_backward(grad: Tensor, preds: Tensor, strides: Tensor) -> Tensor:
-    result = torch.zeros_like(preds)
-    result[..., :4] = yolox_raw_grad(grad, working(preds[..., 2:4]), strides.to(grad.dtype)[:, None])
-    return result
+def decode_yolox_backward(x: DecodeYOLOXBackward) -> GradPreds:
+    result = torch.zeros_like(x.preds)
+    result[..., :4] = yolox_raw_grad(x.grad, working(x.preds[..., 2:4]), x.strides.to(x.grad.dtype)[:, None])
+    return GradPreds(result)
 
 
 def yolox_raw_grad(grad_boxes: Tensor, raw_size: Tensor, stride: Tensor) -> Tensor:

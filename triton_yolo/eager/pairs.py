@@ -8,28 +8,27 @@ from torch import Tensor
 
 from .._precision import working_dtype
 from ..anchors import make_anchors
-from ..targets import Targets
+from .._rows import is_valid
+from .._signatures import GroundTruth, Levels
 
 _PART = 1 << 22  # pairs that are held at once: 200 MiB
 
 
-def anchor_table(feat_shapes: Sequence[int], strides: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
+def anchor_table(levels: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
     """Anchor points in cells (2, A) and their strides (A,), in the type that ``like`` is computed in. Not to be written to."""
-    return _anchor_table(tuple(feat_shapes), tuple(strides), working_dtype(like.dtype), like.device)
+    return _anchor_table(levels, working_dtype(like.dtype), like.device)
 
 
 @lru_cache(maxsize=32)
-def _anchor_table(
-    feat_shapes: tuple[int, ...], strides: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    shapes = list(zip(feat_shapes[::2], feat_shapes[1::2], strict=True))
-    points, point_strides = make_anchors(shapes, strides, device=device, dtype=dtype)
+def _anchor_table(levels: Levels, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    shapes = list(zip(levels.feat_shapes[::2], levels.feat_shapes[1::2], strict=True))
+    points, point_strides = make_anchors(shapes, levels.strides, device=device, dtype=dtype)
     return points.T.contiguous(), point_strides
 
 
-def valid_rows(image_index: Tensor, labels: Tensor, boxes: Tensor, batch_size: int, num_classes: int) -> Tensor:
+def valid_rows(gt: GroundTruth, batch_size: int, num_classes: int) -> Tensor:
     """Indices of the rows that count as ground truth."""
-    return Targets(image_index, labels, boxes, boxes).is_valid(batch_size, num_classes).nonzero().squeeze(1)
+    return is_valid(gt.image_index, gt.labels, gt.boxes_xyxy, batch_size, num_classes).nonzero().squeeze(1)
 
 
 def by_images(rows: Tensor, image_index: Tensor, num_pairs: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -48,14 +47,14 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     return segment, torch.arange(len(segment), device=counts.device) - starts[segment]
 
 
-def grid_pairs(low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: Sequence[float]) -> tuple[Tensor, Tensor]:
+def grid_pairs(low: Tensor, high: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
 
     The rectangles are (n, 2), or (n, L, 2) if each level has its own.
     A superset, tight to a thousandth of a cell: the caller's exact test drops hardly anything.
     """
-    sizes = torch.tensor(feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)
-    stride = torch.tensor(strides, device=low.device, dtype=low.dtype)
+    sizes = torch.tensor(levels.feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)
+    stride = torch.tensor(levels.strides, device=low.device, dtype=low.dtype)
     level_start = sizes.prod(-1).cumsum(0) - sizes.prod(-1)
     limit = sizes.to(low.dtype)
     if low.dim() == 2:
@@ -70,7 +69,7 @@ def grid_pairs(low: Tensor, high: Tensor, feat_shapes: Sequence[int], strides: S
     first_anchor = (level_start + first[..., 1] * sizes[:, 0] + first[..., 0]).flatten()
     strip, x = expand(width.flatten()[rectangle])
     anchors = (first_anchor[rectangle] + y * level_width[rectangle])[strip] + x
-    return torch.div(rectangle, len(strides), rounding_mode="floor")[strip], anchors
+    return torch.div(rectangle, len(levels.strides), rounding_mode="floor")[strip], anchors
 
 
 def point_pairs(low: Tensor, high: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

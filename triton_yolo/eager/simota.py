@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._precision import working, working_dtype
-from .boxes import bbox_iou
+from .._signatures import GroundTruth, SimOTAAssign, SimOTAAssignment
+from .boxes import overlap
 from .memory import row_parts
 from .pairs import expand, in_order, point_pairs, valid_rows
 from .task_aligned import is_inside
@@ -128,18 +129,15 @@ class _Choice(NamedTuple):
 _Cost = Callable[[Tensor, Tensor], Tensor]  # of pairs (P,) of the nth row and a member
 
 
-def simota_assign(
-    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    points, strides = working(points), working(strides)
+def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
+    points, strides = working(x.points), working(x.strides)
 
     def find_near(centres: Tensor) -> tuple[Tensor, Tensor]:
         none = torch.arange(0, device=points.device)
         found = [(none, none)]
         for stride in strides.unique():
             (of_stride,) = (strides == stride).nonzero(as_tuple=True)
-            reach = 1.001 * radius * stride
+            reach = 1.001 * x.assigner.radius * stride
             rows, nth = point_pairs(centres - reach, centres + reach, points[of_stride])
             found.append((rows, of_stride[nth]))
         return in_order(torch.cat([rows for rows, _ in found]), torch.cat([anchors for _, anchors in found]), len(points))
@@ -147,27 +145,24 @@ def simota_assign(
     def find_in_box(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return point_pairs(low, high, points)
 
-    regions = Regions(points.T.contiguous(), strides, candidates, radius, find_near, find_in_box)
-    target_row, matched_iou, _ = match(
-        cls_logits, obj_logits, lambda images, anchors: boxes[images, anchors], regions,
-        image_index, labels, gt_boxes, gt_xywh,
-    )  # fmt: skip
-    return target_row, matched_iou.to(working_dtype(boxes.dtype))
+    regions = Regions(points.T.contiguous(), strides, *x.assigner, find_near, find_in_box)
+    gt = GroundTruth(*x.targets)
+    target_row, matched_iou, _ = match(x.cls_logits, x.obj_logits, lambda *at: x.boxes[at], regions, gt)
+    return SimOTAAssignment(target_row, matched_iou.to(working_dtype(x.boxes.dtype)))
 
 
 def match(
-    cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions, gt: GroundTruth
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row of every anchor (B, A), int32, -1 for background; its IoU with it, 0 for background; whether it takes part.
 
     ``boxes_at`` gives the predicted boxes (M, 4) at images and anchors (M,).
     """
     batch_size, _, num_classes = cls_logits.shape
-    gt_boxes, gt_xywh = gt_boxes.to(regions.points.dtype), gt_xywh.to(regions.points.dtype)
-    ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
-    ids = ids[image_index[ids].sort(stable=True).indices]
-    rows = _Rows(ids, image_index[ids], labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
+    gt_boxes, gt_xywh = gt.boxes_xyxy.to(regions.points.dtype), gt.boxes_xywh.to(regions.points.dtype)
+    ids = valid_rows(gt._replace(boxes_xyxy=gt_boxes), batch_size, num_classes)
+    ids = ids[gt.image_index[ids].sort(stable=True).indices]
+    rows = _Rows(ids, gt.image_index[ids], gt.labels[ids], gt_boxes[ids].T.contiguous(), gt_xywh[ids, :2].T.contiguous())
     takes_part, nth, anchors = regions.find(rows, batch_size)
     members = _gather_members(cls_logits, obj_logits, boxes_at, regions, takes_part)
     places = members.images * takes_part.shape[1] + members.anchors
@@ -278,7 +273,7 @@ def _costs(rows: _Rows, members: _Members, cls_logits: Tensor, regions: Regions)
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of boxes (4, ...), 0 where it is undefined."""
-    ious = bbox_iou(a.movedim(0, -1), b.movedim(0, -1), "iou", 0.0)
+    ious = overlap(a.movedim(0, -1), b.movedim(0, -1), "iou", 0.0)
     return ious.where(ious > 0, 0)
 
 

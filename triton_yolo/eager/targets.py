@@ -4,10 +4,22 @@ import torch
 from torch import Tensor
 
 from .._precision import working
+from .._signatures import GroundTruth, Levels, UnpackRows
 
 
-def unpack_rows(rows: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    image_index, labels, *box = working(rows).unbind(-1)
-    xywh = torch.stack([box[0] * width, box[1] * height, box[2] * width, box[3] * height], -1)
+def unpack_rows(x: UnpackRows) -> GroundTruth:
+    image_index, labels, *box = working(x.rows).unbind(-1)
+    xywh = torch.stack([box[0] * x.width, box[1] * x.height, box[2] * x.width, box[3] * x.height], -1)
     centre, half = xywh[:, :2], xywh[:, 2:] / 2
-    return image_index.long(), labels.long(), torch.cat([centre - half, centre + half], -1), xywh
+    image, label = image_index.long(), labels.long()
+    image = image.where((image == image_index) & (label == labels), -1)  # a row without whole numbers is padding
+    return GroundTruth(image, label, torch.cat([centre - half, centre + half], -1), xywh)
+
+
+def ground_truth(targets: list[Tensor], levels: Levels, dtype: torch.dtype) -> GroundTruth:
+    """Targets as operations take them, boxes in this type."""
+    if len(targets) == 1:
+        height, width = levels.image_size
+        return unpack_rows(UnpackRows(targets[0].to(dtype), width, height))
+    image_index, labels, xyxy, xywh = targets
+    return GroundTruth(image_index, labels, xyxy.to(dtype), xywh.to(dtype))

@@ -1,10 +1,22 @@
 """Task-aligned assignment (TOOD, arXiv 2108.07755) on the pairs of ground truth and candidate."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._precision import working
-from .boxes import bbox_iou
+from .._signatures import (
+    AlignMetric,
+    GroundTruth,
+    Metrics,
+    Selected,
+    SelectTopk,
+    TaskAligned,
+    TaskAlignedAssign,
+    TaskAlignedAssignment,
+)
+from .boxes import overlap
 from .pairs import point_pairs, valid_rows
 
 _BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
@@ -30,7 +42,7 @@ def is_inside(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
 def pair_metric(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4, P) and true boxes (4, P)."""
     parts = zip(gt_boxes.split(_BLOCK, 1), boxes.split(_BLOCK, 1), strict=True)
-    overlaps = torch.cat([bbox_iou(gt.T, pred.T, "ciou", 1e-7) for gt, pred in parts])
+    overlaps = torch.cat([overlap(gt.T, pred.T, "ciou", 1e-7) for gt, pred in parts])
     overlaps = torch.where(overlaps > 0, overlaps, 0)
     metric = power(scores, alpha) * power(overlaps, beta)
     return torch.where(metric > 0, metric, 0), overlaps
@@ -67,14 +79,14 @@ def _reaches_topk(bits: Tensor, rows: Tensor, topk: int) -> Tensor:
 
 def match(
     target_row: Tensor, target_score: Tensor, rows: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor,
-    num_rows: int, topk: int, topk2: int | None, eps: float,
+    num_rows: int, rule: TaskAligned,
 ) -> None:  # fmt: skip
     """Choose the positives among the pairs (P,) of row and cell, a cell being an anchor of an image.
 
     Into ``target_row`` (cells,) int32 and ``target_score``, which say background, go the row of each and its target score.
     """
     num_cells = len(target_row)
-    claims = topk_per_row(metric, rows, topk)
+    claims = topk_per_row(metric, rows, rule.topk)
     target_row[cells[claims]] = rows[claims].int()
 
     num_claims = torch.zeros(num_cells, dtype=torch.int32, device=rows.device)
@@ -85,72 +97,70 @@ def match(
     target_row.scatter_reduce_(0, cells[contested], rows[contested].int(), "amin", include_self=False)
 
     positives = (target_row[cells] == rows).nonzero().squeeze(1)
-    if topk2 is not None:
+    if rule.topk2 is not None:
         target_row[cells[positives]] = -1
-        positives = positives[topk_per_row(metric[positives], rows[positives], topk2)]
+        positives = positives[topk_per_row(metric[positives], rows[positives], rule.topk2)]
         target_row[cells[positives]] = rows[positives].int()
 
     cells, rows, metric, overlaps = cells[positives], rows[positives], metric[positives], overlaps[positives]
     max_metric = metric.new_zeros(num_rows).scatter_reduce_(0, rows, metric, "amax")
     max_overlap = metric.new_zeros(num_rows).scatter_reduce_(0, rows, overlaps, "amax")
-    target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + eps)
+    target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + rule.eps)
 
 
-def pairs_of_points(
-    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
-    alpha: float, beta: float, min_box_side: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(rows, cells, metric, overlap) of every candidate pair, for anchors at arbitrary points in pixels."""
+class _PointPairs(NamedTuple):
+    """Every candidate pair (P,) of a row and a cell, with its metric and overlap."""
+
+    rows: Tensor
+    cells: Tensor
+    metric: Tensor
+    overlaps: Tensor
+
+
+def _pairs_of_points(
+    scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned
+) -> _PointPairs:
+    """Pairs of anchors at arbitrary points in pixels."""
     batch_size, num_anchors, num_classes = scores.shape
-    scores, boxes, points, gt_boxes = working(scores), working(boxes), working(points), working(gt_boxes)
-    row_ids = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
-    widened = widen(gt_boxes[row_ids], min_box_side)
+    scores, boxes, points = working(scores), working(boxes), working(points)
+    gt = GroundTruth(*targets)
+    gt_boxes = gt.boxes_xyxy.to(boxes.dtype)
+    row_ids = valid_rows(gt._replace(boxes_xyxy=gt_boxes), batch_size, num_classes)
+    widened = widen(gt_boxes[row_ids], rule.min_box_side)
     nth, anchors = point_pairs(widened[:, :2], widened[:, 2:], points)
-    kept = is_inside(points[anchors].T, widened[nth].T, eps)
+    kept = is_inside(points[anchors].T, widened[nth].T, rule.eps)
     rows, anchors = row_ids[nth[kept]], anchors[kept]
-    images = image_index[rows]
-    metric, overlaps = pair_metric(
-        scores[images, anchors, labels[rows]], boxes[images, anchors].T, gt_boxes[rows].T, alpha, beta
-    )
-    return rows, images * num_anchors + anchors, metric, overlaps
+    images = gt.image_index[rows]
+    pair_scores = scores[images, anchors, gt.labels[rows]]
+    metric, overlaps = pair_metric(pair_scores, boxes[images, anchors].T, gt_boxes[rows].T, rule.alpha, rule.beta)
+    return _PointPairs(rows, images * num_anchors + anchors, metric, overlaps)
 
 
-def task_aligned_assign(
-    scores: Tensor, boxes: Tensor, points: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
-    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, cells, metric, overlaps = pairs_of_points(
-        scores, boxes, points, image_index, labels, gt_boxes, alpha, beta, min_box_side, eps
-    )
-    shape = scores.shape[:2]
-    target_row = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
-    target_score = metric.new_zeros(shape)
-    match(target_row.view(-1), target_score.view(-1), rows, cells, metric, overlaps, len(labels), topk, topk2, eps)
-    return target_row, target_score
+def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
+    pairs = _pairs_of_points(x.scores, x.boxes, x.points, x.targets, x.assigner)
+    shape = x.scores.shape[:2]
+    target_row = torch.full(shape, -1, dtype=torch.int32, device=x.scores.device)
+    target_score = pairs.metric.new_zeros(shape)
+    match(target_row.view(-1), target_score.view(-1), *pairs, len(x.targets[0]), x.assigner)
+    return TaskAlignedAssignment(target_row, target_score)
 
 
-def align_metric(
-    scores: Tensor, boxes: Tensor, points: Tensor, labels: Tensor, gt_boxes: Tensor, mask: Tensor,
-    alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch_size, num_slots = labels.shape
-    image_index = torch.arange(batch_size, device=labels.device)[:, None].where(mask, -1).reshape(-1)
-    rows, cells, metric, overlaps = pairs_of_points(
-        scores, boxes, points, image_index, labels.reshape(-1), gt_boxes.reshape(-1, 4), alpha, beta, min_box_side, 1e-9
-    )
-    num_anchors = scores.shape[1]
-    dense_metric, dense_overlaps = metric.new_zeros(2, batch_size * num_slots, num_anchors).unbind(0)
-    anchors = cells % num_anchors
-    dense_metric[rows, anchors], dense_overlaps[rows, anchors] = metric, overlaps
-    shape = (batch_size, num_slots, num_anchors)
-    return dense_metric.view(shape), dense_overlaps.view(shape).clone()
+def align_metric(x: AlignMetric) -> Metrics:
+    rule = TaskAligned(1, None, x.alpha, x.beta, x.min_box_side, 1e-9)
+    pairs = _pairs_of_points(x.scores, x.boxes, x.points, x.targets, rule)
+    batch_size, num_anchors, _ = x.scores.shape
+    metric, overlaps = pairs.metric.new_zeros(2, batch_size * x.num_slots, num_anchors).unbind(0)
+    anchors = pairs.cells % num_anchors
+    metric[pairs.rows, anchors], overlaps[pairs.rows, anchors] = pairs.metric, pairs.overlaps
+    shape = (batch_size, x.num_slots, num_anchors)
+    return Metrics(metric.view(shape), overlaps.view(shape).clone())
 
 
-def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None) -> Tensor:
-    positive = metric > 0 if mask_gt is None else (metric > 0) & mask_gt[..., None]
+def select_topk_candidates(x: SelectTopk) -> Selected:
+    positive = x.metric > 0 if x.mask_gt is None else (x.metric > 0) & x.mask_gt[..., None]
     selected = torch.zeros_like(positive, memory_format=torch.contiguous_format)
     pairs = positive.flatten(0, 1).nonzero()
-    values = working(metric).flatten(0, 1)[pairs[:, 0], pairs[:, 1]]
-    chosen = pairs[topk_per_row(values, pairs[:, 0].contiguous(), topk)]
+    values = working(x.metric).flatten(0, 1)[pairs[:, 0], pairs[:, 1]]
+    chosen = pairs[topk_per_row(values, pairs[:, 0].contiguous(), x.topk)]
     selected.flatten(0, 1)[chosen[:, 0], chosen[:, 1]] = True
-    return selected
+    return Selected(selected)

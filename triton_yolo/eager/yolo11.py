@@ -1,75 +1,95 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._precision import working
-from .boxes import bbox_iou, bbox_iou_derivative
+from .._signatures import (
+    YOLO11,
+    GradDistScores,
+    YOLO11Assign,
+    YOLO11Assignment,
+    YOLO11Loss,
+    YOLO11LossBackward,
+    YOLO11LossOutputs,
+    YOLO11Outputs,
+)
+from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
 from .memory import blocks, untouched_zeros_like
 from .pairs import anchor_table, by_images, grid_pairs, valid_rows
+from .targets import ground_truth
 from .task_aligned import is_inside, match, pair_metric, widen
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
 
 
-def yolo11_assign(
-    pred_dist: Tensor, pred_scores: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
-    topk: int, topk2: int | None, alpha: float, beta: float, min_box_side: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch_size, num_anchors, num_classes = pred_scores.shape
-    points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
-    gt_boxes = gt_boxes.to(points.dtype)
-    valid = valid_rows(image_index, labels, gt_boxes, batch_size, num_classes)
-    boxes = _decode_px(pred_dist, points, point_strides, reg_max)
+def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
+    batch_size, num_anchors, num_classes = x.pred_scores.shape
+    points, point_strides = anchor_table(x.levels, x.pred_dist)
+    gt = ground_truth(x.targets, x.levels, points.dtype)
+    valid = valid_rows(gt, batch_size, num_classes)
+    boxes = _decode_px(x.pred_dist, points, point_strides, x.reg_max)
     points_px = (points * point_strides).contiguous()
     shape = (batch_size, num_anchors)
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
+    gt_boxes, rule = gt.boxes_xyxy, x.assigner
     sides = gt_boxes[:, 2:] - gt_boxes[:, :2]
     # About so many anchors lie in a box; no more than there are, however large it is.
-    num_pairs = (sides.prod(1) / min(strides) ** 2).ceil().clamp(max=num_anchors).long()
-    for row_ids in by_images(valid, image_index, num_pairs, batch_size):
-        widened = widen(gt_boxes[row_ids], min_box_side)
-        nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], feat_shapes, strides)
-        kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], 1e-9).nonzero().squeeze(1)
+    num_pairs = (sides.prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
+    for row_ids in by_images(valid, gt.image_index, num_pairs, batch_size):
+        widened = widen(gt_boxes[row_ids], rule.min_box_side)
+        nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], x.levels)
+        kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], rule.eps).nonzero().squeeze(1)
         rows, anchors = row_ids[nth[kept]], anchors[kept]
-        images = image_index[rows]
+        images = gt.image_index[rows]
         cells = images * num_anchors + anchors
-        scores = working(pred_scores[images, anchors, labels[rows]]).sigmoid()
-        metric, overlaps = pair_metric(scores, boxes[:, cells], gt_boxes.T.contiguous()[:, rows], alpha, beta)
-        match(target_row, target_score, rows, cells, metric, overlaps, len(labels), topk, topk2, 1e-9)
+        scores = working(x.pred_scores[images, anchors, gt.labels[rows]]).sigmoid()
+        pair_boxes, true_boxes = boxes[:, cells], gt_boxes.T.contiguous()[:, rows]
+        metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta)
+        match(target_row, target_score, rows, cells, metric, overlaps, len(gt.labels), rule)
     # A logit that is not finite shows in the loss even where no formula reads it.
-    score_sum = target_score.sum().where(is_finite(pred_dist), torch.nan)
+    score_sum = target_score.sum().where(is_finite(x.pred_dist), torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
-    return target_row.view(shape), target_score.view(shape), sums, (target_row >= 0).sum()
+    num_fg = (target_row >= 0).sum()
+    return YOLO11Assignment(target_row.view(shape), target_score.view(shape), sums, num_fg, gt.labels, gt_boxes)
 
 
-def yolo11_loss(
-    pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    box_gain, cls_gain, dfl_gain = gains
-    pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
+def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
+    row, score, sums, num_fg, labels, boxes = yolo11_assign(
+        YOLO11Assign(x.pred_dist, x.pred_scores, x.targets, x.levels, x.reg_max, x.assigner)
+    )
+    options = x.class_weights, x.levels, x.reg_max, x.gains
+    loss, terms, held = yolo11_loss(
+        YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
+    )
+    if not x.wants_grad:
+        return YOLO11Outputs(loss, terms, num_fg, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
+    grads = yolo11_loss_backward(
+        YOLO11LossBackward(torch.ones_like(loss), x.pred_dist, x.pred_scores, row, score, held, labels, boxes, *options, "eager")
+    )
+    return YOLO11Outputs(loss, terms, num_fg, *grads)
 
-    per_class, normaliser = pos.scores.new_zeros(pred_scores.shape[2]), normaliser.clone()
-    for block in blocks(pred_scores):
-        logits = working(pred_scores[block])
+
+def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
+    box_gain, cls_gain, dfl_gain = x.gains
+    pos = _Positives(x)
+
+    per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
+    for block in blocks(x.pred_scores):
+        logits = working(x.pred_scores[block])
         per_class += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
         normaliser = normaliser.where(is_finite(logits), torch.nan)
-    logits = working(pred_scores[pos.images, pos.anchors, labels[pos.rows]])
-    cls = _weighted(per_class, class_weights).sum()
-    hits = _weighted(logits * pos.scores, class_weights, labels[pos.rows]).sum()
+    logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
+    cls = _weighted(per_class, x.class_weights).sum()
+    hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
     cls = torch.where(cls < torch.inf, cls - hits, cls)  # a sum of finite numbers that overflows is not NaN
 
-    box = ((1 - bbox_iou(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum()
-    if reg_max > 1:
+    box = ((1 - overlap(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum()
+    if x.reg_max > 1:
         log_p = F.log_softmax(pos.logits, -1)
         low, weight_low, weight_high = pos.soft_bins()
         log_p, weights = log_p.gather(-1, torch.cat([low, low + 1], -1)), torch.stack([weight_low, weight_high], -1)
@@ -79,69 +99,61 @@ def yolo11_loss(
     dfl = (side.mean(-1) * pos.scores).sum()
 
     items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser[0]
-    return normaliser[1] * items.sum(), items, normaliser
+    return YOLO11LossOutputs(normaliser[1] * items.sum(), items, normaliser)
 
 
-def yolo11_loss_backward(
-    grad: Tensor, pred_dist: Tensor, pred_scores: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_boxes: Tensor, class_weights: Tensor | None,
-    feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int, gains: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of both predictions, in their layout, for the gradient () of the loss."""
-    if normaliser.isnan().any():
-        return torch.full_like(pred_dist, torch.nan), torch.full_like(pred_scores, torch.nan)
-    box_gain, cls_gain, dfl_gain = gains
-    pos = _Positives(pred_dist, target_row, target_score, gt_boxes, feat_shapes, strides, reg_max)
-    scale = grad * normaliser[1] / normaliser[0]
+def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
+    if x.held.isnan().any():
+        return GradDistScores(torch.full_like(x.pred_dist, torch.nan), torch.full_like(x.pred_scores, torch.nan))
+    box_gain, cls_gain, dfl_gain = x.gains
+    pos = _Positives(x)
+    scale = x.grad * x.held[1] / x.held[0]
 
-    grad_scores = torch.empty_like(pred_scores)
-    slope = _weighted((cls_gain * scale).expand(pred_scores.shape[2]), class_weights)
-    for block in blocks(pred_scores):
-        logits = pred_scores[block]
+    grad_scores = torch.empty_like(x.pred_scores)
+    slope = _weighted((cls_gain * scale).expand(x.pred_scores.shape[2]), x.class_weights)
+    for block in blocks(x.pred_scores):
+        logits = x.pred_scores[block]
         # slope * sigmoid(logits) in one pass
         args = slope.expand_as(logits), working(logits), 1, _LINEAR_FROM
         if logits.dtype == slope.dtype:
             torch.ops.aten.softplus_backward.grad_input(*args, grad_input=grad_scores[block])
         else:
             grad_scores[block] = torch.ops.aten.softplus_backward(*args)
-    at_label = (pos.images, pos.anchors, labels[pos.rows])
-    error = working(pred_scores[at_label]).sigmoid() - pos.scores
-    grad_scores[at_label] = (_weighted(error, class_weights, at_label[2]) * (cls_gain * scale)).to(grad_scores.dtype)
+    at_label = (pos.images, pos.anchors, pos.labels)
+    error = working(x.pred_scores[at_label]).sigmoid() - pos.scores
+    grad_scores[at_label] = (_weighted(error, x.class_weights, pos.labels) * (cls_gain * scale)).to(grad_scores.dtype)
 
     weight = (pos.scores * scale)[:, None]
-    derivative = bbox_iou_derivative(pos.boxes, pos.gt_boxes, "ciou", 1e-7)
+    derivative = overlap_derivative(pos.boxes, pos.gt_boxes, "ciou", 1e-7)
     grad_distances = distances_grad(-box_gain * weight * derivative)
-    if reg_max == 1:
+    if x.reg_max == 1:
         side = torch.sign(pos.distances - pos.target_distances) * pos.image_share
         grad_distances = grad_distances + dfl_gain / 4 * weight * side
     grad_logits = expectation_backward(grad_distances, pos.probs, pos.distances)
-    if reg_max > 1:
+    if x.reg_max > 1:
         low, weight_low, weight_high = pos.soft_bins()
         error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
         grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
-    grad_dist = untouched_zeros_like(pred_dist)
+    grad_dist = untouched_zeros_like(x.pred_dist)
     grad_dist[pos.images, pos.anchors] = grad_logits.flatten(-2).to(grad_dist.dtype)
-    return grad_dist, grad_scores
+    return GradDistScores(grad_dist, grad_scores)
 
 
 class _Positives:
     """The positive anchors (M) with what both directions need of them: boxes and distances in cells."""
 
-    def __init__(
-        self, pred_dist: Tensor, target_row: Tensor, target_score: Tensor, gt_boxes: Tensor,
-        feat_shapes: Sequence[int], strides: Sequence[float], reg_max: int,
-    ) -> None:  # fmt: skip
-        points, point_strides = anchor_table(feat_shapes, strides, pred_dist)
-        self.images, self.anchors = (target_row >= 0).nonzero().unbind(-1)
-        self.rows = target_row[self.images, self.anchors].long()
-        self.scores = target_score[self.images, self.anchors]
-        self.logits = working(pred_dist[self.images, self.anchors]).unflatten(-1, (4, reg_max))
+    def __init__(self, x: YOLO11Loss | YOLO11LossBackward) -> None:
+        points, point_strides = anchor_table(x.levels, x.pred_dist)
+        self.images, self.anchors = (x.target_row >= 0).nonzero().unbind(-1)
+        rows = x.target_row[self.images, self.anchors].long()
+        self.labels, self.scores = x.gt_labels[rows], x.target_score[self.images, self.anchors]
+        self.logits = working(x.pred_dist[self.images, self.anchors]).unflatten(-1, (4, x.reg_max))
         self.probs, self.distances = expectation(self.logits)
         points, stride = points.T[self.anchors], point_strides[self.anchors][:, None]
         self.boxes = boxes_from_distances(points, self.distances)
-        self.gt_boxes = gt_boxes.to(points.dtype)[self.rows] / stride
+        self.gt_boxes = x.gt_boxes.to(points.dtype)[rows] / stride
         self.target_distances = torch.cat([points - self.gt_boxes[:, :2], self.gt_boxes[:, 2:] - points], -1)
-        height, width = feat_shapes[0] * strides[0], feat_shapes[1] * strides[0]
+        height, width = x.levels.image_size
         self.image_share = stride / points.new_tensor([width, height, width, height])
 
     def soft_bins(self) -> tuple[Tensor, Tensor, Tensor]:

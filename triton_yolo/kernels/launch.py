@@ -111,6 +111,10 @@ class Run(NamedTuple):
     buffers: Any
     num_rows: int
 
+    def channels(self, x: Tensor, first: int) -> Any:
+        """What kernels take for the channels of ``x`` (B, A, C) from ``first`` on."""
+        return x[..., first:] if self.stream is None else x.data_ptr() + first * x.stride(2) * x.element_size()
+
 
 class Plan:
     """What an operation needs beside its tensors; a subclass works it out from the inputs and outputs of the first run.

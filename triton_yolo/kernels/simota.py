@@ -4,32 +4,32 @@ The anchors that take part in an image, its ``members``, are listed. A bit an an
 in the list once. Anchors are cells of a grid (``IS_GRID``), or any points, each with its stride.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._precision import working_dtype
+from .._signatures import YOLOX, SimOTA, SimOTAAssign, SimOTAAssignment, YOLOXAssign
+from .arguments import Anchors, Grid, Points, Rows, State, Tensor2, Tensor3, compute_type, points_of, targets_of, tensor3
 from .boxes import log_not, log_rest, overlap, sigmoid
-from .decode import channel_sizes, load_raw_boxes, raw_corners
-from .grid import anchor_points, cell_centres, rectangle_cells, rectangle_size
-from .launching import FIXED, compute_type, on_device
+from .decode import channel_sizes, load_raw, raw_corners
+from .grid import Cell, anchor_points, cell_centres, rectangle_cells, rectangle_size
+from .launch import Buffers, Launch, Plan, Run, Workspace, cdiv, run
 from .rows import (
     CONTESTED,
+    Box,
+    Pack,
     append,
     claim,
     claim_sizes,
     contest,
-    empty_boxes,
-    gt_rows,
     list_length,
     load_anchor_boxes,
     load_listed,
+    load_row_boxes,
     load_rows,
-    new_list,
+    pack_rows,
     places,
     row_sizes,
     store_anchor_boxes,
@@ -44,37 +44,67 @@ _BROKEN: tl.constexpr = tl.constexpr(-2)
 """State of an anchor whose box or class logits are not finite: background otherwise."""
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
+
+class Rule(NamedTuple):
+    """Constants of SimOTA, for cells of a grid with these strides or for arbitrary points."""
+
+    RADIUS: float
+    HAS_BOX: bool
+    STRIDES: tuple[float, ...]
+    IS_GRID: bool
+    DTYPE: Any
+
+
+class Table(NamedTuple):
+    """What pairs need of anchors (B, A): the cost of no class, and the objectness probability."""
+
+    cost_ptr: Any
+    obj_ptr: Any
+
+
+class Counts(NamedTuple):
+    """Numbers (3,) of positives, ground truths and predictions that poison the loss; and that of each program that looked."""
+
+    ptr: Any
+    broken_ptr: Any
+
+
+class Members(NamedTuple):
+    """The list of members, and the bits that keep each in it once."""
+
+    anchors: Anchors
+    words_ptr: Any
+
+
 # ---- tiles
 
 
 @triton.jit
-def _points_and_stride(
-    anchor, mask, points, points_stride, shapes, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Point (x, y) and stride of anchors [g, n], in pixels."""
-    x, y = anchor_points(anchor, mask, points[0], points_stride, shapes, STRIDES, IS_GRID, DTYPE)
-    if IS_GRID:
-        stride = cell_centres(anchor, shapes, STRIDES, DTYPE)[2]
+def _cells(anchor, mask, points, grid, RULE: tl.constexpr):
+    """Anchors [g, n] with their points and strides in pixels."""
+    x, y = anchor_points(anchor, mask, points, grid, RULE.STRIDES, RULE.IS_GRID, RULE.DTYPE)
+    if RULE.IS_GRID:
+        stride = cell_centres(anchor, grid, RULE.STRIDES, RULE.DTYPE)[2]
     else:
-        stride = tl.load(points[1] + anchor.to(tl.int64) * points_stride[2], mask=mask, other=0.0).to(DTYPE)
-    return x, y, stride
+        stride = tl.load(points.strides_ptr + anchor.to(tl.int64) * points.step, mask=mask, other=0.0).to(RULE.DTYPE)
+    return Cell(anchor, x, y, stride)
 
 
 @triton.jit
-def _in_regions(point, box, centre, RADIUS: tl.constexpr):
-    """Whether points [g, n] are in the centre regions and in the boxes of rows [g, 1]."""
-    x, y, stride = point[0], point[1], point[2]
-    reach = tl.full(stride.shape, RADIUS, stride.dtype) * stride
-    in_centre = (tl.abs(x - centre[0]) < reach) & (tl.abs(y - centre[1]) < reach)
-    in_box = (x - box[0] > 0) & (y - box[1] > 0) & (box[2] - x > 0) & (box[3] - y > 0)
+def _in_regions(cell, box, centre_x, centre_y, RADIUS: tl.constexpr):
+    """Whether cells [g, n] are in the centre regions and in the boxes of rows [g, 1]."""
+    x, y = cell.x, cell.y
+    reach = tl.full(cell.stride.shape, RADIUS, cell.stride.dtype) * cell.stride
+    in_centre = (tl.abs(x - centre_x) < reach) & (tl.abs(y - centre_y) < reach)
+    in_box = (x - box.x1 > 0) & (y - box.y1 > 0) & (box.x2 - x > 0) & (box.y2 - y > 0)
     return in_centre, in_box
 
 
 @triton.jit
-def _load_centres(gt, gt_stride, offs_g, N, DTYPE: tl.constexpr):
-    ptr = gt[3] + offs_g.to(tl.int64)[:, None] * gt_stride[4]
-    mask = (offs_g < N)[:, None]
-    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE), tl.load(ptr + gt_stride[5], mask=mask, other=0.0).to(DTYPE)
+def _load_centres(rows, truth, N, DTYPE: tl.constexpr):
+    ptr = rows.xywh_ptr + truth.row.to(tl.int64) * 4
+    mask = truth.row < N
+    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE), tl.load(ptr + 1, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -89,175 +119,166 @@ def _clamped(logs):
 
 
 @triton.jit
-def _iou(box, boxes):
+def _iou(gt, box):
     """IoU, 0 where it is undefined."""
-    iou = overlap(box[0], box[1], box[2], box[3], boxes[0], boxes[1], boxes[2], boxes[3], "iou", 0.0)
+    iou = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "iou", 0.0)
     return tl.where(iou > 0, iou, 0.0).to(iou.dtype)
 
 
 @triton.jit
-def _pair_costs(
-    info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride, shapes, A,
-    RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE: tl.constexpr):
     """Cost, infinite rather than NaN, and IoU of rows [g, 1] with anchors [g, n] that take part."""
-    image, label = info[0], info[1]
-    iou = _iou(box, load_anchor_boxes(image, anchor, mask, boxes_ptr, boxes_stride, DTYPE))
-    cell = image * A + anchor
-    cost = tl.load(table[0] + cell, mask=mask, other=0.0)
-    obj_probs = tl.load(table[1] + cell, mask=mask, other=0.0)
-    offs = image * cls_stride[0] + anchor.to(tl.int64) * cls_stride[1] + label * cls_stride[2]
-    probs = _joint_probability(tl.load(cls_ptr + offs, mask=mask, other=0.0).to(DTYPE), obj_probs)
+    iou = _iou(truth.box, load_anchor_boxes(boxes, truth.image, anchor, mask, RULE.DTYPE))
+    cell = truth.image * grid.A + anchor
+    cost = tl.load(table.cost_ptr + cell, mask=mask, other=0.0)
+    obj_probs = tl.load(table.obj_ptr + cell, mask=mask, other=0.0)
+    offs = truth.image * logits.image + anchor.to(tl.int64) * logits.anchor + truth.label * logits.channel
+    probs = _joint_probability(tl.load(logits.ptr + offs, mask=mask, other=0.0).to(RULE.DTYPE), obj_probs)
     # BCE against the one-hot class differs from that against no class by two terms.
     cost = cost + _clamped(log_not(probs)) - _clamped(tl.log(probs))
-    cost = cost + 3 * -tl.log(iou + tl.full(iou.shape, 1e-8, DTYPE))
-    point = _points_and_stride(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
-    in_centre, in_box = _in_regions(point, box, centre, RADIUS)
+    cost = cost + 3 * -tl.log(iou + tl.full(iou.shape, 1e-8, RULE.DTYPE))
+    in_centre, in_box = _in_regions(_cells(anchor, mask, points, grid, RULE), truth.box, centre_x, centre_y, RULE.RADIUS)
     is_feasible = in_centre
-    if HAS_BOX:
+    if RULE.HAS_BOX:
         is_feasible = in_centre & in_box
     cost = tl.where(is_feasible, cost, cost + _INFEASIBLE_COST)
-    return tl.where(cost < float("inf"), cost, float("inf")).to(DTYPE), iou
+    return tl.where(cost < float("inf"), cost, float("inf")).to(RULE.DTYPE), iou
+
+
+@triton.jit
+def _class_cost(logits, image, offs_a, mask_a, obj_probs, C, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Cost of no class [n] of anchors of one image, and the sum of their class logits times 0."""
+    ptr = logits.ptr + image * logits.image
+    cost = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
+    poison = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
+    start = 0
+    while start < C:
+        # The sum of log(1 - p) is the logarithm of a product; four factors that are not 0 stay above the smallest float32.
+        p, rest = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE), tl.full((offs_a.shape[0], BLOCK_C), 1, DTYPE)
+        end = tl.minimum(start + 4 * BLOCK_C, C)
+        while start < end:
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = mask_a[:, None] & (offs_c < C)[None, :]
+            offs = offs_a.to(tl.int64)[:, None] * logits.anchor + offs_c.to(tl.int64)[None, :] * logits.channel
+            x = tl.load(ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a probability of 0
+            probs = _joint_probability(x, obj_probs[:, None])
+            cost += tl.where(probs >= 1, 100.0, 0.0)  # the logarithm of 0 counts -100
+            probs = tl.where(probs >= 1, 0.0, probs).to(DTYPE)
+            p, rest = tl.fma(probs, rest, p), tl.fma(-probs, rest, rest)
+            poison += x * 0.0
+            start += BLOCK_C
+        cost -= log_rest(p, rest)
+    return tl.sum(cost, 1), tl.sum(poison, 1)
 
 
 # ---- kernels
 
 
-@triton.jit
-def _prepare_kernel(
-    boxes_ptr, boxes_stride, table, target_row_ptr, words_ptr, num_members_ptr, num_contested_ptr, counts_ptr, broken_ptr,
-    raw_ptr, raw_stride, obj_ptr, obj_stride, cls_ptr, cls_stride, shapes, A, C,
-    STRIDES: tl.constexpr, IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "B"])
+def _simota_prepare_kernel(
+    boxes, table, state, members, counts, raw_boxes, obj_logits, logits, rows, targets, grid, height: tl.float64,
+    width: tl.float64, N, B, RULE: tl.constexpr, PACK: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
 
-    It writes their boxes, decoded if ``IS_GRID``, and the ``table`` of two (B, A), the cost of no class and the objectness
-    probability; to ``broken`` (programs,) 1 if an objectness logit is not finite, else 0. Other logits count where an anchor
-    takes part, so its state keeps whether they are finite. It clears what the next launches count in.
+    It writes their boxes, decoded if ``IS_GRID``, and the ``table``; to ``broken`` 1 if an objectness logit is not finite, else
+    0. Other logits count where an anchor takes part, so its state keeps whether they are finite. It clears what the next
+    launches count in. All programs together pack the ground truth.
     """
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    cell = image * A + offs_a
-    raw = load_raw_boxes(raw_ptr + image * raw_stride[0], raw_stride, offs_a, mask_a, DTYPE)
-    obj_ptr += image * obj_stride[0]
-    obj_logits = tl.load(obj_ptr + offs_a.to(tl.int64) * obj_stride[1], mask=mask_a, other=0.0).to(DTYPE)
-    obj_probs = sigmoid(obj_logits)
-    poison = raw[0] * 0.0 + raw[1] * 0.0 + raw[2] * 0.0 + raw[3] * 0.0
-    boxes = raw
-    if IS_GRID:
-        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        boxes = raw_corners(raw, x - 0.5, y - 0.5, stride)
-    store_anchor_boxes(image, offs_a, mask_a, boxes_ptr, boxes_stride, boxes[0], boxes[1], boxes[2], boxes[3])
-
-    cls_ptr += image * cls_stride[0]
-    cost = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
-    cls_poison = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
-    start = 0
-    while start < C:
-        # The sum of log(1 - p) is the logarithm of a product; four factors that are not 0 stay above the smallest float32.
-        p, rest = tl.zeros((BLOCK_A, BLOCK_C), DTYPE), tl.full((BLOCK_A, BLOCK_C), 1, DTYPE)
-        end = tl.minimum(start + 4 * BLOCK_C, C)
-        while start < end:
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask = mask_a[:, None] & (offs_c < C)[None, :]
-            offs = offs_a.to(tl.int64)[:, None] * cls_stride[1] + offs_c.to(tl.int64)[None, :] * cls_stride[2]
-            logits = tl.load(cls_ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a probability of 0
-            probs = _joint_probability(logits, obj_probs[:, None])
-            cost += tl.where(probs >= 1, 100.0, 0.0)  # the logarithm of 0 counts -100
-            probs = tl.where(probs >= 1, 0.0, probs).to(DTYPE)
-            p, rest = tl.fma(probs, rest, p), tl.fma(-probs, rest, rest)
-            cls_poison += logits * 0.0
-            start += BLOCK_C
-        cost -= log_rest(p, rest)
-    poison += tl.sum(cls_poison, 1)
-    tl.store(table[0] + cell, tl.sum(cost, 1), mask=mask_a)
-    tl.store(table[1] + cell, obj_probs, mask=mask_a)
-    tl.store(target_row_ptr + cell, tl.where(poison == 0, -1, _BROKEN), mask=mask_a)
-    num_words = (A + 31) // 32
+    mask_a = offs_a < grid.A
+    cell = image * grid.A + offs_a
+    raw = load_raw(raw_boxes, image, offs_a, mask_a, RULE.DTYPE)
+    obj_ptr = obj_logits.ptr + image * obj_logits.row + offs_a.to(tl.int64) * obj_logits.column
+    obj = tl.load(obj_ptr, mask=mask_a, other=0.0).to(RULE.DTYPE)
+    obj_probs = sigmoid(obj)
+    poison = raw.dx * 0.0 + raw.dy * 0.0 + raw.log_w * 0.0 + raw.log_h * 0.0
+    box = Box(raw.dx, raw.dy, raw.log_w, raw.log_h)
+    if RULE.IS_GRID:
+        x, y, stride = cell_centres(offs_a, grid, RULE.STRIDES, RULE.DTYPE)
+        box = raw_corners(raw, x - 0.5, y - 0.5, stride)
+    store_anchor_boxes(boxes, image, offs_a, mask_a, box)
+    cost, cls_poison = _class_cost(logits, image, offs_a, mask_a, obj_probs, PACK.C, RULE.DTYPE, BLOCK_C)
+    tl.store(table.cost_ptr + cell, cost, mask=mask_a)
+    tl.store(table.obj_ptr + cell, obj_probs, mask=mask_a)
+    tl.store(state.row_ptr + cell, tl.where(poison + cls_poison == 0, -1, _BROKEN), mask=mask_a)
+    num_words = (grid.A + 31) // 32
     word = tl.program_id(0) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)
-    tl.store(words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
+    tl.store(members.words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(broken_ptr + program, (tl.sum(obj_logits * 0.0) != 0).to(tl.int32))
+    tl.store(counts.broken_ptr + program, (tl.sum(obj * 0.0) != 0).to(tl.int32))
     if tl.program_id(0) == 0:
-        tl.store(num_members_ptr + image, 0)
-        tl.store(num_contested_ptr + image, 0)
+        tl.store(members.anchors.count_ptr + image, 0)
+        tl.store(state.contested.count_ptr + image, 0)
     if program == 0:
-        tl.store(counts_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
+        tl.store(counts.ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
+    pack_rows(rows, targets, height, width, N, B, PACK, RULE.DTYPE)
 
 
-@triton.jit
-def _member_kernel(
-    words_ptr, members, counts_ptr, target_row_ptr, points, points_stride, gt, gt_stride, shapes, N, B, A,
-    C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["N"])
+def _simota_member_kernel(
+    members, counts, state, points, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """A program lists the anchors that take part because of BLOCK_G rows, counts those rows, and says if an anchor is broken.
 
     It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
     """
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
-    tl.atomic_add(counts_ptr + 1, tl.sum(info[2].to(tl.int64)), sem="relaxed")
-    x1, y1, x2, y2 = centre[0], centre[1], centre[0], centre[1]
-    if HAS_BOX:
-        x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
-    length = tl.zeros_like(x1).to(tl.int32) + A
-    if IS_GRID:
-        length = rectangle_size(x1, y1, x2, y2, shapes, STRIDES, 1.001 * RADIUS)
-    length = tl.where(info[2], length, 0)
+    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
+    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
+    tl.atomic_add(counts.ptr + 1, tl.sum(truth.is_gt.to(tl.int64)), sem="relaxed")
+    region = Box(centre_x, centre_y, centre_x, centre_y)
+    if RULE.HAS_BOX:
+        region = truth.box
+    length = tl.zeros_like(truth.row) + grid.A
+    if RULE.IS_GRID:
+        length = rectangle_size(region, grid, RULE.STRIDES, 1.001 * RULE.RADIUS)
+    length = tl.where(truth.is_gt, length, 0)
     limit = tl.max(length)
-    state = tl.full((), -1, tl.int32)
+    lowest = tl.full((), -1, tl.int32)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         mask = nth < length
-        if IS_GRID:
-            anchor, x, y, stride = rectangle_cells(nth, x1, y1, x2, y2, shapes, STRIDES, DTYPE, 1.001 * RADIUS)
-            point = (x, y, stride)
+        if RULE.IS_GRID:
+            cell = rectangle_cells(nth, region, grid, RULE.STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
         else:
-            anchor = nth + tl.zeros_like(length)
-            point = _points_and_stride(anchor, mask, points, points_stride, shapes, STRIDES, IS_GRID, DTYPE)
-        in_centre, in_box = _in_regions(point, box, centre, RADIUS)
+            cell = _cells(nth + tl.zeros_like(length), mask, points, grid, RULE)
+        in_centre, in_box = _in_regions(cell, truth.box, centre_x, centre_y, RULE.RADIUS)
         takes_part = in_centre
-        if HAS_BOX:
+        if RULE.HAS_BOX:
             takes_part = in_centre | in_box
         mask = mask & takes_part
-        word = tl.where(mask, info[0] * ((A + 31) // 32) + anchor // 32, 0)
+        anchor = cell.anchor
+        word = tl.where(mask, truth.image * ((grid.A + 31) // 32) + anchor // 32, 0)
         bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
-        is_new = mask & ((tl.atomic_or(words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
-        append(members, info[0], anchor, is_new, A)
-        state = tl.minimum(state, tl.min(tl.load(target_row_ptr + info[0] * A + anchor, mask=is_new, other=-1)))
+        is_new = mask & ((tl.atomic_or(members.words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
+        append(members.anchors, truth.image, anchor, is_new, grid.A)
+        owner = tl.load(state.row_ptr + truth.image * grid.A + anchor, mask=is_new, other=-1)
+        lowest = tl.minimum(lowest, tl.min(owner))
         start += BLOCK_P
-    if state == _BROKEN:
-        tl.atomic_max(counts_ptr + 2, tl.full((), 1, tl.int64), sem="relaxed")
+    if lowest == _BROKEN:
+        tl.atomic_max(counts.ptr + 2, tl.full((), 1, tl.int64), sem="relaxed")
 
 
-@triton.jit
-def _claim_kernel(
-    target_row_ptr, best_ptr, members, contested, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
-    gt, gt_stride, shapes, N, B, A,
-    C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr, IS_GRID: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def _simota_claim_kernel(
+    state, members, boxes, table, logits, points, rows, grid, N, RULE: tl.constexpr,
+    BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors in ``target_row``."""
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
-    cheapest, cheapest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
-    largest, largest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, DTYPE)
-    length = list_length(members, info[0], info[2])
+    """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors."""
+    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
+    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
+    cheapest, cheapest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
+    largest, largest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
+    length = list_length(members, truth)
     limit = tl.max(length)
     start = 0
     while start < limit:
         nth = places(start, PARTS, BLOCK_P)
         mask = nth < length
-        anchor = load_listed(members, info[0], nth, mask, A)
-        cost, iou = _pair_costs(
-            info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
-            shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
-        )  # fmt: skip
+        anchor = load_listed(members, truth.image, nth, mask, grid.A)
+        cost, iou = _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE)
         key, order = ordered(-cost, anchor)
         cheapest, cheapest_order = keep_best(cheapest, cheapest_order, tl.where(mask, key, none(key)), order)
         key, order = ordered(iou, anchor)
@@ -265,139 +286,176 @@ def _claim_kernel(
         largest, largest_order = keep_best(largest, largest_order, key, order)
         start += PARTS * BLOCK_P
     if PARTS > 1:
-        cheapest, cheapest_order = merged(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, DTYPE)
-        largest, largest_order = merged(largest, largest_order, _MAX_DYNAMIC_K, _LIST, DTYPE)
+        cheapest, cheapest_order = merged(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
+        largest, largest_order = merged(largest, largest_order, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
 
     is_overlap = is_taken(largest, _MAX_DYNAMIC_K, _LIST)
     # Added up as integers, since the order of a list is any.
     ious = tl.where(is_overlap, value_of(largest).to(tl.float64) * _UNIT, 0.0).to(tl.int64)
     k = tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K)[:, None]
     is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST) < k
-    claim(target_row_ptr, best_ptr, contested, info[0], index_of(cheapest_order), offs_g, is_claim, A)
+    claim(state, truth, index_of(cheapest_order), is_claim, grid.A)
 
 
-@triton.jit
-def _contest_kernel(
-    target_row_ptr, best_ptr, contested, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
-    gt, gt_stride, shapes, N, B, A,
-    IS_TIE_BREAK: tl.constexpr, C: tl.constexpr, RADIUS: tl.constexpr, HAS_BOX: tl.constexpr, STRIDES: tl.constexpr,
-    IS_GRID: tl.constexpr, DTYPE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def _simota_contest_kernel(
+    state, boxes, table, logits, points, rows, grid, N, RULE: tl.constexpr, IS_TIE_BREAK: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program raises ``best`` of the contested anchors of the images of BLOCK_G rows to their negated cost."""
-    IS_WIDE: tl.constexpr = tl.float64 == DTYPE
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    info, box = load_rows(gt, gt_stride, offs_g, N, B, C, DTYPE)
-    centre = _load_centres(gt, gt_stride, offs_g, N, DTYPE)
-    length = list_length(contested, info[0], info[2])
+    IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
+    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
+    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
+    length = list_length(state.contested, truth)
     limit = tl.max(length)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         mask = nth < length
-        anchor = load_listed(contested, info[0], nth, mask, A)
-        cost, _ = _pair_costs(
-            info, box, centre, anchor, mask, boxes_ptr, boxes_stride, table, cls_ptr, cls_stride, points, points_stride,
-            shapes, A, RADIUS, HAS_BOX, STRIDES, IS_GRID, DTYPE,
-        )  # fmt: skip
-        contest(target_row_ptr, best_ptr, info[0] * A + anchor, -cost, offs_g, mask, IS_TIE_BREAK, IS_WIDE)
+        anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
+        cost, _ = _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE)
+        contest(state, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
 
 
 @triton.jit
-def _settle_kernel(
-    target_row_ptr, matched_iou_ptr, counts_ptr, best_ptr, boxes_ptr, boxes_stride, broken_ptr, gt, gt_stride, A,
-    DTYPE: tl.constexpr, BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """A program settles BLOCK_A anchors of one image, the same as in ``_prepare_kernel``, and adds to the counts."""
+def _simota_settle_kernel(
+    state, matched_iou_ptr, counts, boxes, gt_ptr, A, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr
+):
+    """A program settles BLOCK_A anchors of one image, the same as when they were prepared, and adds to the counts."""
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < A
     cell = image * A + offs_a
-    state = tl.load(target_row_ptr + cell, mask=mask_a, other=-1)
-    is_contested = state >= CONTESTED
-    row = tl.where(is_contested, winner(cell, state, is_contested, best_ptr, tl.float64 == DTYPE), state)
+    owner = tl.load(state.row_ptr + cell, mask=mask_a, other=-1)
+    is_contested = owner >= CONTESTED
+    row = tl.where(is_contested, winner(state, cell, owner, is_contested, tl.float64 == DTYPE), owner)
     is_pos = row >= 0
     iou = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
-        boxes = load_anchor_boxes(image, offs_a, is_pos, boxes_ptr, boxes_stride, DTYPE)
-        ptr = gt[2] + row.to(tl.int64) * gt_stride[2]
-        x1 = tl.load(ptr, mask=is_pos, other=0.0).to(DTYPE)
-        y1 = tl.load(ptr + gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
-        x2 = tl.load(ptr + 2 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
-        y2 = tl.load(ptr + 3 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
-        iou = tl.where(is_pos, _iou((x1, y1, x2, y2), boxes), 0.0)
-    tl.store(target_row_ptr + cell, tl.maximum(row, -1), mask=mask_a)
+        box = load_anchor_boxes(boxes, image, offs_a, is_pos, DTYPE)
+        iou = tl.where(is_pos, _iou(load_row_boxes(gt_ptr, 4, 1, row, is_pos, DTYPE), box), 0.0)
+    tl.store(state.row_ptr + cell, tl.maximum(row, -1), mask=mask_a)
     tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
-    tl.atomic_add(counts_ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
-    broken = tl.load(broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
-    tl.atomic_max(counts_ptr + 2, broken.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts.ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
+    broken = tl.load(counts.broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    tl.atomic_max(counts.ptr + 2, broken.to(tl.int64), sem="relaxed")
 
 
 # ---- operations
 
 
-@on_device
-def simota_assign(
-    cls_logits: Tensor, obj_logits: Tensor, boxes: Tensor, points: Tensor, strides: Tensor,
-    image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor, candidates: str, radius: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    anchors = ((points, strides), (*points.stride(), strides.stride(0)), (1, 1), (1.0,), False)
-    rows = gt_rows(image_index, labels, gt_boxes, gt_xywh)
-    return _assign(boxes, obj_logits, cls_logits, anchors, rows, candidates, radius)[:2]
+class Predictions(NamedTuple):
+    """Raw boxes or boxes (B, A, 4), objectness (B, A) and class logits (B, A, C)."""
+
+    boxes: Tensor3
+    obj_logits: Tensor2
+    logits: Tensor3
 
 
-@on_device
-def yolox_assign(
-    preds: Tensor, image_index: Tensor, labels: Tensor, gt_boxes: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], candidates: str, radius: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    anchors = ((preds, preds), (0, 0, 0), tuple(feat_shapes), tuple(strides), True)
-    rows = gt_rows(image_index, labels, gt_boxes, gt_xywh)
-    return _assign(preds, preds[..., 4], preds[..., 5:], anchors, rows, candidates, radius)
+class Matching:
+    """The launches of SimOTA: on a grid if it has ``strides``."""
 
-
-def _assign(
-    raw: Tensor, obj_logits: Tensor, cls_logits: Tensor, anchors: tuple[Any, Any, tuple[int, ...], tuple[float, ...], bool],
-    rows: tuple[Any, Any], candidates: str, radius: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Row and IoU of every anchor; numbers of positives and ground truths, 1 if a prediction is not finite."""
-    batch_size, num_anchors, num_classes = cls_logits.shape
-    points, points_stride, shapes, strides, is_grid = anchors
-    (gt, gt_stride), num_rows = rows, len(rows[0][0])
-    dtype, triton_dtype = working_dtype(raw.dtype), compute_type(raw.dtype)
-    target_row = raw.new_empty((batch_size, num_anchors), dtype=torch.int32)
-    matched_iou = torch.empty_like(target_row, dtype=dtype)
-    if target_row.numel() == 0:
-        return target_row, matched_iou, raw.new_zeros(3, dtype=torch.int64)
-    boxes = empty_boxes(cls_logits, dtype)
-    table = (torch.empty_like(matched_iou), torch.empty_like(matched_iou))
-    words, best = target_row.new_empty(batch_size, (num_anchors + 31) // 32), torch.empty_like(target_row, dtype=torch.int64)
-    members, contested, counts = new_list(target_row), new_list(target_row), best.new_empty(3)
-    block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, cls_logits.stride(2))
-    anchor_grid = (triton.cdiv(num_anchors, block_a), batch_size)
-    broken = target_row.new_empty(anchor_grid[0] * anchor_grid[1])
-    _prepare_kernel[anchor_grid](
-        boxes, boxes.stride(), table, target_row, words, members[1], contested[1], counts, broken, raw, raw.stride(),
-        obj_logits, obj_logits.stride(), cls_logits, cls_logits.stride(), shapes, num_anchors, num_classes,
-        STRIDES=strides, IS_GRID=is_grid, DTYPE=triton_dtype, BLOCK_A=block_a, BLOCK_C=block_c, num_warps=num_warps, **FIXED,
-    )  # fmt: skip
-    if num_rows:
-        block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
-        row_grid = (triton.cdiv(num_rows, block_g),)
-        tail = (points, points_stride, gt, gt_stride, shapes, num_rows, batch_size, num_anchors)
-        options = {
-            "C": num_classes, "RADIUS": radius, "HAS_BOX": candidates == "box_and_center", "STRIDES": strides,
-            "IS_GRID": is_grid, "DTYPE": triton_dtype, "BLOCK_G": block_g, "BLOCK_P": block_p, "num_warps": row_warps, **FIXED,
+    def __init__(
+        self, assigner: SimOTA, shape: tuple[int, int, int], grid: Grid, strides: tuple[float, ...] | None, is_raw: bool,
+        channel_stride: int, dtype: torch.dtype, num_rows: int,
+    ) -> None:  # fmt: skip
+        self.batch_size, num_anchors, num_classes = shape
+        self.grid, self.dtype = grid, dtype
+        kind, cells = compute_type(dtype), self.batch_size * num_anchors
+        rule = Rule(assigner.radius, assigner.candidates == "box_and_center", strides or (1.0,), strides is not None, kind)
+        block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, channel_stride)
+        self.programs = cdiv(num_anchors, block_a), self.batch_size, 1
+        self.prepare = Launch(
+            _simota_prepare_kernel, num_warps, RULE=rule, PACK=Pack(num_classes, is_raw, True, 32), BLOCK_A=block_a,
+            BLOCK_C=block_c,
+        )  # fmt: skip
+        self.block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
+        tiles = {"RULE": rule, "num_warps": row_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
+        self.member = Launch(_simota_member_kernel, **tiles)
+        self.claim = Launch(_simota_claim_kernel, RULE=rule, **claim_sizes(num_rows, num_anchors, 128, 1))
+        self.contests = [
+            Launch(_simota_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
+            for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
+        ]
+        self.settle = Launch(_simota_settle_kernel, num_warps, DTYPE=kind, BLOCK_A=block_a)
+        self.launches = self.prepare, self.settle, *((self.member, self.claim, *self.contests) if num_rows else ())
+        self.fixed: Buffers = {
+            "boxes": (dtype, 4 * cells), "cost": (dtype, cells), "obj": (dtype, cells), "best": (torch.int64, cells),
+            "words": (torch.int32, self.batch_size * cdiv(num_anchors, 32)), "broken": (torch.int32, self.programs[0] * self.batch_size),
+            "members": (torch.int32, cells), "num_members": (torch.int32, self.batch_size),
+            "contested": (torch.int32, cells), "num_contested": (torch.int32, self.batch_size),
         }  # fmt: skip
-        pairs = (boxes, boxes.stride(), table, cls_logits, cls_logits.stride(), *tail)
-        _member_kernel[row_grid](words, members, counts, target_row, *tail, **options)
-        _claim_kernel[row_grid](
-            target_row, best, members, contested, *pairs, **{**options, **claim_sizes(num_rows, num_anchors, 128, 1)}
-        )
-        for is_tie_break in (False, True) if dtype == torch.float64 else (False,):
-            _contest_kernel[row_grid](target_row, best, contested, *pairs, IS_TIE_BREAK=is_tie_break, **options)
-    _settle_kernel[anchor_grid](
-        target_row, matched_iou, counts, best, boxes, boxes.stride(), broken, gt, gt_stride, num_anchors,
-        DTYPE=triton_dtype, BLOCK_A=block_a, num_warps=num_warps, **FIXED,
-    )  # fmt: skip
-    return target_row, matched_iou, counts
+        self.by_row: Buffers = {"image": (torch.int32, 1), "xyxy": (dtype, 4)}
+
+    def __call__(
+        self, run: Run, preds: Predictions, points: Points | None, size: tuple[float, float], row: Any, iou: Any, counts: Any,
+        rows: Rows,
+    ) -> None:  # fmt: skip
+        stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
+        boxes = Tensor3(b.boxes, 4 * grid.A, 1, grid.A)
+        table, state = Table(b.cost, b.obj), State(row, b.best, Anchors(b.contested, b.num_contested))
+        members, tally = Members(Anchors(b.members, b.num_members), b.words), Counts(counts, b.broken)
+        targets = targets_of(run.address, run.x.targets)
+        self.prepare(
+            stream, self.programs, boxes, table, state, members, tally, *preds, rows, targets, grid, *size, num_rows,
+            self.batch_size,
+        )  # fmt: skip
+        if num_rows:
+            programs = cdiv(num_rows, self.block_g), 1, 1
+            self.member(stream, programs, members, tally, state, points, rows, grid, num_rows)
+            pairs = boxes, table, preds.logits, points, rows, grid, num_rows
+            self.claim(stream, programs, state, members.anchors, *pairs)
+            for contest in self.contests:
+                contest(stream, programs, state, *pairs)
+        self.settle(stream, self.programs, state, iou, tally, boxes, rows.xyxy_ptr, grid.A)
+
+
+class _SimOTAPlan(Plan):
+    """Assignment to arbitrary points."""
+
+    def __init__(self, x: SimOTAAssign, out: SimOTAAssignment, num_rows: int) -> None:
+        grid, dtype = Grid((1, 1), x.cls_logits.shape[1]), out.matched_iou.dtype
+        shape = x.cls_logits.shape
+        self.match = Matching(x.assigner, shape, grid, None, False, x.cls_logits.stride(2), dtype, num_rows)
+        by_row = {**self.match.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
+        super().__init__(Workspace({**self.match.fixed, "counts": (torch.int64, 3)}, by_row), *self.match.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address, b = run.x, run.address, run.buffers
+        obj = Tensor2(address(x.obj_logits), *x.obj_logits.stride())
+        preds = Predictions(tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits))
+        row, iou = map(address, run.out)
+        rows = Rows(b.image, b.label, b.xyxy, b.xywh)
+        self.match(run, preds, points_of(address, x.points, x.strides), (0.0, 0.0), row, iou, b.counts, rows)
+
+
+def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
+    out = x.allocate()
+    if out.target_row.numel():
+        run(_SimOTAPlan, x, out, len(x.targets[0]))
+    return out
+
+
+class YOLOXAssigning(Matching):
+    """The launches of YOLOX's assignment, from raw predictions."""
+
+    def __init__(self, x: YOLOX | YOLOXAssign, dtype: torch.dtype, num_rows: int) -> None:
+        batch_size, num_anchors, num_channels = x.preds.shape
+        grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
+        shape = batch_size, num_anchors, num_channels - 5
+        is_raw = len(x.targets) == 1
+        super().__init__(x.assigner, shape, grid, x.levels.strides, is_raw, x.preds.stride(2), dtype, num_rows)
+
+    def assign(self, run: Run, preds: Predictions, row: Any, iou: Any, counts: Any, rows: Rows) -> None:
+        self(run, preds, None, self.size, row, iou, counts, rows)
+
+
+def predictions(run: Run) -> Predictions:
+    """Parts of raw predictions (B, A, 5 + C)."""
+    preds = run.x.preds
+    image, anchor, channel = preds.stride()
+    boxes = Tensor3(run.address(preds), image, anchor, channel)
+    return Predictions(
+        boxes, Tensor2(run.channels(preds, 4), image, anchor), Tensor3(run.channels(preds, 5), image, anchor, channel)
+    )

@@ -435,7 +435,7 @@ def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
     return out
 
 
-def yolo11(x: YOLO11) -> YOLO11Outputs:
+def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     out = x.allocate()
     run(_CriterionPlan, x, out, len(x.targets[0]))
     return out

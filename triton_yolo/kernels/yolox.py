@@ -1,17 +1,29 @@
 """YOLOX's loss for a given assignment, forward and backward, with the one-hot target implied."""
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._precision import working_dtype
-from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, sigmoid
-from .decode import channel_sizes, load_raw_boxes, raw_corners, raw_grad, store_raw_boxes
+from .._signatures import (
+    YOLOX,
+    GradPreds,
+    YOLOXAssign,
+    YOLOXAssignment,
+    YOLOXLoss,
+    YOLOXLossBackward,
+    YOLOXLossOutputs,
+    YOLOXOutputs,
+)
+from .arguments import Grid, Rows, Tensor3, compute_type, tensor3
+from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, rounded, scalar, sigmoid
+from .decode import Raw, channel_sizes, load_raw, raw_corners, raw_grad, store_raw
 from .grid import cell_centres
-from .launching import FIXED, INTERPRETED, TOTAL_SIZES, compute_type, on_device, rounded, scalar, total
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
+from .reduce import TOTAL_SIZES, total
+from .rows import Box, load_row_boxes
+from .simota import Predictions, YOLOXAssigning, predictions
 
 
 def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -21,24 +33,30 @@ def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[i
     return 128, min(triton.next_power_of_2(num_classes), 16), 4
 
 
+class Matched(NamedTuple):
+    """An assignment: row and matched IoU (B, A) of every anchor; label (N,), centre and size (N, 4) of every row."""
+
+    row_ptr: Any
+    iou_ptr: Any
+    label_ptr: Any
+    xywh_ptr: Any
+
+
 # ---- tiles
 
 
 @triton.jit
-def _target_boxes(row, is_pos, gt_ptr, gt_stride, x, y, stride, DTYPE: tl.constexpr):
+def _target_boxes(row, is_pos, xywh_ptr, x, y, stride, DTYPE: tl.constexpr):
     """True boxes [n]: corners in pixels from the cell's corner (x, y) in cells, and what the raw output should be.
 
     Far from the corner of the cell float32 would round the overlap's derivative to 1e-5.
     """
-    ptr = gt_ptr + row.to(tl.int64) * gt_stride[0]
-    gt_x = tl.load(ptr, mask=is_pos, other=0.0).to(DTYPE)
-    gt_y = tl.load(ptr + gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
-    gt_w = tl.load(ptr + 2 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
-    gt_h = tl.load(ptr + 3 * gt_stride[1], mask=is_pos, other=0.0).to(DTYPE)
+    gt = load_row_boxes(xywh_ptr, 4, 1, row, is_pos, DTYPE)
+    gt_x, gt_y, gt_w, gt_h = gt.x1, gt.y1, gt.x2, gt.y2
     near_x, near_y = gt_x - x * stride, gt_y - y * stride
-    corners = (near_x - gt_w / 2, near_y - gt_h / 2, near_x + gt_w / 2, near_y + gt_h / 2)
+    corners = Box(near_x - gt_w / 2, near_y - gt_h / 2, near_x + gt_w / 2, near_y + gt_h / 2)
     tiny = tl.full(gt_w.shape, 1e-8, DTYPE)
-    return corners, (gt_x / stride - x, gt_y / stride - y, tl.log(gt_w / stride + tiny), tl.log(gt_h / stride + tiny))
+    return corners, Raw(gt_x / stride - x, gt_y / stride - y, tl.log(gt_w / stride + tiny), tl.log(gt_h / stride + tiny))
 
 
 @triton.jit
@@ -52,14 +70,18 @@ def _or_zero(slope):
     return tl.where(slope == slope, slope, 0.0)
 
 
+@triton.jit
+def _with_l1(slope, error, is_l1):
+    return slope + tl.where(is_l1, _sign(error), 0.0)
+
+
 # ---- kernels
 
 
 @triton.jit
 def _yolox_loss_kernel(
-    partial_ptr, raw_ptr, obj_ptr, cls_ptr, preds_stride, target_row_ptr, matched_iou_ptr, labels_ptr, gt_ptr, gt_stride,
-    shapes, A, C,
-    STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, raw_boxes, obj_logits, logits, matched, grid, C, STRIDES: tl.constexpr, KIND: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program reads the objectness of BLOCK_A anchors of one image, and everything of those that are positive.
 
@@ -69,22 +91,22 @@ def _yolox_loss_kernel(
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     programs = tl.num_programs(0) * tl.num_programs(1)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    mask_a = offs_a < grid.A
+    row = tl.load(matched.row_ptr + image * grid.A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    offs = image * preds_stride[0] + offs_a.to(tl.int64) * preds_stride[1]
-    obj_logits = tl.load(obj_ptr + offs, mask=mask_a, other=0.0).to(DTYPE)
-    obj = tl.where(mask_a, cross_entropy_with_logits(obj_logits, is_pos.to(DTYPE)), 0.0)
+    obj_ptr = obj_logits.ptr + image * obj_logits.row + offs_a.to(tl.int64) * obj_logits.column
+    obj = tl.load(obj_ptr, mask=mask_a, other=0.0).to(DTYPE)
+    obj = tl.where(mask_a, cross_entropy_with_logits(obj, is_pos.to(DTYPE)), 0.0)
 
     box = tl.zeros((BLOCK_A,), DTYPE)
     l1 = tl.zeros((BLOCK_A,), DTYPE)
     cls = tl.zeros((BLOCK_A, BLOCK_C), DTYPE)
     if tl.max(row) >= 0:
-        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
-        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
-        x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
-        iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
+        raw = load_raw(raw_boxes, image, offs_a, is_pos, DTYPE)
+        gt, target = _target_boxes(row, is_pos, matched.xywh_ptr, x - 0.5, y - 0.5, stride, DTYPE)
+        pred = raw_corners(raw, 0.0, 0.0, stride)
+        iou = overlap(pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16)
         # NaN where the box of a finite prediction overflows: it overlaps nothing.
         if KIND == "iou":
             iou = tl.where(iou == iou, iou, 0.0)
@@ -92,19 +114,21 @@ def _yolox_loss_kernel(
         else:
             box = 1 - tl.where(iou > 1, 1.0, tl.where(iou >= -1, iou, -1.0))
         box = tl.where(is_pos, box, 0.0).to(DTYPE)
-        l1 = tl.abs(raw[0] - raw_target[0]) + tl.abs(raw[1] - raw_target[1])
-        l1 = tl.where(is_pos, l1 + tl.abs(raw[2] - raw_target[2]) + tl.abs(raw[3] - raw_target[3]), 0.0).to(DTYPE)
+        l1 = tl.abs(raw.dx - target.dx) + tl.abs(raw.dy - target.dy)
+        l1 = l1 + tl.abs(raw.log_w - target.log_w) + tl.abs(raw.log_h - target.log_h)
+        l1 = tl.where(is_pos, l1, 0.0).to(DTYPE)
 
-        label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
-        score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
+        label = tl.load(matched.label_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+        score = tl.load(matched.iou_ptr + image * grid.A + offs_a, mask=is_pos, other=0.0)
+        offs = image * logits.image + offs_a.to(tl.int64) * logits.anchor
         start = 0
         while start < C:
             offs_c = start + tl.arange(0, BLOCK_C)
             mask = is_pos[:, None] & (offs_c < C)[None, :]
-            logits_ptr = cls_ptr + offs[:, None] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
-            logits = tl.load(logits_ptr, mask=mask, other=0.0).to(DTYPE)
-            target = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
-            cls += tl.where(mask, cross_entropy_with_logits(logits, target), 0.0)
+            ptr = logits.ptr + offs[:, None] + offs_c.to(tl.int64)[None, :] * logits.channel
+            x_cls = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+            one_hot = tl.where(offs_c[None, :] == label[:, None], score[:, None], 0.0)
+            cls += tl.where(mask, cross_entropy_with_logits(x_cls, one_hot), 0.0)
             start += BLOCK_C
     tl.store(partial_ptr + program, tl.sum(box))
     tl.store(partial_ptr + programs + program, tl.sum(obj))
@@ -112,13 +136,26 @@ def _yolox_loss_kernel(
     tl.store(partial_ptr + 3 * programs + program, tl.sum(l1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _yolox_total_kernel(
-    loss_ptr, terms_ptr, partial_ptr, normaliser_ptr, l1_gain_ptr, iou_gain: tl.float64, programs,
+    loss_ptr, terms_ptr, num_fg_ptr, normaliser_ptr, partial_ptr, counts_ptr, l1_gain_ptr, iou_gain: tl.float64, programs,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the partial sums, and writes the loss and its terms. ``l1_gain`` is 0 or 1."""
-    normaliser = tl.load(normaliser_ptr).to(DTYPE)
+    """One program adds up the partial sums, and writes the loss and its terms. ``l1_gain`` is 0 or 1.
+
+    If there are ``counts``, it makes the normaliser, for backward too, and positives per ground truth.
+    """
+    if counts_ptr is None:
+        normaliser = tl.load(normaliser_ptr).to(DTYPE)
+    else:
+        positives = tl.load(counts_ptr)
+        normaliser = tl.where(tl.load(counts_ptr + 2) > 0, float("nan"), tl.maximum(positives, 1).to(DTYPE)).to(DTYPE)
+        tl.store(normaliser_ptr, normaliser)
+        num_gt = tl.maximum(tl.load(counts_ptr + 1), 1).to(DTYPE)
+        if DTYPE == tl.float32:
+            tl.store(num_fg_ptr, tl.div_rn(positives.to(DTYPE), num_gt))
+        else:
+            tl.store(num_fg_ptr, positives.to(DTYPE) / num_gt)
     box_term = scalar(iou_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
     obj_term = total(partial_ptr + programs, programs, DTYPE, BLOCK) / normaliser
     cls_term = total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
@@ -133,48 +170,48 @@ def _yolox_total_kernel(
 
 @triton.jit
 def _yolox_grad_kernel(
-    out_ptr, out_stride, grad_ptr, raw_ptr, preds_stride, target_row_ptr, matched_iou_ptr, normaliser_ptr, labels_ptr,
-    gt_ptr, gt_stride, l1_gain_ptr, shapes, iou_gain: tl.float64, A, CHANNELS,
+    out, grad_ptr, normaliser_ptr, preds, matched, l1_gain_ptr, grid, iou_gain: tl.float64, CHANNELS,
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    row = tl.load(target_row_ptr + image * A + offs_a, mask=mask_a, other=-1)
+    mask_a = offs_a < grid.A
+    row = tl.load(matched.row_ptr + image * grid.A + offs_a, mask=mask_a, other=-1)
     is_pos = row >= 0
-    scale = tl.load(grad_ptr).to(DTYPE) / tl.load(normaliser_ptr).to(DTYPE)
-    out_ptr += image * out_stride[0]
+    scale = tl.full((), 1, DTYPE)
+    if grad_ptr is not None:
+        scale = tl.load(grad_ptr).to(DTYPE)
+    scale = scale / tl.load(normaliser_ptr).to(DTYPE)
     d_x = tl.zeros((BLOCK_A,), DTYPE)
     d_y = tl.zeros((BLOCK_A,), DTYPE)
     d_w = tl.zeros((BLOCK_A,), DTYPE)
     d_h = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
-        x, y, stride = cell_centres(offs_a, shapes, STRIDES, DTYPE)
-        raw = load_raw_boxes(raw_ptr + image * preds_stride[0], preds_stride, offs_a, is_pos, DTYPE)
-        gt, raw_target = _target_boxes(row, is_pos, gt_ptr, gt_stride, x - 0.5, y - 0.5, stride, DTYPE)
-        x1, y1, x2, y2 = raw_corners(raw, 0.0, 0.0, stride)
-        iou = overlap(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
-        corners = overlap_derivative(x1, y1, x2, y2, gt[0], gt[1], gt[2], gt[3], KIND, 1e-16)
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
+        raw = load_raw(preds, image, offs_a, is_pos, DTYPE)
+        gt, target = _target_boxes(row, is_pos, matched.xywh_ptr, x - 0.5, y - 0.5, stride, DTYPE)
+        pred = raw_corners(raw, 0.0, 0.0, stride)
+        iou = overlap(pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16)
+        x1, y1, x2, y2 = overlap_derivative(
+            pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16
+        )
         if KIND == "iou":
             slope = -2 * iou
         else:
             slope = tl.where(tl.abs(iou) == 1, -0.5, tl.where(tl.abs(iou) < 1, -1.0, 0.0)).to(DTYPE)
         slope = scalar(iou_gain, DTYPE) * slope
-        corners = (slope * corners[0], slope * corners[1], slope * corners[2], slope * corners[3])
-        d_x, d_y, d_w, d_h = raw_grad(corners, raw, stride)
-        d_x, d_y, d_w, d_h = _or_zero(d_x), _or_zero(d_y), _or_zero(d_w), _or_zero(d_h)
+        d_raw = raw_grad(Box(slope * x1, slope * y1, slope * x2, slope * y2), raw, stride)
         is_l1 = tl.load(l1_gain_ptr) > 0
-        d_x = tl.where(is_pos, d_x + tl.where(is_l1, _sign(raw[0] - raw_target[0]), 0.0), 0.0).to(DTYPE)
-        d_y = tl.where(is_pos, d_y + tl.where(is_l1, _sign(raw[1] - raw_target[1]), 0.0), 0.0).to(DTYPE)
-        d_w = tl.where(is_pos, d_w + tl.where(is_l1, _sign(raw[2] - raw_target[2]), 0.0), 0.0).to(DTYPE)
-        d_h = tl.where(is_pos, d_h + tl.where(is_l1, _sign(raw[3] - raw_target[3]), 0.0), 0.0).to(DTYPE)
+        d_x = tl.where(is_pos, _with_l1(_or_zero(d_raw.dx), raw.dx - target.dx, is_l1), 0.0).to(DTYPE)
+        d_y = tl.where(is_pos, _with_l1(_or_zero(d_raw.dy), raw.dy - target.dy, is_l1), 0.0).to(DTYPE)
+        d_w = tl.where(is_pos, _with_l1(_or_zero(d_raw.log_w), raw.log_w - target.log_w, is_l1), 0.0).to(DTYPE)
+        d_h = tl.where(is_pos, _with_l1(_or_zero(d_raw.log_h), raw.log_h - target.log_h, is_l1), 0.0).to(DTYPE)
 
-    store_raw_boxes(out_ptr, out_stride, (d_x * scale, d_y * scale, d_w * scale, d_h * scale), offs_a, mask_a)
+    store_raw(out, image, Raw(d_x * scale, d_y * scale, d_w * scale, d_h * scale), offs_a, mask_a)
 
-    label = tl.load(labels_ptr + row, mask=is_pos, other=-1).to(tl.int32)
-    score = tl.load(matched_iou_ptr + image * A + offs_a, mask=is_pos, other=0.0)
-    raw_ptr += image * preds_stride[0]
+    label = tl.load(matched.label_ptr + row, mask=is_pos, other=-1).to(tl.int32)
+    score = tl.load(matched.iou_ptr + image * grid.A + offs_a, mask=is_pos, other=0.0)
     start = 4
     while start < CHANNELS:
         offs_c = start + tl.arange(0, BLOCK_C)
@@ -182,58 +219,154 @@ def _yolox_grad_kernel(
         mask = mask_a[:, None] & (channel < CHANNELS)
         is_obj = (channel == 4) & mask
         is_logit = is_obj | (is_pos[:, None] & mask)
-        offs = offs_a.to(tl.int64)[:, None] * preds_stride[1] + offs_c.to(tl.int64)[None, :] * preds_stride[2]
-        logits = tl.load(raw_ptr + offs, mask=is_logit, other=0.0).to(DTYPE)
-        target = tl.where(channel == 5 + label[:, None], score[:, None], 0.0)
-        target = tl.where(is_obj, is_pos.to(DTYPE)[:, None], target)
-        result = tl.where(is_logit, sigmoid(logits) - target, 0.0)
-        offs = offs_a.to(tl.int64)[:, None] * out_stride[1] + offs_c.to(tl.int64)[None, :] * out_stride[2]
-        tl.store(out_ptr + offs, rounded(result * scale, out_ptr.dtype.element_ty), mask=mask)
+        offs = offs_a.to(tl.int64)[:, None] * preds.anchor + offs_c.to(tl.int64)[None, :] * preds.channel
+        logits = tl.load(preds.ptr + image * preds.image + offs, mask=is_logit, other=0.0).to(DTYPE)
+        one_hot = tl.where(channel == 5 + label[:, None], score[:, None], 0.0)
+        one_hot = tl.where(is_obj, is_pos.to(DTYPE)[:, None], one_hot)
+        result = tl.where(is_logit, sigmoid(logits) - one_hot, 0.0)
+        offs = offs_a.to(tl.int64)[:, None] * out.anchor + offs_c.to(tl.int64)[None, :] * out.channel
+        tl.store(out.ptr + image * out.image + offs, rounded(result * scale, out.ptr.dtype.element_ty), mask=mask)
         start += BLOCK_C
 
 
 # ---- operations
 
 
-@on_device
-def yolox_loss(
-    preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor, labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch_size, num_anchors, num_channels = preds.shape
-    dtype = working_dtype(preds.dtype)
-    block_a, block_c, num_warps = positive_sizes(num_anchors, num_channels - 5, preds.stride(2))
-    grid = (triton.cdiv(num_anchors, block_a), batch_size)
-    partial = preds.new_empty((4, grid[0] * grid[1]), dtype=dtype)
-    loss, terms = preds.new_empty((), dtype=dtype), preds.new_empty(4, dtype=dtype)
-    if partial.numel():
-        _yolox_loss_kernel[grid](
-            partial, preds, preds[..., 4], preds[..., 5:], preds.stride(), target_row, matched_iou,
-            labels, gt_xywh, gt_xywh.stride(), tuple(feat_shapes), num_anchors, num_channels - 5,
-            STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(dtype), BLOCK_A=block_a, BLOCK_C=block_c,
-            num_warps=num_warps, **FIXED,
+class _Loss:
+    """The launches of the loss of an assignment."""
+
+    def __init__(self, x: YOLOX | YOLOXLoss, dtype: torch.dtype) -> None:
+        batch_size, num_anchors, num_channels = x.preds.shape
+        self.num_classes, self.grid = num_channels - 5, Grid(x.levels.feat_shapes, num_anchors)
+        block_a, block_c, num_warps = positive_sizes(num_anchors, self.num_classes, x.preds.stride(2))
+        self.programs = cdiv(num_anchors, block_a), batch_size, 1
+        self.num_programs = self.programs[0] * batch_size
+        kind = compute_type(dtype)
+        self.loss = Launch(
+            _yolox_loss_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=kind, BLOCK_A=block_a,
+            BLOCK_C=block_c,
         )  # fmt: skip
-    _yolox_total_kernel[(1,)](
-        loss, terms, partial, normaliser, l1_gain, iou_gain, partial.shape[1],
-        DTYPE=compute_type(dtype), **TOTAL_SIZES, **FIXED,
-    )  # fmt: skip
-    return loss, terms
+        self.total = Launch(_yolox_total_kernel, DTYPE=kind, **TOTAL_SIZES)
+        self.launches = self.total, *((self.loss,) if self.num_programs else ())
+        self.fixed = {"partial": (dtype, 4 * self.num_programs)}
+
+    def __call__(
+        self, run: Run, preds: Predictions, matched: Matched, loss: Any, terms: Any, num_fg: Any, normaliser: Any, counts: Any
+    ) -> None:
+        partial = run.buffers.partial
+        if self.num_programs:
+            self.loss(run.stream, self.programs, partial, *preds, matched, self.grid, self.num_classes)
+        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
+        one = 1, 1, 1
+        self.total(run.stream, one, loss, terms, num_fg, normaliser, partial, counts, l1_gain, iou_gain, self.num_programs)
 
 
-@on_device
-def yolox_loss_backward(
-    grad: Tensor, preds: Tensor, target_row: Tensor, matched_iou: Tensor, normaliser: Tensor,
-    labels: Tensor, gt_xywh: Tensor,
-    feat_shapes: Sequence[int], strides: Sequence[float], iou_loss: str, iou_gain: float, l1_gain: Tensor,
-) -> Tensor:  # fmt: skip
-    result = torch.empty_like(preds)
-    batch_size, num_anchors, num_channels = preds.shape
-    block_a, block_c, num_warps = channel_sizes(num_anchors, num_channels, result.stride(2))
-    if result.numel():
-        _yolox_grad_kernel[(triton.cdiv(num_anchors, block_a), batch_size)](
-            result, result.stride(), grad, preds, preds.stride(), target_row, matched_iou, normaliser, labels,
-            gt_xywh, gt_xywh.stride(), l1_gain, tuple(feat_shapes), iou_gain, num_anchors, num_channels,
-            STRIDES=tuple(strides), KIND=iou_loss, DTYPE=compute_type(preds.dtype), BLOCK_A=block_a, BLOCK_C=block_c,
-            num_warps=num_warps, **FIXED,
+class _Gradient:
+    """The launch of the gradient for an assignment."""
+
+    def __init__(self, x: YOLOX | YOLOXLossBackward, dtype: torch.dtype) -> None:
+        batch_size, num_anchors, self.num_channels = x.preds.shape
+        self.grid = Grid(x.levels.feat_shapes, num_anchors)
+        block_a, block_c, num_warps = channel_sizes(num_anchors, self.num_channels, x.preds.stride(2))
+        self.programs = cdiv(num_anchors, block_a), batch_size, 1
+        self.gradient = Launch(
+            _yolox_grad_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=compute_type(dtype),
+            BLOCK_A=block_a, BLOCK_C=block_c,
         )  # fmt: skip
-    return result
+        self.launches = (self.gradient,)
+
+    def __call__(self, run: Run, grad: Any, preds: Tensor3, matched: Matched, normaliser: Any) -> None:
+        out = tensor3(run.address, run.out.grad_preds)
+        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
+        self.gradient(
+            run.stream, self.programs, out, grad, normaliser, preds, matched, l1_gain, self.grid, iou_gain, self.num_channels
+        )
+
+
+class _AssignPlan(Plan):
+    def __init__(self, x: YOLOXAssign, out: YOLOXAssignment, num_rows: int) -> None:
+        self.assign = YOLOXAssigning(x, out.matched_iou.dtype, num_rows)
+        super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
+
+    def launch(self, run: Run) -> None:
+        row, iou, counts, label, xywh = map(run.address, run.out)
+        self.assign.assign(run, predictions(run), row, iou, counts, Rows(run.buffers.image, label, run.buffers.xyxy, xywh))
+
+
+class _LossPlan(Plan):
+    def __init__(self, x: YOLOXLoss, out: YOLOXLossOutputs, num_rows: int) -> None:
+        self.loss = _Loss(x, out.loss.dtype)
+        super().__init__(Workspace(self.loss.fixed), *self.loss.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
+        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
+        loss, terms = map(address, run.out)
+        self.loss(run, predictions(run), matched, loss, terms, None, address(x.normaliser), None)
+
+
+class _CriterionPlan(Plan):
+    def __init__(self, x: YOLOX, out: YOLOXOutputs, num_rows: int) -> None:
+        (batch_size, num_anchors, _), dtype = x.preds.shape, out.loss.dtype
+        self.assign, self.loss = YOLOXAssigning(x, dtype, num_rows), _Loss(x, dtype)
+        self.gradient = _Gradient(x, dtype) if out.grad_preds.numel() else None
+        cells = batch_size * num_anchors
+        fixed = {
+            **self.assign.fixed, **self.loss.fixed, "target_row": (torch.int32, cells), "matched_iou": (dtype, cells),
+            "counts": (torch.int64, 3), "normaliser": (dtype, 1),
+        }  # fmt: skip
+        by_row = {**self.assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
+        launches = *self.assign.launches, *self.loss.launches, *(self.gradient.launches if self.gradient else ())
+        super().__init__(Workspace(fixed, by_row), *launches)
+
+    def launch(self, run: Run) -> None:
+        out, b, address = run.out, run.buffers, run.address
+        preds = predictions(run)
+        self.assign.assign(run, preds, b.target_row, b.matched_iou, b.counts, Rows(b.image, b.label, b.xyxy, b.xywh))
+        matched = Matched(b.target_row, b.matched_iou, b.label, b.xywh)
+        self.loss(run, preds, matched, address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, b.counts)
+        if self.gradient is not None:
+            self.gradient(run, None, preds.boxes, matched, b.normaliser)
+
+
+class _GradientPlan(Plan):
+    def __init__(self, x: YOLOXLossBackward, out: GradPreds, num_rows: int) -> None:
+        self.gradient = _Gradient(x, x.matched_iou.dtype)
+        super().__init__(Workspace(), *self.gradient.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
+        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
+        self.gradient(run, address(x.grad), tensor3(address, x.preds), matched, address(x.normaliser))
+
+
+def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
+    out = x.allocate()
+    if out.target_row.numel():
+        run(_AssignPlan, x, out, len(x.targets[0]))
+    else:
+        out.counts.zero_()
+    return out
+
+
+def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
+    out = x.allocate()
+    run(_LossPlan, x, out)
+    return out
+
+
+def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
+    out = x.allocate()
+    if x.preds.shape[:2].numel():
+        run(_CriterionPlan, x, out, len(x.targets[0]))
+    else:
+        for scalars in out[:3]:
+            scalars.zero_()
+    return out
+
+
+def yolox_loss_backward(x: YOLOXLossBackward) -> GradPreds:
+    out = x.allocate()
+    if out.grad_preds.numel():
+        run(_GradientPlan, x, out)
+    return out
