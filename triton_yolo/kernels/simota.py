@@ -315,7 +315,7 @@ def _settle_kernel(
     cell = image * A + offs_a
     state = tl.load(target_row_ptr + cell, mask=mask_a, other=-1)
     is_contested = state >= CONTESTED
-    row = tl.where(is_contested, winner(cell, state, is_contested, best_ptr, tl.float64 == DTYPE), state)
+    row = tl.where(is_contested, winner(cell, state, is_contested, best_ptr, tl.float64 == DTYPE), tl.maximum(state, -1))
     is_pos = row >= 0
     iou = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
@@ -326,7 +326,7 @@ def _settle_kernel(
         x2 = tl.load(ptr + 2 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
         y2 = tl.load(ptr + 3 * gt_stride[3], mask=is_pos, other=0.0).to(DTYPE)
         iou = tl.where(is_pos, _iou((x1, y1, x2, y2), boxes), 0.0)
-    tl.store(target_row_ptr + cell, tl.maximum(row, -1), mask=mask_a)
+    tl.store(target_row_ptr + cell, row, mask=mask_a & (row != state))
     tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
     tl.atomic_add(counts_ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
     broken = tl.load(broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
