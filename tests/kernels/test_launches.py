@@ -73,6 +73,8 @@ def test_bbox_iou(kind, dtype, eps):
     case = make_case(1, dtype=dtype, num_rows=20)
     boxes = case.gt_boxes.to(dtype)
     boxes[:3] = boxes[:3, [0, 3, 2, 1]]  # inverted
+    boxes[4] = boxes[3, [2, 1, 2, 3]] + boxes.new_tensor([0.0, 0.0, 4.0, 0.0])  # side by side
+    boxes[5] = boxes[3, [0, 3, 2, 3]] + boxes.new_tensor([0.0, 0.0, 0.0, 4.0])  # one above the other
     a, b = torch.broadcast_tensors(boxes[:, None], boxes.flip(0)[None])
     assert_same([kernels.bbox_iou(a, b, kind, eps)], [eager.bbox_iou(a, b, kind, eps)])
     grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)

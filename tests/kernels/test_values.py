@@ -90,6 +90,8 @@ def test_no_number_stays_at_its_anchor(value, which):
     assert loss.isnan()
     assert terms.isnan().all()
     assert normaliser[0].isnan()
+    grads = kernels.yolo11_loss_backward(torch.ones(()), case.dist, case.scores, *have[:2], normaliser, *tail)
+    assert all(grad.isnan().all() for grad in grads)
 
 
 def test_short_sides_are_widened_for_the_candidate_test():
@@ -235,6 +237,19 @@ def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
     assert terms.isnan().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channel", [0, 3, 5])
+@pytest.mark.parametrize(("anchor", "takes_part"), [(0, False), (7 * 16 + 7, True)])
+def test_no_number_of_yolox_shows_where_it_takes_part(value, channel, anchor, takes_part):
+    case = overlapping_pair(torch.float32)
+    case.preds[0, anchor, channel] = value
+    args = (*case, *X_LEVELS, "center", 1.5)
+    have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
+    assert torch.equal(have[0], want[0])
+    assert have[2].tolist() == want[2].tolist()
+    assert have[2][2] == takes_part
+
+
 @pytest.mark.parametrize("is_right_class", [True, False])
 def test_logarithms_of_the_cost_are_clamped(is_right_class):
     """One logarithm of 0 costs 100, less than twenty of 1e-6."""
@@ -285,7 +300,8 @@ def test_boxes_of_yolox_without_bounds_or_size(size):
     loss_args = (case.preds, *want[:2], want[2][0].float(), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.zeros(()))
     torch.testing.assert_close(kernels.yolox_loss(*loss_args), eager.yolox_loss(*loss_args))
     have, want = (f(torch.ones(()), *loss_args) for f in (kernels.yolox_loss_backward, eager.yolox_loss_backward))
-    torch.testing.assert_close(have, want, equal_nan=True, rtol=0, atol=1e-6)
+    assert want.isfinite().all()
+    torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
 
 
 def test_addresses_of_yolox_past_two_to_the_31():

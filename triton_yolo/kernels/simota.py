@@ -329,13 +329,14 @@ def _simota_settle_kernel(
     cell = image * A + offs_a
     owner = tl.load(state.row_ptr + cell, mask=mask_a, other=-1)
     is_contested = owner >= CONTESTED
-    row = tl.where(is_contested, winner(state, cell, owner, is_contested, tl.float64 == DTYPE), owner)
+    won = winner(state, cell, owner, is_contested, tl.float64 == DTYPE)
+    row = tl.where(is_contested, won, tl.maximum(owner, -1))
     is_pos = row >= 0
     iou = tl.zeros((BLOCK_A,), DTYPE)
     if tl.max(row) >= 0:
         box = load_anchor_boxes(boxes, image, offs_a, is_pos, DTYPE)
         iou = tl.where(is_pos, _iou(load_row_boxes(gt_ptr, 4, 1, row, is_pos, DTYPE), box), 0.0)
-    tl.store(state.row_ptr + cell, tl.maximum(row, -1), mask=mask_a)
+    tl.store(state.row_ptr + cell, row, mask=mask_a & (row != owner))
     tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
     tl.atomic_add(counts.ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
     broken = tl.load(counts.broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
