@@ -1,6 +1,7 @@
 """How an operation becomes an operator of PyTorch: everything follows from the fields of its inputs and outputs."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import torch
@@ -73,7 +74,8 @@ class Operation(Generic[Outputs]):
 
     def run(self, x: Any) -> tuple[Tensor, ...]:
         """Run without a gradient. What nobody watches goes straight to the backend; the operator costs as much as ten launches."""
-        return self._compute(x) if _is_unwatched(x[0]) else self.run_operator(self.flat(x))
+        is_watched = _is_traced() or _is_watched(x[0])
+        return self.run_operator(self.flat(x)) if is_watched else self.compute(x)
 
     def run_operator(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
         result = self.operator(*flat)
@@ -98,7 +100,7 @@ class Operation(Generic[Outputs]):
             values[start:end] = (kind._make(values[start:end]),)
         return self.inputs._make(values)
 
-    def _compute(self, x: Any) -> tuple[Tensor, ...]:
+    def compute(self, x: Any) -> tuple[Tensor, ...]:
         if self._check is not None:
             self._check(x)
         device = x[0].device
@@ -109,7 +111,7 @@ class Operation(Generic[Outputs]):
         return function(x)
 
     def _run(self, *flat: Any) -> Any:
-        return _unpacked(self._compute(self.nested(flat)))
+        return _unpacked(self.compute(self.nested(flat)))
 
     def _fake(self, *flat: Any) -> Any:
         return _unpacked(self.nested(flat).allocate())
@@ -120,14 +122,15 @@ def _unpacked(outputs: tuple[Any, ...]) -> Any:
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _is_unwatched(x: Tensor) -> bool:
-    """Whether neither a graph nor a mode, a subclass or a profiler wants to see which operators run."""
+def _is_traced() -> bool:
+    """Whether this is for a graph or for ``torch.func``, which want functions without a state."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether a mode, a subclass or a profiler wants to see which operators run."""
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd.profiler._is_profiler_enabled
+        type(x) is not Tensor or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -199,7 +202,7 @@ def _with_gradients_inside(operation: "Operation") -> Differentiable:
     class InPlace(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
-            output = operation.run(x)
+            output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x)
             ctx.save_for_backward(*leaves)
             ctx.x, ctx.grads, ctx.backend = x, output[first:], _backend.current()
             ctx.mark_non_differentiable(*output[1:first])
@@ -214,10 +217,11 @@ def _with_gradients_inside(operation: "Operation") -> Differentiable:
             _scale(grads, grad, ctx.backend)
             return (None, *grads)
 
+    fields = [operation.inputs._fields.index(name.removeprefix("grad_")) for name in names[first:]]
+    pick = itemgetter(*fields) if len(fields) > 1 else itemgetter(slice(fields[0], fields[0] + 1))  # a tuple either way
+
     def call(x: Any) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return Functional.apply(*operation.flat(x))
-        return InPlace.apply(x, *[x[source] for source in sources])
+        return Functional.apply(*operation.flat(x)) if _is_traced() else InPlace.apply(x, *pick(x))
 
     return call
 
@@ -233,8 +237,7 @@ def _called(operation: "Operation", plain: Any, functional: Any) -> Differentiab
         function.__name__ = function.__qualname__ = operation.name
 
     def call(x: Any) -> tuple[Tensor, ...]:
-        is_graph = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (functional if is_graph else plain).apply(*operation.flat(x))
+        return (functional if _is_traced() else plain).apply(*operation.flat(x))
 
     return call
 

@@ -349,11 +349,10 @@ class YOLO11(NamedTuple):
     wants_grad: bool
 
     def allocate(self) -> YOLO11Outputs:
-        dist, dtype = self.pred_dist, wider(self.pred_dist, self.pred_scores)
-        return YOLO11Outputs(
-            dist.new_empty((), dtype=dtype), dist.new_empty(3, dtype=dtype), dist.new_empty((), dtype=torch.int64),
-            _grad_of(dist, self.wants_grad), _grad_of(self.pred_scores, self.wants_grad),
-        )  # fmt: skip
+        dist, scores = self.pred_dist, self.pred_scores
+        loss = dist.new_empty((), dtype=working_dtype(dist.dtype))
+        grads = (torch.empty_like(dist), torch.empty_like(scores)) if self.wants_grad else (dist.new_empty(0), scores.new_empty(0))
+        return YOLO11Outputs(loss, loss.new_empty(3), dist.new_empty((), dtype=torch.int64), *grads)
 
 
 # ---- SimOTA and YOLOX's loss
@@ -477,13 +476,10 @@ class YOLOX(NamedTuple):
     wants_grad: bool
 
     def allocate(self) -> YOLOXOutputs:
-        preds, dtype = self.preds, working_dtype(self.preds.dtype)
-        scalars = [preds.new_empty(shape, dtype=dtype) for shape in ((), 4, ())]
-        return YOLOXOutputs(*scalars, _grad_of(preds, self.wants_grad))
-
-
-def _grad_of(x: Tensor, is_wanted: bool) -> Tensor:
-    return torch.empty_like(x) if is_wanted else x.new_empty(0)
+        preds = self.preds
+        loss = preds.new_empty((), dtype=working_dtype(preds.dtype))
+        grad = torch.empty_like(preds) if self.wants_grad else preds.new_empty(0)
+        return YOLOXOutputs(loss, loss.new_empty(4), loss.new_empty(()), grad)
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

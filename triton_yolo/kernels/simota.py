@@ -434,7 +434,7 @@ class _SimOTAPlan(Plan):
 def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
     out = x.allocate()
     if out.target_row.numel():
-        run(_SimOTAPlan, x, out, len(x.targets[0]))
+        run(_SimOTAPlan, x, out, x.targets[0].shape[0])
     return out
 
 

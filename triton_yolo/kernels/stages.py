@@ -114,7 +114,7 @@ class _SelectTopk(Plan):
 def align_metric(x: AlignMetric) -> Metrics:
     out = x.allocate()
     if out.metric.numel():
-        run(_AlignMetric, x, out, len(x.targets[0]))
+        run(_AlignMetric, x, out, x.targets[0].shape[0])
     return out
 
 

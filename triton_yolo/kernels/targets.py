@@ -51,5 +51,5 @@ class _UnpackPlan(Plan):
 def unpack_rows(x: UnpackRows) -> GroundTruth:
     out = x.allocate()
     if len(x.rows):
-        run(_UnpackPlan, x, out, len(x.rows))
+        run(_UnpackPlan, x, out, x.rows.shape[0])
     return out

@@ -360,7 +360,7 @@ class TaskAlignedPlan(Plan):
 def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
     out = x.allocate()
     if out.target_row.numel():
-        run(TaskAlignedPlan, x, out, len(x.targets[0]))
+        run(TaskAlignedPlan, x, out, x.targets[0].shape[0])
     return out
 
 

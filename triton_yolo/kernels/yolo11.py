@@ -425,7 +425,7 @@ class _GradientPlan(Plan):
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     out = x.allocate()
-    run(_AssignPlan, x, out, len(x.targets[0]))
+    run(_AssignPlan, x, out, x.targets[0].shape[0])
     return out
 
 
@@ -437,7 +437,7 @@ def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
 
 def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     out = x.allocate()
-    run(_CriterionPlan, x, out, len(x.targets[0]))
+    run(_CriterionPlan, x, out, x.targets[0].shape[0])
     return out
 
 

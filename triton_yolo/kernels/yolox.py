@@ -343,7 +343,7 @@ class _GradientPlan(Plan):
 def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
     out = x.allocate()
     if out.target_row.numel():
-        run(_AssignPlan, x, out, len(x.targets[0]))
+        run(_AssignPlan, x, out, x.targets[0].shape[0])
     else:
         out.counts.zero_()
     return out
@@ -358,7 +358,7 @@ def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
 def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     out = x.allocate()
     if x.preds.shape[:2].numel():
-        run(_CriterionPlan, x, out, len(x.targets[0]))
+        run(_CriterionPlan, x, out, x.targets[0].shape[0])
     else:
         for scalars in out[:3]:
             scalars.zero_()
