@@ -73,7 +73,7 @@ class Operation(Generic[Outputs]):
         return self.outputs(*result, *[None] * (len(self.outputs._fields) - len(result)))  # gradients that are kept
 
     def run(self, x: Any) -> tuple[Tensor, ...]:
-        """Run without a gradient. What nobody watches goes straight to the backend; the operator costs as much as ten launches."""
+        """Run without a gradient: what nobody watches without the operator, which costs as much as ten launches."""
         is_watched = _is_traced() or _is_watched(x[0])
         return self.run_operator(self.flat(x)) if is_watched else self.compute(x)
 
@@ -129,9 +129,7 @@ def _is_traced() -> bool:
 
 def _is_watched(x: Tensor) -> bool:
     """Whether a mode, a subclass or a profiler wants to see which operators run."""
-    return (
-        type(x) is not Tensor or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return type(x) is not Tensor or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _kinds(kind: Any) -> dict[str, Any]:

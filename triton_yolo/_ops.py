@@ -17,7 +17,9 @@ def _check(x: Any) -> None:
     _checks.targets(x.targets, scores.shape[0], scores.shape[2])
 
 
-unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows, check=lambda x: _checks.normalised_rows(x.rows))
+unpack_rows: Operation[of.GroundTruth] = Operation(
+    "unpack_rows", of.UnpackRows, check=lambda x: _checks.normalised_rows(x.rows)
+)
 
 _decode_dfl_backward: Operation[of.GradDist] = Operation("decode_dfl_backward", of.DecodeDFLBackward)
 _decode_yolox_backward: Operation[of.GradPreds] = Operation("decode_yolox_backward", of.DecodeYOLOXBackward)

@@ -269,7 +269,7 @@ def _keeps_gradients(*preds: Tensor) -> bool:
 
 
 def _wants_grad(*preds: Tensor) -> bool:
-    return torch.is_grad_enabled() and any([x.requires_grad for x in preds])
+    return torch.is_grad_enabled() and any(x.requires_grad for x in preds)
 
 
 def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -69,7 +69,9 @@ def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     if not x.wants_grad:
         return YOLO11Outputs(loss, terms, num_fg, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
     grads = yolo11_loss_backward(
-        YOLO11LossBackward(torch.ones_like(loss), x.pred_dist, x.pred_scores, row, score, held, labels, boxes, *options, "eager")
+        YOLO11LossBackward(
+            torch.ones_like(loss), x.pred_dist, x.pred_scores, row, score, held, labels, boxes, *options, "eager"
+        )
     )
     return YOLO11Outputs(loss, terms, num_fg, *grads)
 

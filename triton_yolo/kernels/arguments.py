@@ -66,7 +66,7 @@ class TargetRows(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 for a row that does not count; label (N,) int64; boxes (N, 4)."""
+    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 if a row does not count; label (N,) int64; boxes (N, 4)."""
 
     image_ptr: Any
     label_ptr: Any
@@ -82,7 +82,7 @@ class Anchors(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whose each anchor is between the launches, see ``rows``: row (B, A) int32, best key (B, A) int64, and what is contested."""
+    """Whose each anchor is between the launches, see ``rows``: row (B, A) int32, best key (B, A) int64, what is contested."""
 
     row_ptr: Any
     best_ptr: Any
@@ -113,5 +113,12 @@ def targets_of(address: Address, targets: list[Tensor]) -> RawRows | TargetRows:
         return RawRows(address(targets[0]), *targets[0].stride())
     image, label, xyxy, xywh = targets
     return TargetRows(
-        address(image), image.stride(0), address(label), label.stride(0), address(xyxy), *xyxy.stride(), address(xywh), *xywh.stride()
+        address(image),
+        image.stride(0),
+        address(label),
+        label.stride(0),
+        address(xyxy),
+        *xyxy.stride(),
+        address(xywh),
+        *xywh.stride(),
     )

@@ -24,9 +24,7 @@ def _scale(ptr, factor, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_count", "second_count"])
-def _scale_kernel(
-    first_ptr, second_ptr, grad_ptr, first_count, second_count, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _scale_kernel(first_ptr, second_ptr, grad_ptr, first_count, second_count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """A program multiplies BLOCK numbers of one of two tensors, or returns at once if the factor is 1."""
     factor = tl.load(grad_ptr).to(DTYPE)
     if factor != 1:

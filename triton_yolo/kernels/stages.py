@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .._signatures import AlignMetric, Metrics, Selected, SelectTopk
 from .arguments import Grid, Rows, compute_type, points_of, targets_of, tensor3
-from .launch import Launch, Plan, Run, Workspace, run, cdiv
+from .launch import Launch, Plan, Run, Workspace, cdiv, run
 from .pairs import Rule, candidates, pair_metrics, pair_overlaps, walk_length, widened
 from .rows import load_rows, row_sizes
 from .targets import packed_rows, packing
