@@ -76,9 +76,10 @@ class Members(NamedTuple):
 @triton.jit
 def _cells(anchor, mask, points, grid, RULE: tl.constexpr):
     """Anchors [g, n] with their points and strides in pixels."""
-    x, y = anchor_points(anchor, mask, points, grid, RULE.STRIDES, RULE.IS_GRID, RULE.DTYPE)
+    STRIDES: tl.constexpr = RULE.STRIDES
+    x, y = anchor_points(anchor, mask, points, grid, STRIDES, RULE.IS_GRID, RULE.DTYPE)
     if RULE.IS_GRID:
-        stride = cell_centres(anchor, grid, RULE.STRIDES, RULE.DTYPE)[2]
+        stride = cell_centres(anchor, grid, STRIDES, RULE.DTYPE)[2]
     else:
         stride = tl.load(points.strides_ptr + anchor.to(tl.int64) * points.step, mask=mask, other=0.0).to(RULE.DTYPE)
     return Cell(anchor, x, y, stride)
@@ -179,6 +180,7 @@ def _simota_prepare_kernel(
     0. Other logits count where an anchor takes part, so its state keeps whether they are finite. It clears what the next
     launches count in. All programs together pack the ground truth.
     """
+    STRIDES: tl.constexpr = RULE.STRIDES
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < grid.A
@@ -190,7 +192,7 @@ def _simota_prepare_kernel(
     poison = raw.dx * 0.0 + raw.dy * 0.0 + raw.log_w * 0.0 + raw.log_h * 0.0
     box = Box(raw.dx, raw.dy, raw.log_w, raw.log_h)
     if RULE.IS_GRID:
-        x, y, stride = cell_centres(offs_a, grid, RULE.STRIDES, RULE.DTYPE)
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, RULE.DTYPE)
         box = raw_corners(raw, x - 0.5, y - 0.5, stride)
     store_anchor_boxes(boxes, image, offs_a, mask_a, box)
     cost, cls_poison = _class_cost(logits, image, offs_a, mask_a, obj_probs, PACK.C, RULE.DTYPE, BLOCK_C)
@@ -218,6 +220,7 @@ def _simota_member_kernel(
 
     It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
     """
+    STRIDES: tl.constexpr = RULE.STRIDES
     truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
     centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
     tl.atomic_add(counts.ptr + 1, tl.sum(truth.is_gt.to(tl.int64)), sem="relaxed")
@@ -226,7 +229,7 @@ def _simota_member_kernel(
         region = truth.box
     length = tl.zeros_like(truth.row) + grid.A
     if RULE.IS_GRID:
-        length = rectangle_size(region, grid, RULE.STRIDES, 1.001 * RULE.RADIUS)
+        length = rectangle_size(region, grid, STRIDES, 1.001 * RULE.RADIUS)
     length = tl.where(truth.is_gt, length, 0)
     limit = tl.max(length)
     lowest = tl.full((), -1, tl.int32)
@@ -235,7 +238,7 @@ def _simota_member_kernel(
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         mask = nth < length
         if RULE.IS_GRID:
-            cell = rectangle_cells(nth, region, grid, RULE.STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
+            cell = rectangle_cells(nth, region, grid, STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
         else:
             cell = _cells(nth + tl.zeros_like(length), mask, points, grid, RULE)
         in_centre, in_box = _in_regions(cell, truth.box, centre_x, centre_y, RULE.RADIUS)

@@ -133,6 +133,7 @@ def _task_aligned_contest_kernel(
 ):  # fmt: skip
     """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap."""
     IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
+    STRIDES: tl.constexpr = RULE.STRIDES
     truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
     wide = widened(truth.box, RULE.MIN_SIDE)
     length = walk_length(truth, wide, grid, RULE)
@@ -142,7 +143,7 @@ def _task_aligned_contest_kernel(
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         anchor, mask = load_contested(nth, length, num_contested, truth, wide, state.contested, grid, RULE)
-        x, y = anchor_points(anchor, mask, points, grid, RULE.STRIDES, RULE.IS_GRID, RULE.DTYPE)
+        x, y = anchor_points(anchor, mask, points, grid, STRIDES, RULE.IS_GRID, RULE.DTYPE)
         cell = truth.image * grid.A + anchor
         mask = mask & is_inside(x, y, wide, RULE.EPS)
         mask = mask & (tl.load(state.row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
