@@ -13,7 +13,7 @@ from typing import Any
 
 BASELINE = "c59763f"
 MAX_CALLS, MAX_ALLOCATIONS, MIN_SPEEDUP = 120, 12, 6
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 _COUNTS = json.loads((Path(__file__).parent / "host_baseline.json").read_text())
 
 
@@ -22,7 +22,7 @@ class Worker:
 
     def __init__(self, root: Path, system: str, dtype: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", str(_ROOT / "bench" / "host_step.py"), system, dtype]
+        command = [sys.executable, "-P", str(ROOT / "bench" / "host_step.py"), system, dtype]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, env=environment, text=True, cwd=root, **pipes)
         self.counts: dict[str, int] = self._answer()
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         old = _check_out(Path(folder))
         for system in ("yolo11", "yolox"):
-            ours = Worker(_ROOT, system, arguments.dtype)
+            ours = Worker(ROOT, system, arguments.dtype)
             theirs = Worker(old, system, arguments.dtype) if old is not None else None
             times: tuple[list[float], list[float]] = [], []
             for _ in range(arguments.rounds):
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_out(folder: Path) -> Path | None:
     """The package at the commit to compare with, if there is a history."""
     archive = folder / "old.tar"
-    command = ["git", "-C", str(_ROOT), "archive", "-o", str(archive), BASELINE, "triton_yolo"]
+    command = ["git", "-C", str(ROOT), "archive", "-o", str(archive), BASELINE, "triton_yolo"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return None
     with tarfile.open(archive) as tar:
