@@ -20,7 +20,11 @@ def imports(name: str, tree: ast.Module) -> Iterator[str]:
             base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
             for alias in node.names:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in TREES else base
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module" and name == "triton_yolo._backend":
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "importlib.import_module"
+            and name == "triton_yolo._backend"
+        ):
             yield from ("triton_yolo.eager", "triton_yolo.kernels")
 
 

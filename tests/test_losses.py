@@ -15,8 +15,8 @@ import triton_yolo as ty
 from tests import strategies as strat
 from tests.compare import TOLERANCE, assert_close, is_assignment_decided
 from tests.conftest import DEVICE
+from tests.flat import ops
 from tests.test_assigners import is_simota_decided
-from triton_yolo import _ops
 
 
 def yolo11(case: strat.YOLO11Case) -> ty.YOLO11Loss:
@@ -274,9 +274,9 @@ def test_a_broken_image_of_yolox_does_not_disturb_the_assignment_of_another(bad,
     _, preds, shapes, rows = small_yolox()
     gt, flat = ty.Targets.from_yolo(rows, 32), [side for shape in shapes for side in shape]
     args = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, flat, [8.0, 16.0], "center", 1.5)
-    clean, _, _ = _ops.yolox_assign(preds, *args)
+    clean, _, _ = ops.yolox_assign(preds, *args)
     preds[1, :, channel] = bad
-    broken, _, counts = _ops.yolox_assign(preds, *args)
+    broken, _, counts = ops.yolox_assign(preds, *args)
     assert torch.equal(broken[0], clean[0])
     assert counts[2] == 1
 

@@ -9,10 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
 import triton_yolo as ty
+from tests import flat
 from tests.conftest import DEVICE
+from tests.flat import ops
 from tests.gradients import held_weight, held_weight_of_loss
 from tests.test_losses import small_yolo11, small_yolox
 from triton_yolo import _ops
+from triton_yolo import _signatures as of
 
 F64 = torch.float64
 
@@ -48,7 +51,7 @@ def yolo11_loss_args(reg_max=8, dtype=F64, weights=None):
     dist = torch.rand(2, 20, 4 * reg_max, dtype=dtype, device=DEVICE)
     scores = torch.randn(2, 20, 3, dtype=dtype, device=DEVICE)
     levels = (shapes, [8.0, 16.0])
-    target_row, target_score, sums, _ = _ops.yolo11_assign(
+    target_row, target_score, sums, _ = ops.yolo11_assign(
         dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, reg_max, 10, None, 0.5, 6.0, 0.0
     )
     assert (target_row >= 0).any()
@@ -67,7 +70,7 @@ def yolox_assign_args(dtype=torch.float32):
 def yolox_loss_args(iou_loss="iou", use_l1=True):
     _, shapes, gt = gt_args()
     args = yolox_assign_args(F64)
-    target_row, matched_iou, counts = _ops.yolox_assign(*args)
+    target_row, matched_iou, counts = ops.yolox_assign(*args)
     assert counts[0] > 0
     return (
         args[0].requires_grad_(), target_row, matched_iou, counts[0].double(), gt.labels, gt.boxes_xywh,
@@ -118,29 +121,49 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def criterion_inputs(system, wants_grad=True):
+    """Inputs of a whole criterion, with raw rows."""
+    if system == "yolo11":
+        _, dist, scores, shapes, rows = small_yolo11()
+        levels = of.Levels(tuple(side for shape in shapes for side in shape), (8.0, 16.0))
+        rule = of.TaskAligned(10, None, 0.5, 6.0, 0.0, 1e-9)
+        return of.YOLO11(dist, scores, [rows], None, levels, 8, rule, (7.5, 0.5, 1.5), wants_grad)
+    _, preds, shapes, rows = small_yolox()
+    levels = of.Levels(tuple(side for shape in shapes for side in shape), (8.0, 16.0))
+    return of.YOLOX(preds, [rows], torch.ones((), device=DEVICE), levels, of.SimOTA("center", 1.5), "iou", 5.0, wants_grad)
+
+
+CRITERIA = {"yolo11_criterion": "yolo11", "yolox_criterion": "yolox"}
+
+
+def inputs_of(name):
+    return criterion_inputs(CRITERIA[name]) if name in CRITERIA else getattr(flat, name)(*CASES[name]())
+
+
+@pytest.mark.parametrize("name", [*CASES, *CRITERIA])
 def test_opcheck(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about itself
-        torch.library.opcheck(getattr(_ops, name), CASES[name]())
+        operation = getattr(_ops, name)
+        torch.library.opcheck(operation.operator, tuple(operation.flat(inputs_of(name))))
 
 
 @pytest.mark.parametrize("with_strides", [True, False])
 def test_gradcheck_decode_dfl(with_strides):
     dist, points, strides, reg_max = decode_args()
-    assert torch.autograd.gradcheck(lambda d: _ops.decode_dfl(d, points, strides if with_strides else None, reg_max), dist)
+    assert torch.autograd.gradcheck(lambda d: ops.decode_dfl(d, points, strides if with_strides else None, reg_max), dist)
 
 
 def test_gradcheck_decode_yolox():
     preds, points, strides, _ = decode_args()
-    assert torch.autograd.gradcheck(lambda p: _ops.decode_yolox(p, points, strides), preds)
+    assert torch.autograd.gradcheck(lambda p: ops.decode_yolox(p, points, strides), preds)
 
 
 @pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
 def test_gradcheck_bbox_iou(kind):
     a, b, _, eps = box_args(kind)
     correction = held_weight(a, b) if kind == "ciou" else lambda a, b: 0
-    assert torch.autograd.gradcheck(lambda a, b: _ops.bbox_iou(a, b, kind, eps) + correction(a, b), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: ops.bbox_iou(a, b, kind, eps) + correction(a, b), (a, b))
 
 
 @pytest.mark.parametrize("reg_max", [1, 8])
@@ -150,14 +173,14 @@ def test_gradcheck_yolo11_loss(reg_max, has_weights):
     dist, scores, *rest = yolo11_loss_args(reg_max, weights=weights)
     row, score, normaliser, _, gt_boxes, _, *levels, gains = rest
     correction = held_weight_of_loss(dist, row, score, normaliser, gt_boxes, *levels, gains[0])
-    assert torch.autograd.gradcheck(lambda d, s: _ops.yolo11_loss(d, s, *rest)[0] + correction(d), (dist, scores))
+    assert torch.autograd.gradcheck(lambda d, s: ops.yolo11_loss(d, s, *rest)[0] + correction(d), (dist, scores))
 
 
 @pytest.mark.parametrize("iou_loss", ["iou", "giou"])
 @pytest.mark.parametrize("use_l1", [True, False])
 def test_gradcheck_yolox_loss(iou_loss, use_l1):
     preds, *rest = yolox_loss_args(iou_loss, use_l1)
-    assert torch.autograd.gradcheck(lambda p: _ops.yolox_loss(p, *rest)[0], preds)
+    assert torch.autograd.gradcheck(lambda p: ops.yolox_loss(p, *rest)[0], preds)
 
 
 class TinyDetector(torch.nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from tests.flat import eager, kernels
 from tests.kernels.cases import (
     ANCHORS,
     FLAT_SHAPES,
@@ -17,8 +18,7 @@ from tests.kernels.cases import (
     make_yolox_case,
     points_and_boxes,
 )  # fmt: skip
-from triton_yolo import eager, kernels
-from triton_yolo.kernels import simota, task_aligned
+from triton_yolo.kernels.plans import simota, task_aligned
 
 LAYOUTS = ("first", "last", "split", "spread")
 DTYPES = (torch.float32, torch.float64, torch.float16)

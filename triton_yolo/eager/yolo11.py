@@ -55,7 +55,8 @@ def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     score_sum = target_score.sum().where(is_finite(x.pred_dist), torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
     num_fg = (target_row >= 0).sum()
-    return YOLO11Assignment(target_row.view(shape), target_score.view(shape), sums, num_fg, gt.labels, gt_boxes)
+    labels, gt_boxes = gt.labels.clone(), gt_boxes.clone()  # nothing that an operator puts out is part of what it took
+    return YOLO11Assignment(target_row.view(shape), target_score.view(shape), sums, num_fg, labels, gt_boxes)
 
 
 def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:

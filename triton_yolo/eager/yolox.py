@@ -50,7 +50,7 @@ def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
     for part in row_parts(images, preds.shape[2]):
         is_whole = is_whole & is_finite(preds[images[part], anchors[part]])
     counts = torch.stack([(target_row >= 0).count_nonzero(), num_gt, (~is_whole).long()])
-    return YOLOXAssignment(target_row, matched_iou, counts, gt.labels, gt.boxes_xywh)
+    return YOLOXAssignment(target_row, matched_iou, counts, gt.labels.clone(), gt.boxes_xywh.clone())
 
 
 def yolox_criterion(x: YOLOX) -> YOLOXOutputs:

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 TOTAL_SIZES: dict[str, int] = {"BLOCK": 4096, "num_warps": 8}
-"""16 values a thread: 64 images at 640 px have some 2,000 partial sums. With four warps ptxas keeps to 40 registers on sm_80 and
-spills, whatever the values."""
+"""16 values a thread: 64 images at 640 px have some 2,000 partial sums. With four warps ptxas keeps to 40 registers on sm_80
+and spills, whatever the values."""
 
 
 @triton.jit
