@@ -106,7 +106,7 @@ def metric_args():
 
 
 CASES = {
-    "unpack_rows": lambda: (torch.rand(3, 6, device=DEVICE), 64.0, 32.0),
+    "unpack_rows": lambda: (small_yolo11()[-1], 64.0, 32.0),
     "decode_dfl": decode_args,
     "decode_yolox": lambda: decode_args()[:3],
     "bbox_iou": lambda: box_args("ciou"),

@@ -1,6 +1,6 @@
 """Criteria for training loops: assignment and loss in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from . import _checks, _ops
 from . import _signatures as signatures
 from ._precision import widened
-from ._signatures import YOLO11, YOLOX, Levels, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
-from .assigners import CANDIDATE_MODES, check_topk
+from ._ranks import Ranks
+from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
+from .assigners import CANDIDATE_MODES
 from .targets import Targets
 
 
@@ -53,7 +54,32 @@ class YOLOXLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11Loss(nn.Module):
+class _Criterion(nn.Module):
+    """What both criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
+
+    def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
+        super().__init__()
+        self._ranks = Ranks(process_group)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | bool | None:
+        return self._ranks.given
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
+        self._ranks = Ranks(value)
+
+    def reset_parameters(self) -> None:
+        """Fill the buffers again, as after ``to_empty``."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Criterion":
+        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
+
+
+class YOLO11Loss(_Criterion):
     """The criterion of YOLO11 and of YOLOv8, v9, v10 and 12: task-aligned assignment, BCE, CIoU and DFL.
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
@@ -99,19 +125,25 @@ class YOLO11Loss(nn.Module):
         dfl_gain: float = 1.5,
         min_box_side: float = 0.0,
         class_weights: Tensor | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        super().__init__()
-        _checks.at_least("num_classes", num_classes, 1)
-        _checks.at_least("reg_max", reg_max, 1)
-        check_topk(topk, topk2)
+        super().__init__(process_group)
+        self.num_classes = _checks.whole("num_classes", num_classes)
+        self.strides, self.reg_max = _checks.reals("strides", strides), _checks.whole("reg_max", reg_max)
+        self.assigner = TaskAligned(
+            _checks.whole("topk", topk), None if topk2 is None else _checks.whole("topk2", topk2),
+            _checks.real("alpha", alpha), _checks.real("beta", beta), _checks.real("min_box_side", min_box_side), 1e-9,
+        )  # fmt: skip
+        gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
+        self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
         if class_weights is not None:
-            _checks.tensor("class_weights", class_weights, (num_classes,))
-        self.num_classes, self.strides, self.reg_max = num_classes, _checks.sequence("strides", strides), reg_max
-        self.assigner = TaskAligned(topk, topk2, float(alpha), float(beta), float(min_box_side), 1e-9)
-        self.gains = (float(box_gain), float(cls_gain), float(dfl_gain))
-        self.process_group = process_group
+            _checks.tensor("class_weights", class_weights, (self.num_classes,))
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self._given_weights = class_weights
+
+    def reset_parameters(self) -> None:
+        if self.class_weights is not None and not self.class_weights.is_meta:
+            self.class_weights.copy_(self._given_weights)
 
     def forward(
         self,
@@ -138,16 +170,19 @@ class YOLO11Loss(nn.Module):
         batch_size, num_anchors, _ = pred_dist.shape
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
         pred_dist, pred_scores = widened(pred_dist, pred_scores)
-        levels = Levels(*_checks.levels(feat_shapes, self.strides, num_anchors))
-        rows = _rows(targets, pred_dist)
-        if self.process_group is None and _keeps_gradients(pred_dist, pred_scores):
-            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, _wants_grad(pred_dist, pred_scores)
+        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
+        rows = _rows(targets, pred_scores)
+        wants_grad = torch.is_grad_enabled() and (pred_dist.requires_grad or pred_scores.requires_grad)
+        # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
+        is_half = torch.float16 in (pred_dist.dtype, pred_scores.dtype)
+        if self._ranks.given is None and not (is_half and wants_grad):
+            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad
             out = _ops.yolo11_criterion(YOLO11(pred_dist, pred_scores, rows, *options))
             return YOLO11LossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
             assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
             row, score, sums, num_fg, labels, boxes = assigned
-            normaliser = _normaliser(sums, self.process_group)
+            normaliser = _normaliser(sums, self._ranks)
         options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
         loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
         return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
@@ -156,7 +191,7 @@ class YOLO11Loss(nn.Module):
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
 
 
-class YOLOXLoss(nn.Module):
+class YOLOXLoss(_Criterion):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
@@ -191,16 +226,14 @@ class YOLOXLoss(nn.Module):
         iou_loss: str = "iou",
         iou_gain: float = 5.0,
         use_l1: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        super().__init__()
-        _checks.at_least("num_classes", num_classes, 1)
-        _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
-        self.num_classes, self.strides = num_classes, _checks.sequence("strides", strides)
-        self.assigner = SimOTA(_checks.one_of("candidates", candidates, CANDIDATE_MODES), float(center_radius))
+        super().__init__(process_group)
+        self.num_classes, self.strides = _checks.whole("num_classes", num_classes), _checks.reals("strides", strides)
+        radius = _checks.real("center_radius", center_radius, is_positive=True)
+        self.assigner = SimOTA(_checks.one_of("candidates", candidates, CANDIDATE_MODES), radius)
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
-        self.iou_gain = float(iou_gain)
-        self.process_group = process_group
+        self.iou_gain = _checks.real("iou_gain", iou_gain)
         self.register_buffer("_l1_gain", torch.zeros((), dtype=torch.float32), persistent=False)
         self.use_l1 = use_l1
 
@@ -213,6 +246,9 @@ class YOLOXLoss(nn.Module):
         # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
         self._use_l1 = bool(value)
         self._l1_gain.fill_(float(value))
+
+    def reset_parameters(self) -> None:
+        self._l1_gain.fill_(float(self._use_l1))
 
     def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
         """Assign the targets and compute the loss.
@@ -229,19 +265,20 @@ class YOLOXLoss(nn.Module):
             TypeError: predictions or rows are not float tensors.
         """
         _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
-        levels = Levels(*_checks.levels(feat_shapes, self.strides, preds.shape[1]))
-        rows, l1_gain = _rows(targets, preds), self._l1_gain
+        levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
+        rows, l1_gain = _rows(targets, preds, 5), self._l1_gain
         if l1_gain.device != preds.device:
             l1_gain = l1_gain.to(preds.device, non_blocking=True)
         options = levels, self.iou_loss, self.iou_gain
-        if self.process_group is None and _keeps_gradients(preds):
-            x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, _wants_grad(preds))
+        wants_grad = torch.is_grad_enabled() and preds.requires_grad
+        if self._ranks.given is None and not (preds.dtype == torch.float16 and wants_grad):
+            x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, wants_grad)
             out = _ops.yolox_criterion(x)
             return YOLOXLossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
             row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
             num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
-            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self.process_group)
+            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
         loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
         return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
 
@@ -249,38 +286,28 @@ class YOLOXLoss(nn.Module):
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"
 
 
-def _rows(targets: Tensor | Targets, preds: Tensor) -> list[Tensor]:
-    """Targets as operations take them."""
+def _rows(targets: Tensor | Targets, preds: Tensor, num_others: int = 0) -> list[Tensor]:
+    """Targets as operations take them, for predictions (B, A, C) of classes and ``num_others``."""
     if isinstance(targets, Targets):
-        rows = list(targets)
-    elif isinstance(targets, Tensor):
-        _checks.tensor("targets", targets, ("N", 6))
-        rows = [targets.detach()]
-    else:
+        _checks.ground_truth(targets, Targets._fields, preds)
+        return list(targets)
+    if not isinstance(targets, Tensor):
         forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
-    _checks.require(rows[0].device == preds.device, "targets", f"be on {preds.device}", rows[0].device)
-    return rows
+    _checks.tensor("targets", targets, ("N", 6), like=preds)
+    if targets.dtype not in (torch.float32, torch.float64):
+        _checks.exact_rows("targets", targets, preds.shape[0], preds.shape[2] - num_others)
+    return [targets.detach()]
 
 
-def _keeps_gradients(*preds: Tensor) -> bool:
-    """Whether gradients may be written before the loss's own is known: float16 needs it, as a loss scale keeps them above 0."""
-    return torch.float16 not in [x.dtype for x in preds] or not _wants_grad(*preds)
-
-
-def _wants_grad(*preds: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in preds)
-
-
-def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _normaliser(sums: Tensor, ranks: Ranks) -> Tensor:
     """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
 
     The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
     """
-    if group is None:
+    if ranks.given is None:
         return sums.clamp(min=1)
-    sums = sums.clone()
-    dist.all_reduce(sums, group=group)
+    sums, size = ranks.total(sums)
     sums = sums.clamp(min=1)
-    sums.view(-1)[0] /= group.size()
+    sums.view(-1)[0] /= size
     return sums

@@ -18,6 +18,7 @@ from tests.kernels.cases import (
     make_yolox_case,
     points_and_boxes,
 )  # fmt: skip
+from triton_yolo.kernels import launch
 from triton_yolo.kernels.plans import simota, task_aligned
 
 LAYOUTS = ("first", "last", "split", "spread")
@@ -137,6 +138,7 @@ def test_padded_stages(layout, dtype):
 
 def use_tiles(monkeypatch, module, rows, parts, anchors):
     """Tiles of so many rows and anchors; lists of ``parts`` of them."""
+    monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
     monkeypatch.setattr(module, "claim_sizes", lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
 
