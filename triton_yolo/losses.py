@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _checks, _ops
 from . import _signatures as signatures
-from ._precision import widened
+from ._precision import widened, working_dtype
 from ._ranks import Ranks
 from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
 from .assigners import CANDIDATE_MODES
@@ -186,6 +186,55 @@ class YOLO11Loss(_Criterion):
         options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
         loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
         return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+
+    def loss_of(
+        self,
+        pred_dist: Tensor,
+        pred_scores: Tensor,
+        feat_shapes: Sequence[Sequence[int]],
+        targets: Targets,
+        target_row: Tensor,
+        target_score: Tensor,
+        normaliser: Tensor,
+    ) -> YOLO11LossOutput:
+        """Compute the loss of an assignment that another assigner made.
+
+        Args:
+            pred_dist: (B, A, 4 * reg_max), see ``forward``.
+            pred_scores: (B, A, C), see ``forward``.
+            feat_shapes: (height, width) of every level in cells.
+            targets: ground truth in pixels.
+            target_row: (B, A) int32 or int64, the row of ``targets`` that every anchor is matched with, -1 for background.
+            target_score: (B, A), target of the matched class, which also weights the box terms; not read at background.
+            normaliser: () number that the terms are divided by, as it is: ``target_score`` summed over the batch and at least 1,
+                or whatever takes its place.
+
+        Returns:
+            The loss, B times the sum of the weighted terms, and what ``forward`` returns beside it.
+
+        Raises:
+            ValueError: sizes or devices do not agree.
+            TypeError: a type is wrong.
+        """
+        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
+        batch_size, num_anchors, _ = pred_dist.shape
+        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        pred_dist, pred_scores = widened(pred_dist, pred_scores)
+        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
+        _checks.ground_truth(targets, Targets._fields, pred_dist)
+        _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_dist, is_float=False)
+        if target_row.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
+        _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
+        _checks.tensor("normaliser", normaliser, (), like=pred_dist)
+        dtype = working_dtype(pred_dist.dtype)
+        is_fg = target_row >= 0
+        row, score = target_row.int().contiguous(), target_score.detach().to(dtype).where(is_fg, 0).contiguous()
+        scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
+        gt = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
+        options = *gt, self.class_weights, levels, self.reg_max, self.gains
+        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, scale, *options))
+        return YOLO11LossOutput(loss, *terms.unbind(), is_fg.sum())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
