@@ -15,6 +15,7 @@ from torch import Tensor
 from ..losses import YOLO11Loss, YOLO11LossOutput
 from ..targets import Targets
 from ._patching import Replacement, kept, require, unexpected
+from ._stock import BCE, Stock
 
 _SUBJECT = "LibreYOLO's YOLOv9"
 _EXPECTED = (
@@ -48,12 +49,18 @@ def replacements(module: Any, tested: str) -> list[Replacement]:
 def _criterion_call(module: Any, tested: str) -> Any:
     owner = module.YOLO9Loss
     stock, parts = owner.__call__, [owner, *(getattr(module, name) for name in _TERMS.values())]
+    inner = {f"cls_loss.{name}": BCE for name, x in vars(module.BCELoss())["_modules"].items()}
+    members = {name: (getattr(module, kind), {}) for name, kind in _TERMS.items()} | inner
+    computation = Stock(
+        parts, members, [(owner, name) for name in ("__call__", "_global_cls_norm", "_init_vec2box", "update_anchors")]
+    )
 
     @functools.wraps(stock)
     def call(self: Any, predictions: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
         try:
-            if [type(part) for part in (self, *(getattr(self, name) for name in _TERMS))] != parts:
-                _warn_once(type(self).__name__)
+            changed = type(self).__name__ if type(self) is not owner else computation.difference(self)
+            if changed:
+                _warn_once(changed)
                 return stock(self, predictions, targets)
             width, height = self.vec2box.image_size
             settings = self.num_classes, self.strides, self.reg_max, (self.box_weight, self.cls_weight, self.dfl_weight)
