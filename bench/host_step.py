@@ -70,10 +70,10 @@ def launching_nothing() -> Iterator[NullDriver]:
     driver = NullDriver()
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
-        patches.enter_context(mock.patch.object(_backend, "_is_interpreted", lambda: True))
+        patches.enter_context(mock.patch.object(_backend, "_is_interpreted", return_value=True))
         for name in ("rows_in_range", "normalised_rows", "targets"):
             if hasattr(_checks, name):
-                patches.enter_context(mock.patch.object(_checks, name, lambda *_, **__: None))
+                patches.enter_context(mock.patch.object(_checks, name, return_value=None))
         patches.enter_context(ty.backend("triton"))
         yield driver
 

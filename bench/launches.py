@@ -27,7 +27,7 @@ def _preds(dtype: torch.dtype, layout: str, channels: int) -> torch.Tensor:
 
 def _decode(reg_max: int, has_strides: bool) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         dist, strides = _preds(dtype, layout, 4 * reg_max), _empty(ANCHORS) if has_strides else None
         boxes = kernels.decode_dfl(dist, _empty(ANCHORS, 2), strides, reg_max)
@@ -38,7 +38,7 @@ def _decode(reg_max: int, has_strides: bool) -> Callable[[torch.dtype, str], Any
 
 def _bbox_iou(kind: str) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         a, b = _empty(4096, 4, dtype=dtype), _empty(4096, 4, dtype=dtype)
         kernels.bbox_iou_backward(kernels.bbox_iou(a, b, kind, 1e-7), a, b, kind, 1e-7)
@@ -51,14 +51,14 @@ def _rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _unpack_rows(dtype: torch.dtype, layout: str) -> None:
-    from triton_yolo import kernels
+    from tests.flat import kernels
 
     kernels.unpack_rows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
 
 
 def _assign(topk2: int | None, min_box_side: float) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         kernels.yolo11_assign(
             _preds(dtype, layout, 4 * REG_MAX), _preds(dtype, layout, CLASSES), *_rows(ROWS), SHAPES, STRIDES, REG_MAX,
@@ -70,7 +70,7 @@ def _assign(topk2: int | None, min_box_side: float) -> Callable[[torch.dtype, st
 
 def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         dist, scores = _preds(dtype, layout, 4 * reg_max), _preds(dtype, layout, num_classes)
         working = torch.float64 if dtype == torch.float64 else torch.float32
@@ -84,7 +84,7 @@ def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.
 
 
 def _task_aligned_assign(dtype: torch.dtype, layout: str) -> None:
-    from triton_yolo import kernels
+    from tests.flat import kernels
 
     boxes, points = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2)
     kernels.task_aligned_assign(
@@ -93,7 +93,7 @@ def _task_aligned_assign(dtype: torch.dtype, layout: str) -> None:
 
 
 def _stages(dtype: torch.dtype, layout: str) -> None:
-    from triton_yolo import kernels
+    from tests.flat import kernels
 
     _, labels, gt_boxes = _rows(BATCH * SLOTS)
     boxes, points, mask = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2), _empty(BATCH, SLOTS, dtype=torch.bool)
@@ -104,14 +104,14 @@ def _stages(dtype: torch.dtype, layout: str) -> None:
 
 
 def _decode_yolox(dtype: torch.dtype, layout: str) -> None:
-    from triton_yolo import kernels
+    from tests.flat import kernels
 
     preds, points, strides = _preds(dtype, layout, 5 + CLASSES), _empty(ANCHORS, 2), _empty(ANCHORS)
     kernels.decode_yolox_backward(kernels.decode_yolox(preds, points, strides), preds, strides)
 
 
 def _simota_assign(dtype: torch.dtype, layout: str) -> None:
-    from triton_yolo import kernels
+    from tests.flat import kernels
 
     scores, objectness, boxes = _preds(dtype, layout, CLASSES), _empty(BATCH, ANCHORS, dtype=dtype), _preds(dtype, layout, 4)
     rows = (*_rows(BATCH * SLOTS), _empty(BATCH * SLOTS, 4))
@@ -120,7 +120,7 @@ def _simota_assign(dtype: torch.dtype, layout: str) -> None:
 
 def _yolox_assign(candidates: str, radius: float) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         working = torch.float64 if dtype == torch.float64 else torch.float32
         rows = (*(_empty(ROWS, dtype=torch.int64) for _ in range(2)), *(_empty(ROWS, 4, dtype=working) for _ in range(2)))
@@ -131,7 +131,7 @@ def _yolox_assign(candidates: str, radius: float) -> Callable[[torch.dtype, str]
 
 def _yolox_loss(num_classes: int, iou_loss: str) -> Callable[[torch.dtype, str], Any]:
     def operator(dtype: torch.dtype, layout: str) -> None:
-        from triton_yolo import kernels
+        from tests.flat import kernels
 
         working = torch.float64 if dtype == torch.float64 else torch.float32
         preds, one = _preds(dtype, layout, 5 + num_classes), _empty(dtype=working)

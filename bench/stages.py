@@ -9,7 +9,8 @@ import torch
 
 import reference
 import triton_yolo as ty
-from triton_yolo import Targets, _ops
+from tests.flat import ops
+from triton_yolo import Targets
 
 from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
 from .competitors import OURS, Step, Target, padded
@@ -67,15 +68,15 @@ def _losses_of_assignment(module: ModuleType, system: str, case: Case, target: T
     with torch.no_grad():
         if system == "yolo11":
             assign = (gt.image_index, gt.labels, gt.boxes_xyxy, *levels, case.reg_max, 10, None, 0.5, 6.0, 0.0)
-            target_row, target_score, sums, _ = _ops.yolo11_assign(*preds, *assign)
+            target_row, target_score, sums, _ = ops.yolo11_assign(*preds, *assign)
             assignment = target_row, target_score, sums.clamp(min=1)
             tail = (gt.labels, gt.boxes_xyxy, None, *levels, case.reg_max, [7.5, 0.5, 1.5])
-            return Step(lambda: _ops.yolo11_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
+            return Step(lambda: ops.yolo11_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
         x_rows = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh)
-        target_row, matched_iou, counts = _ops.yolox_assign(*preds, *x_rows, *levels, "center", 1.5)
+        target_row, matched_iou, counts = ops.yolox_assign(*preds, *x_rows, *levels, "center", 1.5)
         assignment = target_row, matched_iou, counts[0].clamp(min=1).to(matched_iou.dtype)
     tail = (gt.labels, gt.boxes_xywh, *levels, "iou", 5.0, torch.zeros((), device=target.device))
-    return Step(lambda: _ops.yolox_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
+    return Step(lambda: ops.yolox_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
 
 
 def _both(build: Callable[..., Step], *args: str) -> dict[str, Callable[[Case, Target], Step]]:
