@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import triton_yolo as ty
-from tests import compare, peers
+from bench import peers
+from tests import compare
 from triton_yolo.integrations import ultralytics as integration
 
 pytestmark = pytest.mark.peers
@@ -398,7 +399,7 @@ def test_processes_of_ddp_are_patched_too(context, tmp_path):
     from ultralytics.utils import dist
 
     (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests import peers\nkept = peers.contained()\nkept.__enter__()\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nfrom bench import peers\nkept = peers.contained()\nkept.__enter__()\n"
     )
     probe = Probe()
     probe.args, probe.model, probe.callbacks, probe.resume = get_cfg(), "yolo11n.yaml", {}, False
@@ -518,7 +519,7 @@ def assert_loads_without_us(file: Path) -> None:
     code = f"""
 import sys
 sys.modules["triton_yolo"] = None
-from tests import peers
+from bench import peers
 with peers.contained():
     import torch
     content = torch.load({str(file)!r}, weights_only=False)

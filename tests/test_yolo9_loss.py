@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import peers
 from bench.cases import STRIDES, Case, has_coco, make_case, yolo11_preds
-from tests import peers
 from tests.compare import assert_close
 from triton_yolo.integrations import _yolo9_loss
 

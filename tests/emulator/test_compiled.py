@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import triton_yolo as ty
-from bench import __main__ as bench
-from bench import small_step
-from bench.emulator import emulated
+from tests.tools import __main__ as tools
+from tests.tools import small_step
+from tests.tools.emulator import emulated
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_order_of_programs_changes_no_bit():
 
 
 def test_instructions_are_counted(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "instructions", "--imgsz", "96", "--batch-size", "1", "--data", ""])
-    bench.main()
+    monkeypatch.setattr("sys.argv", ["tools", "instructions", "--imgsz", "96", "--batch-size", "1", "--data", ""])
+    tools.main()
     out = capsys.readouterr().out
     assert out.count("| _claim_kernel |") == out.count("| all |") == 2

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench import traffic
-from bench.traffic import Figures
+from tests.tools import traffic
+from tests.tools.traffic import Figures
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 BARS = {name: Figures(**bar) for name, bar in json.loads(traffic.BARS.read_text()).items()}

@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from bench.target import TargetDriver, active
+from tests.tools.target import TargetDriver, active
 from triton_yolo import _backend
 
 from .instructions import compile_block

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import triton_yolo as ty
-
-from .cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
+from bench.cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
 
 if TYPE_CHECKING:
     from .meter import Meter

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests import peers
+from bench import peers, results
 from triton_yolo.integrations import ultralytics as integration
 
-from . import results
 from .voc import write_yolo
 
 CLASSES = ("RBC", "WBC", "Platelets")
