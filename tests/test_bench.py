@@ -14,6 +14,7 @@ from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Target
 from bench.measure import Trial, interleaved
+from tests.tools import __main__ as proofs
 
 BENCH = Path(bench.__file__).parent
 TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal"]
@@ -118,7 +119,11 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "train-step"}
     for command in benchmarks:
         bench.make_parser().parse_args(command)
-    files = [word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests")]
+    tools = [task.command[task.command.index("tests.tools") + 1 :] for task in tasks if "tests.tools" in task.command]
+    assert tools
+    for command in tools:
+        proofs.make_parser().parse_args(command)
+    files = [word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests") and word != "tests.tools"]
     assert files
     assert all(Path(file).exists() for file in files)
     if not options:
