@@ -40,7 +40,7 @@ def rows_with(column: int, value: float) -> torch.Tensor:
         ({"pred_scores": torch.zeros(2, 20, 3, device="meta")}, ValueError, "pred_scores must be on .*, got meta"),
         ({"feat_shapes": [(4, 4)]}, ValueError, r"feat_shapes must have one .* for each of the 2 strides, got \[\(4, 4\)\]"),
         ({"feat_shapes": [(4, 4), (2, 3)]}, ValueError, r"feat_shapes must .*anchors \(20\), not 22, got"),
-        ({"feat_shapes": [(4, 5), (0, 2)]}, ValueError, r"feat_shapes must hold positive \(h, w\), got \[\(4, 5\), \(0, 2\)\]"),
+        ({"feat_shapes": [(4, 5), (0, 2)]}, ValueError, r"feat_shapes must hold positive \(h, w\), got \[\(4, 5\), \(0"),
         ({"targets": torch.zeros(3, 5)}, ValueError, r"targets must have shape \(N, 6\), got \(3, 5\)"),
         ({"targets": torch.zeros(3, 6).int()}, TypeError, "targets must be float16"),
         ({"targets": []}, TypeError, r"targets must be an \(N, 6\) tensor or triton_yolo.Targets, .* got list"),

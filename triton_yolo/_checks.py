@@ -1,7 +1,7 @@
 """Checks of arguments: clear errors, never a synchronisation.
 
-What runs at every step looks at attributes and builds no text unless something is wrong: the text of a size would make a constant of
-it in a compiled graph.
+What runs at every step looks at attributes and builds no text unless something is wrong: the text of a size would make a
+constant of it in a compiled graph.
 """
 
 import math

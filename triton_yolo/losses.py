@@ -1,16 +1,16 @@
 """Criteria for training loops: assignment and loss in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks, _ops
 from . import _signatures as signatures
-from ._precision import widened
-from ._ranks import Ranks
+from ._criterion import Criterion, normaliser_of, rows_of
+from ._precision import widened, working_dtype
 from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
 from .assigners import CANDIDATE_MODES
 from .targets import Targets
@@ -54,32 +54,7 @@ class YOLOXLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class _Criterion(nn.Module):
-    """What both criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
-
-    def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
-        super().__init__()
-        self._ranks = Ranks(process_group)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | bool | None:
-        return self._ranks.given
-
-    @process_group.setter
-    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
-        self._ranks = Ranks(value)
-
-    def reset_parameters(self) -> None:
-        """Fill the buffers again, as after ``to_empty``."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Criterion":
-        super()._apply(fn, recurse)
-        self.reset_parameters()
-        return self
-
-
-class YOLO11Loss(_Criterion):
+class YOLO11Loss(Criterion):
     """The criterion of YOLO11 and of YOLOv8, v9, v10 and 12: task-aligned assignment, BCE, CIoU and DFL.
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
@@ -171,7 +146,7 @@ class YOLO11Loss(_Criterion):
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
         pred_dist, pred_scores = widened(pred_dist, pred_scores)
         levels = _checks.levels(feat_shapes, self.strides, num_anchors)
-        rows = _rows(targets, pred_scores)
+        rows = rows_of(targets, pred_scores)
         wants_grad = torch.is_grad_enabled() and (pred_dist.requires_grad or pred_scores.requires_grad)
         # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
         is_half = torch.float16 in (pred_dist.dtype, pred_scores.dtype)
@@ -182,16 +157,65 @@ class YOLO11Loss(_Criterion):
         with torch.no_grad():
             assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
             row, score, sums, num_fg, labels, boxes = assigned
-            normaliser = _normaliser(sums, self._ranks)
+            normaliser = normaliser_of(sums, self._ranks)
         options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
         loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
         return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+
+    def loss_of(
+        self,
+        pred_dist: Tensor,
+        pred_scores: Tensor,
+        feat_shapes: Sequence[Sequence[int]],
+        targets: Targets,
+        target_row: Tensor,
+        target_score: Tensor,
+        normaliser: Tensor,
+    ) -> YOLO11LossOutput:
+        """Compute the loss of an assignment that another assigner made.
+
+        Args:
+            pred_dist: (B, A, 4 * reg_max), see ``forward``.
+            pred_scores: (B, A, C), see ``forward``.
+            feat_shapes: (height, width) of every level in cells.
+            targets: ground truth in pixels.
+            target_row: (B, A) int32 or int64, the row of ``targets`` that every anchor is matched with, -1 for background.
+            target_score: (B, A), target of the matched class, which also weights the box terms; not read at background.
+            normaliser: () number that the terms are divided by, as it is: ``target_score`` summed over the batch and at least
+                1, or whatever takes its place.
+
+        Returns:
+            The loss, B times the sum of the weighted terms, and what ``forward`` returns beside it.
+
+        Raises:
+            ValueError: sizes or devices do not agree.
+            TypeError: a type is wrong.
+        """
+        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
+        batch_size, num_anchors, _ = pred_dist.shape
+        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        pred_dist, pred_scores = widened(pred_dist, pred_scores)
+        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
+        _checks.ground_truth(targets, Targets._fields, pred_dist)
+        _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_dist, is_float=False)
+        if target_row.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
+        _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
+        _checks.tensor("normaliser", normaliser, (), like=pred_dist)
+        dtype = working_dtype(pred_dist.dtype)
+        is_fg = target_row >= 0
+        row, score = target_row.int().contiguous(), target_score.detach().to(dtype).where(is_fg, 0).contiguous()
+        scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
+        gt = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
+        options = *gt, self.class_weights, levels, self.reg_max, self.gains
+        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, scale, *options))
+        return YOLO11LossOutput(loss, *terms.unbind(), is_fg.sum())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
 
 
-class YOLOXLoss(_Criterion):
+class YOLOXLoss(Criterion):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
@@ -266,7 +290,7 @@ class YOLOXLoss(_Criterion):
         """
         _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
         levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
-        rows, l1_gain = _rows(targets, preds, 5), self._l1_gain
+        rows, l1_gain = rows_of(targets, preds, 5), self._l1_gain
         if l1_gain.device != preds.device:
             l1_gain = l1_gain.to(preds.device, non_blocking=True)
         options = levels, self.iou_loss, self.iou_gain
@@ -278,36 +302,9 @@ class YOLOXLoss(_Criterion):
         with torch.no_grad():
             row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
             num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
-            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
+            normaliser = normaliser_of(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
         loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
         return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"
-
-
-def _rows(targets: Tensor | Targets, preds: Tensor, num_others: int = 0) -> list[Tensor]:
-    """Targets as operations take them, for predictions (B, A, C) of classes and ``num_others``."""
-    if isinstance(targets, Targets):
-        _checks.ground_truth(targets, Targets._fields, preds)
-        return list(targets)
-    if not isinstance(targets, Tensor):
-        forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
-        raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
-    _checks.tensor("targets", targets, ("N", 6), like=preds)
-    if targets.dtype not in (torch.float32, torch.float64):
-        _checks.exact_rows("targets", targets, preds.shape[0], preds.shape[2] - num_others)
-    return [targets.detach()]
-
-
-def _normaliser(sums: Tensor, ranks: Ranks) -> Tensor:
-    """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
-
-    The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
-    """
-    if ranks.given is None:
-        return sums.clamp(min=1)
-    sums, size = ranks.total(sums)
-    sums = sums.clamp(min=1)
-    sums.view(-1)[0] /= size
-    return sums

@@ -42,8 +42,8 @@ class Targets(NamedTuple):
             imgsz: (height, width) of the image in pixels, or one number for both.
 
         Raises:
-            ValueError: ``rows`` is not (N, 6), or ``imgsz`` is neither one number nor two; on the CPU also for an image index or
-                a class that is no whole number, or more than the type can hold exactly (elsewhere such a row is padding).
+            ValueError: ``rows`` is not (N, 6), or ``imgsz`` is neither one number nor two; on the CPU also for an image index
+                or a class that is no whole number, or more than the type can hold exactly (elsewhere such a row is padding).
             TypeError: ``rows`` is not a float tensor.
         """
         _checks.tensor("rows", rows, ("N", 6))

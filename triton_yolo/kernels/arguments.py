@@ -7,6 +7,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .launch import new
+
 
 class Tensor3(NamedTuple):
     """A tensor (B, A, C) of any layout."""
@@ -98,7 +100,7 @@ Address = Callable[[Tensor], Any]  # what kernels take for a tensor
 
 
 def tensor3(address: Address, x: Tensor) -> Tensor3:
-    return Tensor3(address(x), *x.stride())
+    return new(Tensor3, (address(x), *x.stride()))
 
 
 def points_of(address: Address, points: Tensor | None, strides: Tensor | None) -> Points:
@@ -110,7 +112,7 @@ def points_of(address: Address, points: Tensor | None, strides: Tensor | None) -
 def targets_of(address: Address, targets: list[Tensor]) -> RawRows | TargetRows:
     """Ground truth as operations take it."""
     if len(targets) == 1:
-        return RawRows(address(targets[0]), *targets[0].stride())
+        return new(RawRows, (address(targets[0]), *targets[0].stride()))
     image, label, xyxy, xywh = targets
     return TargetRows(
         address(image),

@@ -19,6 +19,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .._signatures import BY_ROW
 
+new = tuple.__new__
+"""Make a named tuple, ``new(Kind, values)``, without the Python call that its own constructor is: a step makes twenty."""
+
 INTERPRETED = isinstance(tl.sum, InterpretedFunction)
 """Whether kernels run in Triton's interpreter, where few programs with large tiles are fast."""
 
@@ -93,7 +96,7 @@ class Workspace:
         num_rows += -num_rows % _ALIGNMENT  # keeps every buffer aligned
         memory = torch.empty(self._end + num_rows * self._row_end, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
-        return memory, self._buffers(*[base + start + num_rows * by_row for start, by_row in self._places])
+        return memory, new(self._buffers, [base + start + num_rows * by_row for start, by_row in self._places])
 
 
 def _aligned(size: int) -> int:
@@ -142,7 +145,7 @@ class Plan:
         if self._is_bound and addresses % _ALIGNMENT == 0 and not is_watched:
             stream = driver.active.get_current_stream(device.index or 0)
             memory, buffers = self._workspace.addresses(device, num_rows)
-            self.launch(Run(stream, Tensor.data_ptr, x, out, buffers, num_rows))
+            self.launch(new(Run, (stream, Tensor.data_ptr, x, out, buffers, num_rows)))
             del memory  # not before: what is launched next on this stream may get it
         else:
             self.launch(Run(None, _itself, x, out, self._workspace.tensors(device, num_rows), num_rows))

@@ -7,7 +7,7 @@ import torch
 from ..._signatures import YOLOX, SimOTA, SimOTAAssign, SimOTAAssignment, YOLOXAssign
 from ..arguments import Anchors, Grid, Points, Rows, State, Tensor2, Tensor3, compute_type, points_of, targets_of, tensor3
 from ..decode import channel_sizes
-from ..launch import Buffers, Launch, Plan, Run, Workspace, cdiv, run
+from ..launch import Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..rows import (
     Pack,
     claim_sizes,
@@ -75,9 +75,9 @@ class Matching:
         rows: Rows,
     ) -> None:  # fmt: skip
         stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
-        boxes = Tensor3(b.boxes, 4 * grid.A, 1, grid.A)
-        table, state = Table(b.cost, b.obj), State(row, b.best, Anchors(b.contested, b.num_contested))
-        members, tally = Members(Anchors(b.members, b.num_members), b.words), Counts(counts, b.broken)
+        boxes = new(Tensor3, (b.boxes, 4 * grid.A, 1, grid.A))
+        table, state = new(Table, (b.cost, b.obj)), new(State, (row, b.best, new(Anchors, (b.contested, b.num_contested))))
+        members, tally = new(Members, (new(Anchors, (b.members, b.num_members)), b.words)), new(Counts, (counts, b.broken))
         targets = targets_of(run.address, run.x.targets)
         self.prepare(
             stream, self.programs, boxes, table, state, members, tally, *preds, rows, targets, grid, *size, num_rows,
@@ -105,10 +105,10 @@ class _SimOTAPlan(Plan):
 
     def launch(self, run: Run) -> None:
         x, address, b = run.x, run.address, run.buffers
-        obj = Tensor2(address(x.obj_logits), *x.obj_logits.stride())
-        preds = Predictions(tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits))
+        obj = new(Tensor2, (address(x.obj_logits), *x.obj_logits.stride()))
+        preds = new(Predictions, (tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits)))
         row, iou = map(address, run.out)
-        rows = Rows(b.image, b.label, b.xyxy, b.xywh)
+        rows = new(Rows, (b.image, b.label, b.xyxy, b.xywh))
         self.match(run, preds, points_of(address, x.points, x.strides), (0.0, 0.0), row, iou, b.counts, rows)
 
 
@@ -137,7 +137,12 @@ def predictions(run: Run) -> Predictions:
     """Parts of raw predictions (B, A, 5 + C)."""
     preds = run.x.preds
     image, anchor, channel = preds.stride()
-    boxes = Tensor3(run.address(preds), image, anchor, channel)
-    return Predictions(
-        boxes, Tensor2(run.channels(preds, 4), image, anchor), Tensor3(run.channels(preds, 5), image, anchor, channel)
+    boxes = new(Tensor3, (run.address(preds), image, anchor, channel))
+    return new(
+        Predictions,
+        (
+            boxes,
+            new(Tensor2, (run.channels(preds, 4), image, anchor)),
+            new(Tensor3, (run.channels(preds, 5), image, anchor, channel)),
+        ),
     )

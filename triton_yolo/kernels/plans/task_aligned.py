@@ -8,7 +8,7 @@ import triton
 from ..._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
 from ..arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
 from ..decode import decode_sizes
-from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, run
+from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..pairs import Rule
 from ..reduce import TOTAL_SIZES
 from ..rows import (
@@ -81,7 +81,7 @@ class _Matching:
 
 def state_of(run: Run, target_row: Any) -> State:
     """The state that an assignment keeps in its target rows and its workspace."""
-    return State(target_row, run.buffers.best, Anchors(run.buffers.contested, run.buffers.num_contested))
+    return new(State, (target_row, run.buffers.best, new(Anchors, (run.buffers.contested, run.buffers.num_contested))))
 
 
 class TaskAlignedPlan(Plan):
@@ -103,8 +103,8 @@ class TaskAlignedPlan(Plan):
         x, address, buffers = run.x, run.address, run.buffers
         grid = Grid((1, 1), x.scores.shape[1])
         row = address(run.out.target_row)
-        result = Result(row, address(run.out.target_score), buffers.row_sum, buffers.row_count)
-        state, rows = state_of(run, row), Rows(buffers.image, buffers.label, buffers.xyxy, None)
+        result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
+        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
         targets = targets_of(address, x.targets)
         self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
         if run.num_rows:
@@ -150,8 +150,8 @@ class YOLO11Assigning:
     ) -> None:
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
-        boxes = Tensor3(buffers.boxes, 4 * grid.A, 1, grid.A)
-        result, state = Result(row, score, buffers.row_sum, buffers.row_count), state_of(run, row)
+        boxes = new(Tensor3, (buffers.boxes, 4 * grid.A, 1, grid.A))
+        result, state = new(Result, (row, score, buffers.row_sum, buffers.row_count)), state_of(run, row)
         batch_size, targets = self.programs[1], targets_of(run.address, run.x.targets)
         num_rows = run.num_rows if self.num_poisons else 0
         if self.num_poisons:

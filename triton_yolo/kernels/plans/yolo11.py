@@ -17,7 +17,7 @@ from ..._signatures import (
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import decode_sizes
-from ..launch import Launch, Plan, Run, Workspace, cdiv, run
+from ..launch import Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..targets import packed_rows
 from ..yolo11 import Loss, Matched, _box_grad_kernel, _class_grad_kernel, _yolo11_loss_kernel, _yolo11_total_kernel, dense_sizes
@@ -60,7 +60,7 @@ class _AssignPlan(Plan):
     def launch(self, run: Run) -> None:
         row, score, sums, num_fg, label, box = map(run.address, run.out)
         dist, scores = tensor3(run.address, run.x.pred_dist), tensor3(run.address, run.x.pred_scores)
-        self.assign(run, dist, scores, row, score, sums, num_fg, Rows(run.buffers.image, label, box, None))
+        self.assign(run, dist, scores, row, score, sums, num_fg, new(Rows, (run.buffers.image, label, box, None)))
 
 
 class _LossPlan(Plan):
@@ -71,8 +71,8 @@ class _LossPlan(Plan):
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
-        self.loss(run, dist, scores, matched, address(x.normaliser), Loss(*map(address, run.out)))
+        matched = new(Matched, (address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes)))
+        self.loss(run, dist, scores, matched, address(x.normaliser), new(Loss, map(address, run.out)))
 
 
 class _Gradient:
@@ -126,11 +126,11 @@ class _CriterionPlan(Plan):
     def launch(self, run: Run) -> None:
         x, out, buffers, address = run.x, run.out, run.buffers, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        rows = Rows(buffers.image, buffers.label, buffers.xyxy, None)
-        matched = Matched(buffers.target_row, buffers.target_score, buffers.label, buffers.xyxy)
+        rows = new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
+        matched = new(Matched, (buffers.target_row, buffers.target_score, buffers.label, buffers.xyxy))
         normaliser, held = buffers.normaliser, buffers.held
         self.assign(run, dist, scores, buffers.target_row, buffers.target_score, normaliser, address(out.num_fg), rows)
-        self.loss(run, dist, scores, matched, normaliser, Loss(address(out.loss), address(out.terms), held))
+        self.loss(run, dist, scores, matched, normaliser, new(Loss, (address(out.loss), address(out.terms), held)))
         if self.gradient is not None:
             self.gradient(run, None, dist, scores, matched, held)
 
@@ -142,7 +142,7 @@ class _GradientPlan(Plan):
 
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
-        matched = Matched(address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes))
+        matched = new(Matched, (address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes)))
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
         self.gradient(run, address(x.grad), dist, scores, matched, address(x.held))
 

@@ -16,7 +16,7 @@ from ..._signatures import (
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import channel_sizes
-from ..launch import Launch, Plan, Run, Workspace, cdiv, run
+from ..launch import Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..yolox import Matched, _yolox_grad_kernel, _yolox_loss_kernel, _yolox_total_kernel, positive_sizes
 from .simota import Predictions, YOLOXAssigning, predictions
@@ -80,7 +80,9 @@ class _AssignPlan(Plan):
 
     def launch(self, run: Run) -> None:
         row, iou, counts, label, xywh = map(run.address, run.out)
-        self.assign.assign(run, predictions(run), row, iou, counts, Rows(run.buffers.image, label, run.buffers.xyxy, xywh))
+        self.assign.assign(
+            run, predictions(run), row, iou, counts, new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
+        )
 
 
 class _LossPlan(Plan):
@@ -90,7 +92,7 @@ class _LossPlan(Plan):
 
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
-        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
+        matched = new(Matched, (address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes)))
         loss, terms = map(address, run.out)
         self.loss(run, predictions(run), matched, loss, terms, None, address(x.normaliser), None)
 
@@ -112,8 +114,8 @@ class _CriterionPlan(Plan):
     def launch(self, run: Run) -> None:
         out, b, address = run.out, run.buffers, run.address
         preds = predictions(run)
-        self.assign.assign(run, preds, b.target_row, b.matched_iou, b.counts, Rows(b.image, b.label, b.xyxy, b.xywh))
-        matched = Matched(b.target_row, b.matched_iou, b.label, b.xywh)
+        self.assign.assign(run, preds, b.target_row, b.matched_iou, b.counts, new(Rows, (b.image, b.label, b.xyxy, b.xywh)))
+        matched = new(Matched, (b.target_row, b.matched_iou, b.label, b.xywh))
         self.loss(run, preds, matched, address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, b.counts)
         if self.gradient is not None:
             self.gradient(run, None, preds.boxes, matched, b.normaliser)
@@ -126,7 +128,7 @@ class _GradientPlan(Plan):
 
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
-        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
+        matched = new(Matched, (address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes)))
         self.gradient(run, address(x.grad), tensor3(address, x.preds), matched, address(x.normaliser))
 
 
