@@ -123,7 +123,9 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     assert tools
     for command in tools:
         proofs.make_parser().parse_args(command)
-    files = [word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests") and word != "tests.tools"]
+    files = [
+        word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests") and word != "tests.tools"
+    ]
     assert files
     assert all(Path(file).exists() for file in files)
     if not options:
