@@ -27,8 +27,7 @@ ROOT = Path(__file__).parent.parent
 EPOCHS = 2
 BRANCHED = ("yolov10n", "yolo26n")
 DETECTORS = ("yolov8n", "yolov9t", "yolo11n", "yolo12n", *BRANCHED)
-STEP_TOLERANCE = 1e-4  # relative; an untrained network's small class loss is itself 1.5e-5 off in their float32
-assert_close = functools.partial(compare.assert_close, tolerance=STEP_TOLERANCE)
+assert_close = functools.partial(compare.assert_close, tolerance=compare.OF_A_STEP)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -492,7 +491,7 @@ def compare_trainings(ours: Training, stock: Training) -> None:
     for a, b in zip(ours.steps, stock.steps, strict=True):
         assert list(a) == list(b)
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=STEP_TOLERANCE, abs=1e-6), name
+            assert a[name] == pytest.approx(b[name], rel=compare.OF_A_STEP, abs=1e-6), name
 
 
 @pytest.fixture
