@@ -271,7 +271,7 @@ def test_inputs_of_two_types_are_computed_in_the_wider(wide):
 
 
 def test_logarithm_of_a_probability_of_nothing_costs_a_hundred():
-    """Both anchors have a probability of 0, whose logarithm counts -100, and not so much that the overlap makes no difference."""
+    """Both anchors have a probability of 0; its logarithm counts -100, so that the overlap still makes a difference."""
     points, strides = torch.tensor([[4.0, 4.0], [12.0, 4.0]], device=DEVICE), torch.full((2,), 8.0, device=DEVICE)
     gt = torch.tensor([[[0.0, 0.0, 16.0, 8.0]]], device=DEVICE)
     boxes = torch.tensor([[[0.0, 0.0, 4.0, 8.0], [0.0, 0.0, 8.0, 8.0]]], device=DEVICE)  # IoU 1/4 and 1/2: k is 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.mutation import Mutant, plant, sampled
+from tests.tools.mutation import Mutant, planted, sampled
 
 SOURCE = """
 LIMIT = 3.0
@@ -38,8 +38,9 @@ def root(tmp_path: Path) -> Path:
     ],
 )
 def test_one_expression_becomes_another(root, mutant, old, new):
-    plant(mutant, root)
-    assert (root / "a.py").read_text() == ast.unparse(ast.parse(SOURCE.replace(old, new))) + "\n"
+    file, text = planted(mutant, root)
+    assert file == root / "a.py"
+    assert text == ast.unparse(ast.parse(SOURCE.replace(old, new))) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -54,16 +55,16 @@ def test_one_expression_becomes_another(root, mutant, old, new):
 )
 def test_what_does_not_apply_is_an_error(root, mutant):
     with pytest.raises(LookupError):
-        plant(mutant, root)
-    assert (root / "a.py").read_text() == SOURCE
+        file, text = planted(mutant, root)
+    assert file == root / "a.py"
+    assert text == SOURCE
 
 
 def test_of_functions_with_one_name_the_one_that_fits_is_changed(root):
     (root / "b.py").write_text("def nearest(x):\n    return x < 1\n")
-    plant(Mutant("nearest", "_a < _b", "_a <= _b"), root)
-    assert "x <= 1" in (root / "b.py").read_text()
+    assert "x <= 1" in planted(Mutant("nearest", "_a < _b", "_a <= _b"), root)[1]
     with pytest.raises(LookupError, match="not 5 in one place"):
-        plant(Mutant("nearest", "_a < _b", "_a <= _b", of=5), root)
+        planted(Mutant("nearest", "_a < _b", "_a <= _b", of=5), root)
     with pytest.raises(LookupError, match="2 places"):
         sampled("nearest", root, 1)
 

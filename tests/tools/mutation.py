@@ -57,20 +57,19 @@ class Place(NamedTuple):
     node: ast.stmt
 
 
-def plant(mutant: Mutant, root: Path) -> None:
-    """Change the one file below ``root`` that defines the function. Of several of its name one must have so many matches."""
+def planted(mutant: Mutant, root: Path) -> tuple[Path, str]:
+    """The file below ``root`` with the function, and its new text. Of several of one name, one must have so many matches."""
     places = {place: list(matches(_part(place.node, mutant.at), mutant.pattern)) for place in find(mutant.function, root)}
     fitting = [place for place, found in places.items() if len(found) == mutant.of]
     if len(fitting) != 1:
         raise LookupError(f"{mutant}: {[len(found) for found in places.values()]} matches, not {mutant.of} in one place")
     (place,) = fitting
-    before = ast.unparse(place.module)
     target, values = places[place][mutant.nth]
-    changed = _Substitute({id(target): _filled(mutant.replacement, values)}).visit(place.module)
-    source = ast.unparse(ast.fix_missing_locations(changed))
-    if source == before:
+    changed = _filled(mutant.replacement, values)
+    if ast.dump(changed) == ast.dump(target):
         raise LookupError(f"{mutant}: changes nothing")
-    place.file.write_text(source + "\n")
+    module = _Substitute({id(target): changed}).visit(place.module)
+    return place.file, ast.unparse(ast.fix_missing_locations(module)) + "\n"
 
 
 def run(mutant: Mutant, root: str, test: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -78,7 +77,8 @@ def run(mutant: Mutant, root: str, test: str, folder: Path, **environment: str) 
     for name in ("triton_yolo", "reference", "tests", "bench"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results", "plots"))
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
-    plant(mutant, folder / root)
+    file, text = planted(mutant, folder / root)
+    file.write_text(text)
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *test.split()],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, capture_output=True, text=True, check=False,
@@ -103,7 +103,8 @@ def sampled(function: str, root: Path, number: int, without: Sequence[str] = ())
 def find(name: str, root: Path) -> list[Place]:
     """Where below ``root`` something is defined."""
     files = [root] if root.is_file() else sorted(root.rglob("*.py"))
-    modules = [(file, ast.parse(file.read_text())) for file in files]
+    last = name.rpartition(".")[2]
+    modules = [(file, ast.parse(text)) for file in files if last in (text := file.read_text())]
     found = [Place(file, module, node) for file, module in modules for node in _named(module, name)]
     if not found:
         raise LookupError(f"{name} is defined nowhere in {root}")
