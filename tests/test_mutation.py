@@ -55,9 +55,7 @@ def test_one_expression_becomes_another(root, mutant, old, new):
 )
 def test_what_does_not_apply_is_an_error(root, mutant):
     with pytest.raises(LookupError):
-        file, text = planted(mutant, root)
-    assert file == root / "a.py"
-    assert text == SOURCE
+        planted(mutant, root)
 
 
 def test_of_functions_with_one_name_the_one_that_fits_is_changed(root):

@@ -50,7 +50,7 @@ MEANT = {
     "k at least two": (Mutant("_simota_claim_kernel", "tl.maximum(_a, 1)", "tl.maximum(_a, 2)"), YOLOX),
     "k rounded": (Mutant("_simota_claim_kernel", "_a >> 52", "(_a + (1 << 51)) >> 52"), YOLOX),
     "infeasible pairs cost nothing": (Mutant("_INFEASIBLE_COST", "_n", "0.0"), YOLOX),
-    "logarithms not clamped": (Mutant("_clamped", "_a < -100", "_a < -1000"), CLAMPED),
+    "logarithms not clamped": (Mutant("_clamped", "tl.where(_a < -100, -100.0, _a)", "tl.where(_a < -1000, -1000.0, _a)"), CLAMPED),
     "conflict to the dearest": (Mutant("_simota_contest_kernel", "-_a", "_a"), YOLOX),
     "states that are not finite stay": (Mutant("_simota_settle_kernel", "tl.maximum(_a, -1)", "_a"), TAKES_PART),
     "anchors that take part may hold anything": (Mutant("_simota_member_kernel", "_a == _BROKEN", "_a == -3"), TAKES_PART),
