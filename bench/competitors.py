@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import reference
 import triton_yolo as ty
-from tests import peers
 
+from . import peers
 from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
 
 OURS = "triton_yolo"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests import peers
+from . import peers
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 PEERS = ("ultralytics", "pixeltable-yolox", "libreyolo")
@@ -77,7 +77,7 @@ def proofs(arguments: argparse.Namespace) -> Iterator[Task]:
 
 
 def sanitizer(arguments: argparse.Namespace) -> Iterator[Task]:
-    step = (sys.executable, "-m", "bench.small_step")
+    step = (sys.executable, "-m", "tests.tools", "small-step")
     yield Task("small step", 90, step)  # compiles what the others run
     for tool in ("memcheck", "racecheck"):
         watch = () if arguments.rehearse else ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")

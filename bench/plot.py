@@ -1,7 +1,6 @@
-"""From the saved results: bar charts, a roofline, scaling curves, and the tables of the README."""
+"""From the saved results: the tables of the README, and its plots, of float32 on a CPU."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,13 @@ README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
 def run(arguments: argparse.Namespace) -> None:
     README.write_text(fill_all(README.read_text()))
     PLOTS.mkdir(exist_ok=True)
-    for command in ("loss", "stages", "assign"):
-        for name, rows in by_device(results.latest(command)):
-            _draw_bars(f"{command}{name}", rows)
     both = [row for command in ("loss", "stages") for row in results.latest(command) if row.get("least_bytes")]
-    for name, rows in by_device(both):
-        _draw_roofline(f"roofline{name}", rows)
-    for name, rows in by_device(results.latest("scaling")):
-        _draw_scaling(f"scaling{name}", rows)
-
-
-def by_device(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What was measured alike, with the end of a file's name: none for float32 on a CPU, else device, type and batch size."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        is_plain = (row["device"], row["dtype"]) == ("cpu", "float32")
-        name = "" if is_plain else f"-{row['device'].partition(':')[0]}-{row['dtype']}"
-        groups.setdefault(name if is_plain or "size" in row else f"{name}-{row['batch_size']}", []).append(row)
-    yield from groups.items()
+    for name, rows, draw in (
+        ("loss", results.latest("loss"), _draw_bars),
+        ("roofline", both, _draw_roofline),
+        ("scaling", results.latest("scaling"), _draw_scaling),
+    ):
+        draw(name, [row for row in rows if (row["device"], row["dtype"]) == ("cpu", "float32")])
 
 
 def _draw_bars(name: str, rows: list[dict[str, Any]]) -> None:

@@ -16,16 +16,15 @@ from tqdm import tqdm
 
 import reference
 import triton_yolo as ty
-from examples.detector import Detector
-from tests import peers
 from triton_yolo.integrations import ultralytics as integration
 
-from . import results
+from . import peers, results
 from .cases import STRIDES, Case
 from .compare import TOLERANCE, check
 from .competitors import OURS, Target, label
 from .loss import case_of, describe, sizes
 from .measure import Trial, interleaved, now, spread
+from .network import Network
 
 HEADER = (
     "| model | criterion | step ms (p20-p80) | model forward ms | loss ms (forward + backward) | model backward ms "
@@ -186,11 +185,12 @@ def _yolo11n(case: Case, target: Target) -> dict[str, TrainStep]:
 
 
 def _detector(head: str, case: Case, target: Target) -> dict[str, TrainStep]:
-    """The example's; the criteria stay outside autocast, as in its training."""
+    """The small one of this folder; the criteria stay outside autocast."""
     torch.manual_seed(0)
-    model = Detector(case.num_classes, head).to(target.device, _weights(target))
-    rows = case.rows.to(target.device, _weights(target))
     of_yolo11 = head == "yolo11"
+    channels = (4 * case.reg_max, case.num_classes) if of_yolo11 else (5 + case.num_classes,)
+    model = Network(*channels).to(target.device, _weights(target))
+    rows = case.rows.to(target.device, _weights(target))
     plain = partial(reference.yolo11_loss if of_yolo11 else reference.yolox_loss, strides=STRIDES)
     ours = (ty.YOLO11Loss if of_yolo11 else ty.YOLOXLoss)(case.num_classes, strides=STRIDES).to(target.device)
 

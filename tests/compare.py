@@ -1,10 +1,18 @@
-"""The one tolerance table, and which assignments are decided by more than rounding."""
+"""The one table of tolerances, and which assignments are decided by more than rounding."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-# Largest error allowed, relative to the largest expected value.
+# Largest error against the specification in float64, relative to the largest expected value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Of kernels beside the eager backend, which takes the same steps in another order; two roundings of the type at least.
+BETWEEN_BACKENDS = 2e-6
+# Of one elementary function, relative to every single value.
+OF_A_FUNCTION = {torch.float64: 1e-14, torch.float32: 1e-6}
+# Of a trainer's step beside the stock one: an untrained network's small class loss is itself 1.5e-5 off in their float32.
+OF_A_STEP = 1e-4
 
 
 def assert_close(
@@ -28,6 +36,18 @@ def assert_close(
     assert error.max() <= tolerance * scale, f"{what}: largest error {error.max():.3g} of {scale:.3g}"
     rms = expected_64.square().mean().sqrt().clamp(min=size_of_terms)
     assert error.square().mean().sqrt() <= tolerance * rms, f"{what}: RMS error too large"
+
+
+def assert_same(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = BETWEEN_BACKENDS) -> None:
+    """Compare what both backends return: integers and flags to the bit, numbers relative to the largest and to 1."""
+    for have, want in zip(actual, expected, strict=True):
+        assert have.dtype == want.dtype
+        assert have.shape == want.shape
+        if not want.dtype.is_floating_point:
+            assert torch.equal(have, want)
+        else:
+            bound = max(tolerance, 2 * torch.finfo(want.dtype).eps) * max(1.0, want.abs().max().item() if want.numel() else 0)
+            torch.testing.assert_close(have, want, rtol=0, atol=bound)
 
 
 def is_decided(values: Tensor, count: Tensor | int, rtol: float = 1e-5, atol: float = 0.0) -> bool:

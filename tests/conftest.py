@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.prepare()
 
 if EMULATED := os.environ.get("EMULATE"):
-    from bench.emulator import emulated
+    from tests.tools.emulator import emulated
 
     _emulation = emulated(EMULATED)
     _emulation.__enter__()

@@ -268,3 +268,14 @@ def test_inputs_of_two_types_are_computed_in_the_wider(wide):
     for a, b in list(zip(have, want, strict=True))[5 if which == 1 else 0 :]:
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_logarithm_of_a_probability_of_nothing_costs_a_hundred():
+    """Both anchors have a probability of 0; its logarithm counts -100, so that the overlap still makes a difference."""
+    points, strides = torch.tensor([[4.0, 4.0], [12.0, 4.0]], device=DEVICE), torch.full((2,), 8.0, device=DEVICE)
+    gt = torch.tensor([[[0.0, 0.0, 16.0, 8.0]]], device=DEVICE)
+    boxes = torch.tensor([[[0.0, 0.0, 4.0, 8.0], [0.0, 0.0, 8.0, 8.0]]], device=DEVICE)  # IoU 1/4 and 1/2: k is 1
+    logits, objectness = torch.full((1, 2, 1), -400.0, device=DEVICE), torch.zeros(1, 2, device=DEVICE)
+    padded = (torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE), gt, torch.ones(1, 1, 1, dtype=torch.bool, device=DEVICE))
+    matched = ty.SimOTAAssigner(1)(logits, objectness, boxes, points, strides, *padded)
+    assert matched.fg_mask.tolist() == [[False, True]]

@@ -1,22 +1,22 @@
 """The benchmark runs, refuses to time what disagrees, and its tables land between their markers."""
 
-import dataclasses
+import ast
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import gpu, resources, results, scaling, small_step, tables, train_step
+from bench import gpu, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Target
 from bench.measure import Trial, interleaved
-from tests import peers
+from tests.tools import __main__ as proofs
 
+BENCH = Path(bench.__file__).parent
 TINY = ["--quick", "--batch-size", "1", "--imgsz", "64", "--classes", "2", "--boxes", "lognormal"]
 
 
@@ -30,43 +30,6 @@ def test_operations_are_measured(command, what, tmp_path, monkeypatch, capsys):
     assert all(row["failure"] is None and len(row["forward"]) == 3 for row in rows)
     assert all(f"| {row['what']} | {row['name']} |" in capsys.readouterr().out for row in rows[:1])
     assert {"commit", "date", "machine"} <= set(rows[0])
-
-
-def write_voc(folder: Path) -> None:
-    """Four noisy pictures of 64 px with a box in each."""
-    import cv2
-
-    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (folder / part).mkdir(parents=True)
-    for name in ("train", "val"):
-        (folder / f"ImageSets/Main/{name}.txt").write_text("0 1 2 3")
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
-    for index in range(4):
-        cv2.imwrite(str(folder / f"JPEGImages/{index}.jpg"), pixels[index])
-        box = f"<xmin>{5 * index}</xmin><ymin>9</ymin><xmax>{9 * index + 20}</xmax><ymax>50</ymax>"
-        (folder / f"Annotations/{index}.xml").write_text(
-            "<annotation><size><width>64</width><height>64</height></size>"
-            f"<object><name>RBC</name><bndbox>{box}</bndbox></object></annotation>"
-        )
-
-
-@pytest.mark.peers
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Ultralytics imports
-def test_trainings_in_float64_are_the_same(tmp_path, monkeypatch, capsys):
-    if not peers.is_installed("ultralytics"):
-        pytest.skip("ultralytics is not installed; `make peers` installs it")
-    write_voc(tmp_path / "bccd")
-    file = tmp_path / "results.jsonl"
-    # The trainer gathers the gradients of 64 images for a step.
-    options = ["--double", "--imgsz", "64", "--batch-size", "64", "--epochs", "3", "--threads", str(torch.get_num_threads())]
-    monkeypatch.setattr("sys.argv", ["bench", "parity", "ultralytics", *options, "--data", str(tmp_path), "--out", str(file)])
-    bench.main()
-    patched, perturbed = (json.loads(line) for line in file.read_text().splitlines())
-    assert (patched["name"], patched["dtype"], patched["epochs"]) == ("patched", "float64", 3)
-    assert patched["largest_all"] < 1e-10 < 1e-8 < perturbed["largest_all"]
-    assert patched["steps_within"] == patched["steps_an_epoch"] == 1
-    assert patched["map50"] == pytest.approx(patched["stock_map50"], abs=1e-6)
-    assert "3 epochs, float64" in capsys.readouterr().out
 
 
 def test_what_disagrees_has_no_time():
@@ -148,18 +111,6 @@ def test_exponent_of_a_power():
     assert scaling.exponent([(x, 3 * x**1.5) for x in (1, 2, 4, 10)]) == pytest.approx(1.5)
 
 
-def test_a_spill_is_past_the_bar_of_some_targets_only():
-    row = resources.Resources("decode", "_kernel", "cuda:90", "float16", "channel-first", 4, 32, 0, 0, 128, 128, 5000, 0.1)
-    spilling = dataclasses.replace(row, spill=8)
-    assert resources.over_the_bar([row, spilling, dataclasses.replace(spilling, target="cuda:75")]) == [spilling]
-    assert resources.figures([row, spilling])["spilled"] == {"decode channel-first _kernel": 8}
-
-
-def test_the_small_step_runs(capsys):
-    small_step.main()
-    assert len(capsys.readouterr().out.splitlines()) == 28
-
-
 @pytest.mark.parametrize("options", [(), ("--rehearse",)])
 def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     arguments = bench.make_parser().parse_args(["gpu", "--out", str(tmp_path), *options])
@@ -168,7 +119,13 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "train-step"}
     for command in benchmarks:
         bench.make_parser().parse_args(command)
-    files = [word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests")]
+    tools = [task.command[task.command.index("tests.tools") + 1 :] for task in tasks if "tests.tools" in task.command]
+    assert tools
+    for command in tools:
+        proofs.make_parser().parse_args(command)
+    files = [
+        word.partition("::")[0] for task in tasks for word in task.command if word.startswith("tests") and word != "tests.tools"
+    ]
     assert files
     assert all(Path(file).exists() for file in files)
     if not options:
@@ -203,3 +160,21 @@ def test_only_the_last_run_of_a_machine_is_reported(tmp_path, monkeypatch):
     assert [row["value"] for row in results.latest("loss")] == [3, 4, 2]  # b measured x alone
     assert results.latest("stages") == []
     assert results.machine()["threads"] == torch.get_num_threads()
+
+
+def test_nothing_of_the_tests_or_examples_is_imported():
+    """The benchmark runs without them; what it starts as processes of their own is another matter."""
+    found = set()
+    for file in BENCH.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    assert {"triton_yolo", "reference", "torch"} <= found
+    assert not found & {"tests", "examples"}
+
+
+def test_every_plot_is_shown():
+    text = (BENCH.parent / "README.md").read_text()
+    assert all(f"bench/plots/{file.name}" in text for file in (BENCH / "plots").iterdir())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import peers
+from bench import peers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # Lightning advises about workers and logging

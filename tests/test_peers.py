@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import triton_yolo as ty
+from bench import peers
 from bench.cases import STRIDES, Case, has_coco, make_case, yolo11_preds, yolox_preds
-from bench.voc import read_boxes
-from tests import peers
 from tests.compare import assert_close
+from tests.tools.voc import read_boxes
 
 pytestmark = pytest.mark.peers
 DATA = Path(os.environ["TRITON_YOLO_DATA"]) if "TRITON_YOLO_DATA" in os.environ else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import peers
+from bench import peers
 from tests.test_ultralytics import make_batch, make_model
 from triton_yolo.integrations import ultralytics as integration
 from triton_yolo.integrations._stock import BCE, Stock

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import reference as ref
 import triton_yolo as ty
 from tests import strategies as strat
-from tests.compare import assert_close, is_decided
+from tests.compare import TOLERANCE, assert_close, is_decided
 from tests.conftest import DEVICE
 
 KINDS = ("iou", "giou", "diou", "ciou")
@@ -132,7 +132,7 @@ def test_gradient_of_touching_boxes_is_half_of_that_of_an_intersection(kind, axi
     # as that less half of what is shared: 1/8 for a side of b's, on either side, and for the others nothing.
     expected = torch.zeros(4, device=DEVICE)
     expected[2 + axis] = 1 / 8 if kind == "iou" else 1 / 8 + (2 - 1) / 8
-    assert_close(a.grad[0], expected, "gradient", tolerance=1e-5)
+    assert_close(a.grad[0], expected, "gradient", tolerance=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +179,7 @@ def test_align_metric_scales_with_the_image():
     args = (case.gt_labels, 8 * case.gt_boxes, case.mask)
     large = ty.align_metric(case.scores, 8 * case.boxes, 8 * case.points, *args, alpha=1.0, beta=2.0)
     for a, b in zip(small, large, strict=True):
-        assert_close(a, b, tolerance=1e-5)
+        assert_close(a, b, tolerance=TOLERANCE[torch.float32])
 
 
 @given(

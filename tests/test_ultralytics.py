@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import triton_yolo as ty
-from tests import compare, peers
+from bench import peers
+from tests import compare
 from triton_yolo.integrations import ultralytics as integration
 
 pytestmark = pytest.mark.peers
@@ -26,8 +27,7 @@ ROOT = Path(__file__).parent.parent
 EPOCHS = 2
 BRANCHED = ("yolov10n", "yolo26n")
 DETECTORS = ("yolov8n", "yolov9t", "yolo11n", "yolo12n", *BRANCHED)
-STEP_TOLERANCE = 1e-4  # relative; an untrained network's small class loss is itself 1.5e-5 off in their float32
-assert_close = functools.partial(compare.assert_close, tolerance=STEP_TOLERANCE)
+assert_close = functools.partial(compare.assert_close, tolerance=compare.OF_A_STEP)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -403,7 +403,7 @@ def test_processes_of_ddp_are_patched_too(context, tmp_path):
     from ultralytics.utils import dist
 
     (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests import peers\nkept = peers.contained()\nkept.__enter__()\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nfrom bench import peers\nkept = peers.contained()\nkept.__enter__()\n"
     )
     probe = Probe()
     probe.args, probe.model, probe.callbacks, probe.resume = get_cfg(), "yolo11n.yaml", {}, False
@@ -491,7 +491,7 @@ def compare_trainings(ours: Training, stock: Training) -> None:
     for a, b in zip(ours.steps, stock.steps, strict=True):
         assert list(a) == list(b)
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=STEP_TOLERANCE, abs=1e-6), name
+            assert a[name] == pytest.approx(b[name], rel=compare.OF_A_STEP, abs=1e-6), name
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def assert_loads_without_us(file: Path) -> None:
     code = f"""
 import sys
 sys.modules["triton_yolo"] = None
-from tests import peers
+from bench import peers
 with peers.contained():
     import torch
     content = torch.load({str(file)!r}, weights_only=False)

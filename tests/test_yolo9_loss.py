@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import peers
 from bench.cases import STRIDES, Case, has_coco, make_case, yolo11_preds
-from tests import peers
-from tests.compare import assert_close
+from tests.compare import OF_A_STEP, TOLERANCE, assert_close
 from triton_yolo.integrations import _yolo9_loss
 
 pytestmark = pytest.mark.peers
@@ -88,7 +88,9 @@ def losses_and_grads(criterion: Callable, maps: list[Tensor], targets: Tensor) -
     return output, torch.cat([leaf.grad.flatten(2) for leaf in leaves], 2)
 
 
-def compare(peer: Peer, criterion: Callable, maps: list[Tensor], targets: Tensor, tolerance: float = 1e-5) -> dict[str, Tensor]:
+def compare(
+    peer: Peer, criterion: Callable, maps: list[Tensor], targets: Tensor, tolerance: float = TOLERANCE[torch.float32]
+) -> dict[str, Tensor]:
     stock, grad = losses_and_grads(criterion, maps, targets)
     with peer.integration.patched():
         ours, our_grad = losses_and_grads(criterion, maps, targets)
@@ -237,7 +239,7 @@ def test_training(peer, with_aux):
         ours, change = train(peer, with_aux)
     assert ((ours - stock).abs() <= 1e-4 * stock.abs()).all()
     assert (stock > 0).all()
-    assert_close(change, stock_change, "change of the weights", 1e-4)
+    assert_close(change, stock_change, "change of the weights", OF_A_STEP)
 
 
 @pytest.mark.parametrize("with_aux", [False, True])
@@ -249,7 +251,7 @@ def test_every_step_of_a_training_with_the_same_weights(peer, with_aux):
         with peer.integration.patched():
             ours, grads = step(model, make_batch(number))
         assert ((ours - stock).abs() <= 1e-5 * stock.abs()).all()
-        assert_close(grads, stock_grads, "gradients", 1e-5)
+        assert_close(grads, stock_grads, "gradients", TOLERANCE[torch.float32])
         optimizer.step()
 
 

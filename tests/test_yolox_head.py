@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests import peers
+from bench import peers
 from tests.compare import assert_close
 from triton_yolo.integrations import _yolox_head
 from triton_yolo.integrations._patching import kept

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.emulator import EmulationError, arithmetic, driver, emulated
 from tests.emulator import kernels
+from tests.tools.emulator import EmulationError, arithmetic, driver, emulated
 
 TARGETS = ("cuda:75", "cuda:90")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_yolo
-from bench.meter import Meter, shipped_sizes
+from tests.tools.meter import Meter, shipped_sizes
 from triton_yolo.kernels import launch
 
 

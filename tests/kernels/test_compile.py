@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time. ``python -m bench resources`` prints the whole table; this is a part of it."""
+"""Every kernel compiles ahead of time. ``python -m tests.tools resources`` prints the whole table; this is a part of it."""
 
 import json
 import os
@@ -22,8 +22,8 @@ FULL_WIDTH_YOLOX = ("_prepare_kernel", "_yolox_grad_kernel")
 SCRIPT = """
 import json, sys
 from dataclasses import asdict
-from bench.launches import OPERATORS
-from bench.resources import measure, over_the_bar
+from tests.tools.launches import OPERATORS
+from tests.tools.resources import measure, over_the_bar
 target, dtype, *chosen = sys.argv[1:]
 rows = list(measure(target, dtype, {name: OPERATORS[name] for name in chosen or OPERATORS}))
 assert over_the_bar(rows) == [], over_the_bar(rows)
@@ -56,8 +56,8 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
 
 PARAMETERS = """
 import sys, torch
-from bench.launches import OPERATORS
-from bench.resources import compile_launches
+from tests.tools.launches import OPERATORS
+from tests.tools.resources import compile_launches
 for name in ("yolo11_loss", "yolox_loss"):
     operator, layouts = OPERATORS[name]
     for launch in compile_launches("cuda:90", lambda: operator(torch.float64, layouts[0])):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from tests.compare import assert_same
 from tests.flat import eager, kernels
 from tests.kernels.cases import (
     ANCHORS,
@@ -25,17 +26,6 @@ LAYOUTS = ("first", "last", "split", "spread")
 DTYPES = (torch.float32, torch.float64, torch.float16)
 GAINS = (7.5, 0.5, 1.5)
 CENTER, PAPER = ("center", 1.5), ("box_and_center", 2.5)
-
-
-def assert_same(actual, expected, tolerance=2e-6):
-    for have, want in zip(actual, expected, strict=True):
-        assert have.dtype == want.dtype
-        assert have.shape == want.shape
-        if not want.dtype.is_floating_point:
-            assert torch.equal(have, want)
-        else:
-            bound = max(tolerance, 2 * torch.finfo(want.dtype).eps) * max(1.0, want.abs().max().item() if want.numel() else 0)
-            torch.testing.assert_close(have, want, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +70,7 @@ def test_bbox_iou(kind, dtype, eps):
     assert_same([kernels.bbox_iou(a, b, kind, eps)], [eager.bbox_iou(a, b, kind, eps)])
     grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)
     expected = eager.bbox_iou_backward(grad, a, b, kind, eps)
-    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, eps), expected, tolerance=1e-5)
+    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, eps), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

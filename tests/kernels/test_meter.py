@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.meter import Meter, OutOfBoundsError, WriteRaceError
+from tests.tools.meter import Meter, OutOfBoundsError, WriteRaceError
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench import traffic
-from bench.traffic import Figures
+from tests.tools import traffic
+from tests.tools.traffic import Figures
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 BARS = {name: Figures(**bar) for name, bar in json.loads(traffic.BARS.read_text()).items()}
@@ -13,9 +13,9 @@ BARS = {name: Figures(**bar) for name, bar in json.loads(traffic.BARS.read_text(
 
 def test_bars_are_those_of_the_design():
     for name, bar in BARS.items():
-        ratio, backward = (1.25, 2) if name.startswith("yolo11") else (1.35, 1)
+        ratio, forward = (1.25, 9) if name.startswith("yolo11") else (1.35, 8)
         assert bar.ratio <= ratio
-        assert (bar.forward, bar.backward) == (8, backward)
+        assert (bar.forward, bar.backward) == (forward, 1)  # gradients are written forward, and scaled backward
         assert bar.spare <= 64
 
 

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 import triton_yolo as ty
-from bench.meter import Meter
+from tests.compare import OF_A_FUNCTION
 from tests.flat import eager, kernels
 from tests.kernels import cases
 from tests.kernels.cases import FLAT_SHAPES, STRIDES, X_LEVELS, far_memory, laid_out, make_case, make_yolox_case
+from tests.tools.meter import Meter
 from triton_yolo.kernels.boxes import log_not
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -155,13 +156,13 @@ def log_not_kernel(out_ptr, p_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, log_not(tl.load(p_ptr + offs)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_log_of_one_minus_a_probability(dtype, tolerance):
+@pytest.mark.parametrize("dtype", OF_A_FUNCTION)
+def test_log_of_one_minus_a_probability(dtype):
     p = torch.cat([torch.logspace(-30, 0, 3000, dtype=dtype), torch.linspace(0, 1, 1096, dtype=dtype)])
     out = torch.empty_like(p)
     log_not_kernel[(1,)](out, p, BLOCK=4096)
     want = torch.log1p(-p.double())
-    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=0)
+    torch.testing.assert_close(out.double(), want, rtol=OF_A_FUNCTION[dtype], atol=0)
     assert want.isinf().any()
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import triton_yolo as ty
-
-from .cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
+from bench.cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
 
 if TYPE_CHECKING:
     from .meter import Meter
@@ -20,7 +19,7 @@ BARS = Path(__file__).with_name("traffic_bars.json")
 
 
 class Figures(NamedTuple):
-    """Launches forward and backward; requested bytes over the least possible; bytes an anchor beside the predictions.
+    """Launches forward and backward; requested bytes over the least possible; bytes an anchor beside predictions and gradients.
 
     The last is the largest of all launches: a few numbers an anchor and a row, never a tensor of pairs.
     """
@@ -61,7 +60,7 @@ def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures,
 
 
 def metered_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> "tuple[Meter, int, set[int]]":
-    """The launches of a criterion forward and backward, how many are forward, and where its predictions begin."""
+    """The launches of a criterion forward and backward, how many are forward, where predictions and gradients begin."""
     from .meter import Meter, shipped_sizes
 
     preds = yolo11_preds(case) if system == "yolo11" else (yolox_preds(case).transpose(1, 2),)
@@ -74,7 +73,7 @@ def metered_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> "t
         loss = criterion(*inputs, case.feat_shapes, case.rows).loss
         forward = len(meter.launches)
         loss.backward()
-    return meter, forward, {x.untyped_storage().data_ptr() for x in inputs}
+    return meter, forward, {x.untyped_storage().data_ptr() for leaf in inputs for x in (leaf, leaf.grad)}
 
 
 CASES = {

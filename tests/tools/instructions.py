@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import triton_yolo as ty
-
-from .cases import STRIDES, has_coco, make_case, yolo11_preds, yolox_preds
+from bench.cases import STRIDES, has_coco, make_case, yolo11_preds, yolox_preds
 
 HEADER = (
     "| kernel | programs | warps | issued by all, thousands | by a warp of the longest | of the median |\n"

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests import peers
+from bench import peers, results
+from tests.compare import OF_A_STEP
 from triton_yolo.integrations import ultralytics as integration
 
-from . import results
 from .voc import write_yolo
 
 CLASSES = ("RBC", "WBC", "Platelets")
-TOLERANCE = 1e-4
 
 
 class Run(NamedTuple):
@@ -171,7 +170,7 @@ def report(arguments: argparse.Namespace, runs: dict[str, Run], same_weights: li
     print("\n| same weights at every step | " + " | ".join(columns) + f" |\n|---|{'--:|' * len(columns)}")
     for name, rows in (("first epoch", same_weights[: stock.steps_an_epoch]), ("all epochs", same_weights)):
         print(f"| {name} | " + " | ".join(f"{max(row[column] for row in rows):.1e}" for column in columns) + " |")
-    print(f"\nwithin {TOLERANCE} for the first {steps_within(stock, runs['patched'])} of {stock.steps_an_epoch} steps", end="")
+    print(f"\nwithin {OF_A_STEP} for the first {steps_within(stock, runs['patched'])} of {stock.steps_an_epoch} steps", end="")
     print(f", perturbed for {steps_within(stock, runs['perturbed'])}" if "perturbed" in runs else "")
 
 
@@ -213,7 +212,7 @@ def dtype(arguments: argparse.Namespace) -> str:
 def steps_within(stock: Run, other: Run) -> int:
     """Steps of the first epoch before the first whose losses differ by more than the tolerance."""
     steps = range(stock.steps_an_epoch)
-    return next((i for i in steps if any(difference(stock, other, i, n) > TOLERANCE for n in stock.steps[0])), len(steps))
+    return next((i for i in steps if any(difference(stock, other, i, n) > OF_A_STEP for n in stock.steps[0])), len(steps))
 
 
 def difference(stock: Run, other: Run, step: int, loss: str) -> float:

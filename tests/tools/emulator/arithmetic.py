@@ -83,7 +83,7 @@ def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c, rounded once: float32 through float64, float64 through a wider type, where the last bit may be off."""
+    """A * b + c, rounded once: float32 through float64, float64 through a wider type, where the last bit may be off."""
     wide = np.float64 if a.dtype == np.float32 else np.longdouble
     return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
 

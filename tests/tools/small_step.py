@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 import triton_yolo as ty
-
-from .cases import STRIDES, make_case, yolo11_preds, yolox_preds
+from bench.cases import STRIDES, make_case, yolo11_preds, yolox_preds
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ class WriteRaceError(AssertionError):
 @dataclass
 class Traffic:
     """Memory traffic of one launch, in bytes. ``unique`` counts every byte once, ``sectors`` every 32-byte piece an access
-    touches, times 32. ``storages`` (start, end) are those that the launch was given."""
+    touches, times 32. ``storages`` (start, end) are those that the launch was given.
+    """
 
     kernel: str
     programs: int = 0

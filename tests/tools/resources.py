@@ -20,12 +20,13 @@ from unittest import mock
 import torch
 import triton
 
-from . import results
+from bench import results
+
 from .launches import OPERATORS, Operator
+from .tables import RESOURCES
 from .target import TargetDriver, active
 
 BARS = Path(__file__).with_name("resources_bars.json")
-RESULTS = results.FOLDER / "resources.jsonl"
 
 
 @dataclass
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
             rows += found
             failed += over_the_bar(found)
             if len(operators) == len(OPERATORS):
-                results.append("resources", {"target": target, "dtype": dtype, **figures(found)}, arguments.out or RESULTS)
+                results.append("resources", {"target": target, "dtype": dtype, **figures(found)}, arguments.out or RESOURCES)
     if arguments.json:
         arguments.json.write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
     if failed:
