@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from . import gpu, instructions, launches, loss, model, parity, plot, scaling, traffic, train_step, training
+from . import gpu, host, instructions, launches, loss, model, parity, plot, scaling, traffic, train_step, training
 
 
 def main() -> None:
@@ -69,6 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--rehearse", action="store_true", help="small cases in Triton's interpreter instead")
     add.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of logs and results; default: %(default)s")
     add.set_defaults(run=gpu.run)
+    add = commands.add_parser("host", help="what a step costs the host, beside an older version; fails past the bar")
+    add.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    add.add_argument("--rounds", type=int, default=11)
+    add.add_argument("--steps", type=int, default=200, help="of a round")
+    add.set_defaults(run=host.run)
     add = commands.add_parser("training", help="train the example's detector on digits and, with the data, on BCCD")
     add.add_argument("--what", nargs="+", choices=["digits", "BCCD"], help="only these")
     add.add_argument("--device", default="cpu")

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from triton_yolo.integrations._patching import REQUIREMENTS
 
 
 @pytest.mark.parametrize("trainer", ["ultralytics", "yolox", "libreyolo"])
@@ -17,8 +20,14 @@ sys.modules[{trainer!r}] = None
 try:
     integration.patch()
 except ImportError as error:
-    assert str(error) == "{trainer} is not installed: pip install 'triton-yolo[{trainer}]'"
+    assert str(error) == '{trainer} is not installed: pip install "{REQUIREMENTS[trainer]}"'
 else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("trainer", REQUIREMENTS)
+def test_the_line_that_is_advised_installs_what_the_extra_does(trainer):
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'{trainer} = ["{REQUIREMENTS[trainer]}"]' in project

@@ -36,7 +36,7 @@ MUTANTS = {
     "aspect ratio upside down": Mutant(BOXES, "torch.atan(wb / hb) - torch.atan(wa / ha)).square()\n    return", "torch.atan(hb / wb) - torch.atan(wa / ha)).square()\n    return", IOU),
     "CIoU's weight is not constant": Mutant(BOXES, "d_angle = weight *", "d_angle = 2 * weight *", IOU),
     "a tie's gradient goes to one side": Mutant(BOXES, "is_own.float() + 0.5 * is_tie.float()", "is_own.float() + is_tie.float()", IOU),
-    "boxes that touch overlap on one side": Mutant(BOXES, "share(overlap_w > 0, overlap_w == 0)", "(overlap_w >= 0)", "tests/test_stages.py::test_gradient_of_touching_boxes_is_half_of_that_of_an_intersection"),
+    "boxes that touch overlap on one side": Mutant(BOXES, "torch.where(x == 0, grad / 2, 0)", "torch.where(x == 0, grad, 0)", "tests/test_stages.py::test_gradient_of_touching_boxes_is_half_of_that_of_an_intersection"),
     "enclosing area smaller than the union": Mutant(BOXES, "enclosing_w * (enclosing_h + 2 * eps) + eps\n        return", "enclosing_w * enclosing_h + eps\n        return", "tests/test_stages.py::test_giou_of_flat_boxes"),
     "intersection not clamped": Mutant(BOXES, "- torch.maximum(ax1, bx1)).clamp_(min=0)", "- torch.maximum(ax1, bx1))", IOU),
     "bins start at one": Mutant(DECODE, "probs @ torch.arange(logits.shape[-1],", "probs @ torch.arange(1, 1 + logits.shape[-1],", DECODING),

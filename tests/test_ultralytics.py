@@ -326,7 +326,12 @@ def test_another_loss_is_an_error(monkeypatch):
 
     stock = BboxLoss.forward
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
-    monkeypatch.setattr(BboxLoss, "forward", lambda *args: tuple(1.01 * x for x in stock(*args)))
+
+    def forward(*args):
+        return tuple(1.01 * x for x in stock(*args))
+
+    forward.__module__ = BboxLoss.__module__  # that of another version
+    monkeypatch.setattr(BboxLoss, "forward", forward)
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")
     with warns, pytest.raises(RuntimeError, match=r"8\.5\.2 is not .* its loss is another"):

@@ -253,6 +253,28 @@ def test_a_head_with_its_own_assignment_keeps_it(peer):
     assert torch.equal(loss, expected)
 
 
+class Doubled(torch.nn.BCEWithLogitsLoss):
+    def forward(self, logits, targets):
+        return 2 * super().forward(logits, targets)
+
+
+@pytest.mark.parametrize("name", ["bcewithlog_loss", "l1_loss", "iou_loss"])
+def test_a_head_with_a_loss_of_its_own_keeps_it(peer, name):
+    model = peer.make_model()
+    model.head.use_l1 = True
+    plain = step(model, *make_batch())[0]["total_loss"]
+    if name == "bcewithlog_loss":
+        model.head.bcewithlog_loss = Doubled(reduction="none")
+    else:
+        getattr(model.head, name).register_forward_hook(lambda module, inputs, output: 2 * output)
+    expected = step(model, *make_batch())[0]["total_loss"]
+    _yolox_head._warn_once.cache_clear()
+    with peer.integration.patched(), pytest.warns(UserWarning, match=f"{name} .* the stock loss stays"):
+        loss = step(model, *make_batch())[0]["total_loss"]
+    assert torch.equal(loss, expected)
+    assert loss > plain
+
+
 @pytest.mark.parametrize("name", ["get_losses", "get_output_and_grid"])
 def test_changed_methods_are_an_error(peer, name, monkeypatch):
     monkeypatch.setattr(peer.head, name, lambda self, other: None)

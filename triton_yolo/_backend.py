@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
-_current = _checked(os.environ.get("TRITON_YOLO_BACKEND", "auto"), "TRITON_YOLO_BACKEND")
+_default = _checked(os.environ.get("TRITON_YOLO_BACKEND") or "auto", "TRITON_YOLO_BACKEND")
+_calls: list["backend"] = []  # of the process, the last one counts
+_block: ContextVar[str] = ContextVar("triton_yolo_backend")
 
 
 class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabled`` is)
@@ -25,34 +28,36 @@ class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabl
 
     ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere. ``"eager"`` runs
     sparse PyTorch on any device; it synchronises host and device. ``"triton"`` runs Triton kernels, on CPU tensors only under
-    ``TRITON_INTERPRET=1``, and raises an error where it cannot. The environment variable ``TRITON_YOLO_BACKEND`` sets the
-    default for a process.
+    ``TRITON_INTERPRET=1``, and raises an error where it cannot. A block counts for its thread or task alone. Backward runs
+    where forward ran. The environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
 
     Raises:
         ValueError: ``name`` is none of these.
     """
 
     def __init__(self, name: str) -> None:
-        global _current
         self._name = _checked(name, "name")
-        self._previous, _current = _current, name
+        self._tokens: list[Token[str]] = []
+        del _calls[:-99]
+        _calls.append(self)
 
     def __enter__(self) -> None:
-        global _current
-        _current = self._name
+        if self in _calls:  # it is a block, and nobody else's business
+            _calls.remove(self)
+        self._tokens.append(_block.set(self._name))
 
     def __exit__(self, *_: object) -> None:
-        global _current
-        _current = self._previous
+        _block.reset(self._tokens.pop())
 
 
 def current() -> str:
-    return _current
+    """The backend that was chosen for this thread or task, or for the process."""
+    return _block.get(_calls[-1]._name if _calls else _default)
 
 
 def implementation(device: torch.device, name: str = "") -> Any:
     """Return what has the operations for tensors on ``device`` as attributes: of the backend ``name``, or the current one."""
-    name = name or _current
+    name = name or _block.get(_calls[-1]._name if _calls else _default)
     if name == "eager" or (name == "auto" and device.type not in _TRITON_DEVICES):
         return _module("eager")
     if device.type == "cpu" and not _is_interpreted():

@@ -1,16 +1,25 @@
-"""Checks of arguments: clear errors, never a synchronisation."""
+"""Checks of arguments: clear errors, never a synchronisation.
 
+What runs at every step looks at attributes and builds no text unless something is wrong: the text of a size would make a
+constant of it in a compiled graph.
+"""
+
+import math
+import numbers
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from math import prod
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._signatures import Levels
+
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE_UP_TO = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that these types cannot tell apart
 
 
 def require(condition: bool, argument: str, must: str, got: object) -> None:
@@ -19,92 +28,191 @@ def require(condition: bool, argument: str, must: str, got: object) -> None:
         raise ValueError(f"{argument} must {must}, got {got}")
 
 
+def warn(message: str) -> None:
+    """Warn at the line of the caller of this package, however many frames of PyTorch's are in between."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("triton_yolo", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+# ---- settings
+
+
 def one_of(argument: str, value: T, allowed: Sequence[T]) -> T:
     require(value in allowed, argument, f"be one of {', '.join(map(repr, allowed))}", repr(value))
     return value
 
 
-def at_least(argument: str, value: float, least: float) -> None:
+def whole(argument: str, value: Any, least: int = 1) -> int:
+    """A whole number, at least ``least``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be a whole number, got {value!r}")
     require(value >= least, argument, f"be at least {least}", value)
+    return int(value)
 
 
-def sequence(argument: str, values: Iterable[T]) -> tuple[T, ...]:
+def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
+    """A finite number that is not negative, or positive."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    is_good = math.isfinite(value) and (value > 0 if is_positive else value >= 0)
+    require(is_good, argument, f"be finite and {'positive' if is_positive else 'not negative'}", value)
+    return float(value)
+
+
+def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
+    """Positive numbers, one a level."""
     if not isinstance(values, Iterable):
         raise TypeError(f"{argument} must be a sequence, got {values!r}")
-    return tuple(values)
+    return tuple(real(argument, value, is_positive=True) for value in values)
+
+
+def image_size(argument: str, value: Any) -> tuple[float, float]:
+    """Height and width from one number or two, of any kind that the host knows."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
+    if isinstance(value, Tensor) or hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        return value, value  # type: ignore[return-value]
+    require(isinstance(value, Sequence) and len(value) == 2, argument, "be (height, width) or one number", value)
+    return value[0], value[1]
+
+
+# ---- tensors
 
 
 def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor | None = None, is_float: bool = True) -> None:
     """Check rank, sizes (a string stands for any size), type and, against ``like``, the device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(x).__name__}")
-    expected = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
-    fits = x.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(x.shape, shape, strict=True)
-    )
-    require(fits, argument, f"have shape {expected}", tuple(x.shape))
+    sizes = x.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for have, want in zip(sizes, shape, strict=True):
+            if type(want) is not str and have != want:
+                fits = False
+    if not fits:
+        expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{argument} must have shape ({expected}), got {tuple(sizes)}")
     if is_float and x.dtype not in FLOATS:
         raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if like is not None:
-        require(x.device == like.device, argument, f"be on {like.device}", x.device)
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
 
 def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
     """Check one value a ground-truth slot, (B, G) or (B, G, 1) as ``like`` (B, G, ...) has them, and return (B, G)."""
-    shape = tuple(like.shape[:2])
+    shape = like.shape[:2]
     is_column = isinstance(x, Tensor) and x.dim() == 3
     tensor(argument, x, (*shape, 1) if is_column else shape, like=like, is_float=False)
     return x.reshape(shape)
 
 
-def levels(
-    feat_shapes: Sequence[Sequence[int]], strides: Sequence[float], num_anchors: int | None = None
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Check the levels and return (h0, w0, h1, w1, ...) and the strides as the operators take them."""
-    require(len(feat_shapes) > 0, "feat_shapes", "have at least one level", len(feat_shapes))
-    require(len(feat_shapes) == len(strides), "feat_shapes", f"have one (h, w) for each of the {len(strides)} strides",
-            len(feat_shapes))  # fmt: skip
-    for shape in feat_shapes:
-        require(len(shape) == 2 and min(shape) >= 1, "feat_shapes", "hold positive (h, w)", tuple(shape))
-    for stride in strides:
-        require(stride > 0, "strides", "be positive", stride)
-    if num_anchors is not None:
-        total = sum(prod(shape) for shape in feat_shapes)
-        require(total == num_anchors, "feat_shapes", f"have as many cells as the predictions have anchors ({num_anchors})",
-                f"{total} from {[tuple(s) for s in feat_shapes]}")  # fmt: skip
-    return tuple([side for shape in feat_shapes for side in shape]), tuple([float(s) for s in strides])
+def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num_anchors: int | None = None) -> Levels:
+    """Check the sizes of the levels against the strides and the number of anchors."""
+    if not isinstance(feat_shapes, Iterable):
+        raise TypeError(f"feat_shapes must be a sequence of (h, w), got {feat_shapes!r}")
+    shapes = list(feat_shapes)
+    if len(shapes) != len(strides) or not shapes:
+        _bad_levels(f"have one (h, w) for each of the {len(strides)} strides", shapes)
+    flat: list[int] = []
+    total = 0
+    for shape in shapes:
+        if len(shape) != 2:
+            _bad_levels("hold positive (h, w)", shapes)
+        height, width = shape
+        if height < 1 or width < 1:
+            _bad_levels("hold positive (h, w)", shapes)
+        flat += (height, width)
+        total = total + height * width
+    height, width = flat[0] * strides[0], flat[1] * strides[0]
+    for level in range(1, len(strides)):
+        stride = strides[level]
+        bound = stride if stride > strides[0] else strides[0]
+        if abs(flat[2 * level] * stride - height) > bound or abs(flat[2 * level + 1] * stride - width) > bound:
+            _bad_levels(f"be sizes of one image at strides {strides}, in their order, each (h, w)", shapes)
+    if num_anchors is not None and total != num_anchors:
+        _bad_levels(f"have as many cells as the predictions have anchors ({num_anchors}), not {total}", shapes)
+    return Levels(tuple(flat), strides)
 
 
-def targets(rows: list[Tensor], batch_size: int, num_classes: int) -> None:
-    """Check the values of what operations take as targets, on the CPU."""
-    if rows[0].device.type != "cpu":
-        return
-    if len(rows) == 1:
-        normalised_rows(rows[0])
-        rows_in_range(rows[0][:, 0], rows[0][:, 1], batch_size, num_classes)
-    else:
-        rows_in_range(rows[0], rows[1], batch_size, num_classes)
+def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
+    got = [tuple(shape) if isinstance(shape, Iterable) else shape for shape in shapes]
+    raise ValueError(f"feat_shapes must {must}, got {got}")
 
 
-def normalised_rows(rows: Tensor) -> None:
-    """Warn on the CPU if most rows (N, 6) in the YOLO convention can't be normalised; elsewhere that would synchronise."""
-    if rows.device.type != "cpu":
-        return
-    largest = rows[rows[:, 0] >= 0, 2:].abs().amax(1)
-    if (largest > 10).sum() * 2 > len(largest):
-        warnings.warn(
-            f"targets have boxes up to {largest.max():.6g} images wide or away: rows are normalised to 0-1 of the image, "
-            "and boxes in pixels go through triton_yolo.Targets",
-            stacklevel=2,
+# ---- ground truth
+
+
+def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor) -> None:
+    """Check the four fields of ``Targets``."""
+    num_rows = targets[0].shape[:1] if isinstance(targets[0], Tensor) else ("N",)
+    for place, (name, x) in enumerate(zip(names, targets, strict=True)):
+        tensor(f"targets.{name}", x, (*num_rows, 4) if place > 1 else num_rows or ("N",), like=like, is_float=place > 1)
+        if place < 2 and x.dtype != torch.int64:
+            raise TypeError(f"targets.{name} must be int64, got {x.dtype}")
+
+
+def exact_rows(argument: str, rows: Tensor, batch_size: int, num_classes: int) -> None:
+    """Check that the type of raw rows can tell apart all images and classes."""
+    limit = _WHOLE_UP_TO.get(rows.dtype)
+    if limit is not None and (batch_size > limit + 1 or num_classes > limit + 1):
+        raise ValueError(
+            f"{argument} must be of a wider type than {rows.dtype}, which holds whole numbers up to {limit} exactly, "
+            f"for {batch_size} images and {num_classes} classes"
         )
 
 
-def rows_in_range(image_index: Tensor, labels: Tensor, batch_size: int, num_classes: int) -> None:
+def raw_rows(argument: str, rows: Tensor) -> None:
+    """Check the values of rows (N, 6) in the YOLO convention, on the CPU; elsewhere that would synchronise."""
+    if rows.device.type != "cpu" or len(rows) == 0:
+        return
+    numbers_, boxes = rows[:, :2], rows[:, 2:]
+    broken = numbers_[(numbers_ != numbers_.round()) | ~numbers_.isfinite()]  # NaN is not equal to itself
+    require(broken.numel() == 0, argument, "have whole image indices and labels", broken[:5].tolist())
+    limit = _WHOLE_UP_TO.get(rows.dtype)
+    if limit is not None:
+        largest = numbers_.max().item()
+        require(largest <= limit, argument, f"have image indices and labels up to {limit} in {rows.dtype}", largest)
+    largest_boxes = boxes[rows[:, 0] >= 0].abs().amax(1)
+    if (largest_boxes > 10).sum() * 2 > len(largest_boxes):
+        warn(
+            f"{argument} have boxes up to {largest_boxes.max():.6g} images wide or away: rows are normalised to 0-1 of the "
+            "image, and boxes in pixels go through triton_yolo.Targets"
+        )
+
+
+def pixel_boxes(argument: str, boxes: Tensor) -> None:
+    """Warn if most boxes (n, 4) are shares of an image, not pixels."""
+    largest = boxes.abs().amax(1)
+    if (largest <= 1).sum() * 2 > len(largest):
+        warn(
+            f"{argument} are at most {largest.max():.6g} px wide or away: they are in pixels here, and boxes normalised to 0-1 "
+            "of the image go through triton_yolo.Targets.from_yolo"
+        )
+
+
+def rows_in_range(
+    image_index: Tensor, labels: Tensor, batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")
+) -> None:
     """Check the values of ground-truth rows on the CPU; elsewhere that would synchronise, and such rows are ignored."""
     if image_index.device.type != "cpu" or image_index.numel() == 0:
         return
     is_row = image_index >= 0
     largest = int(image_index.max())
-    require(largest < batch_size, "targets", f"have image indices below the batch size {batch_size}", largest)
+    require(largest < batch_size, names[0], f"have image indices below the batch size {batch_size}", largest)
     wrong = labels[is_row & ((labels < 0) | (labels >= num_classes))]
-    require(wrong.numel() == 0, "targets", f"have labels in 0...{num_classes - 1}", wrong[:5].tolist())
+    require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", wrong[:5].long().tolist())
+
+
+def targets(rows: Sequence[Tensor], batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")) -> None:
+    """Check the values of what operations take as targets, on the CPU."""
+    if rows[0].device.type != "cpu":
+        return
+    if len(rows) == 1:
+        raw_rows(names[0], rows[0])
+        rows_in_range(rows[0][:, 0], rows[0][:, 1], batch_size, num_classes, names)
+    else:
+        rows_in_range(rows[0], rows[1], batch_size, num_classes, names)

@@ -1,6 +1,7 @@
 """How an operation becomes an operator of PyTorch: everything follows from the fields of its inputs and outputs."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import torch
@@ -24,7 +25,6 @@ _SCHEMAS = {
     tuple[float, ...]: "float[]",
 }
 Outputs = TypeVar("Outputs", bound=tuple)
-Differentiable = Callable[[list[Any]], tuple[Tensor, ...]]
 
 
 class Operation(Generic[Outputs]):
@@ -50,7 +50,7 @@ class Operation(Generic[Outputs]):
             if kind not in _SCHEMAS:
                 self._groups.insert(0, (len(kinds), len(kinds) + len(parts), kind))
             kinds.update(parts)
-        self.names = tuple(kinds)
+        self.names, self.kinds = tuple(kinds), tuple(kinds.values())
         self._tuples = [place for place, kind in enumerate(kinds.values()) if get_origin(kind) is tuple]
         arguments = ", ".join(f"{_SCHEMAS[kind]} {field}" for field, kind in kinds.items())
         results = ", ".join(["Tensor"] * len(self.outputs._fields))
@@ -59,11 +59,11 @@ class Operation(Generic[Outputs]):
         torch.library.register_fake(f"triton_yolo::{name}", self._fake, lib=_LIBRARY)
         self.operator = getattr(torch.ops.triton_yolo, name).default
         self._check = check
-        self._differentiable: Differentiable | None = None
+        self._differentiable: _Differentiable | None = None
         if gradient is not None:
             self._differentiable = _with_gradient(self, gradient)
         elif any(field.startswith("grad_") for field in self.outputs._fields) and "grad" not in self.names:
-            self._differentiable = _with_gradients_inside(self)
+            self._differentiable = _GradientsInside(self)
 
     def __call__(self, x: Any) -> Outputs:
         if self._differentiable is None or not torch.is_grad_enabled():
@@ -72,8 +72,9 @@ class Operation(Generic[Outputs]):
         return self.outputs(*result, *[None] * (len(self.outputs._fields) - len(result)))  # gradients that are kept
 
     def run(self, x: Any) -> tuple[Tensor, ...]:
-        """Run without a gradient. What nobody watches goes straight to the backend; the operator costs as much as ten launches."""
-        return self._compute(x) if _is_unwatched(x[0]) else self.run_operator(self.flat(x))
+        """Run without a gradient: what nobody watches without the operator, which costs as much as ten launches."""
+        is_watched = _is_traced() or _is_watched(x[0])
+        return self.run_operator(self.flat(x)) if is_watched else self.compute(x)
 
     def run_operator(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
         result = self.operator(*flat)
@@ -98,7 +99,7 @@ class Operation(Generic[Outputs]):
             values[start:end] = (kind._make(values[start:end]),)
         return self.inputs._make(values)
 
-    def _compute(self, x: Any) -> tuple[Tensor, ...]:
+    def compute(self, x: Any) -> tuple[Tensor, ...]:
         if self._check is not None:
             self._check(x)
         device = x[0].device
@@ -109,7 +110,7 @@ class Operation(Generic[Outputs]):
         return function(x)
 
     def _run(self, *flat: Any) -> Any:
-        return _unpacked(self._compute(self.nested(flat)))
+        return _unpacked(self.compute(self.nested(flat)))
 
     def _fake(self, *flat: Any) -> Any:
         return _unpacked(self.nested(flat).allocate())
@@ -120,15 +121,14 @@ def _unpacked(outputs: tuple[Any, ...]) -> Any:
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _is_unwatched(x: Tensor) -> bool:
-    """Whether neither a graph nor a mode, a subclass or a profiler wants to see which operators run."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd.profiler._is_profiler_enabled
-    )
+def _is_traced() -> bool:
+    """Whether this is for a graph or for ``torch.func``, which want functions without a state."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether a mode, a subclass or a profiler wants to see which operators run."""
+    return type(x) is not Tensor or torch.autograd.profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _kinds(kind: Any) -> dict[str, Any]:
@@ -136,90 +136,63 @@ def _kinds(kind: Any) -> dict[str, Any]:
     return {name: hints[name] for name in kind._fields}
 
 
-def _with_gradient(operation: "Operation", gradient: "Operation") -> Differentiable:
-    """Join an operation and its gradient, which takes inputs and outputs of the operation by their names."""
-    known = [*operation.names, *operation.outputs._fields]
-    sources = [known.index(name) for name in gradient.names if name not in ("grad", "backend")]
-    grads = [f"grad_{name}" for name in operation.names]
-    places = [gradient.outputs._fields.index(name) if name in gradient.outputs._fields else None for name in grads]
+class _Differentiable:
+    """An operation as autograd sees it.
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*flat: Any) -> tuple[Tensor, ...]:
-            return operation.run_operator(flat)
+    Args:
+        operation: what runs forward.
+        remember: called with a context, the flat inputs and the outputs.
+        give_back: called with that context and the gradient of the first output, returns those of the flat inputs.
+    """
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            values = [(*inputs, *output)[source] for source in sources]
-            ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
-            ctx.others = [None if isinstance(value, Tensor) else value for value in values]
-            # Autograd runs backward in threads of its own, which know nothing of a context.
-            ctx.backend = "" if torch.compiler.is_compiling() else _backend.current()
-            _only_first_has_gradient(ctx, output)
+    def __init__(
+        self, operation: "Operation", remember: Callable[..., None], give_back: Callable[..., tuple[Tensor | None, ...]]
+    ) -> None:
+        self._operation = operation
 
-        @staticmethod
         @once_differentiable
-        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            values = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-            result = gradient.run(gradient.nested([grad, *values, ctx.backend]))
-            return tuple([None if place is None else result[place] for place in places])
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            return (None,) * len(operation.names) if grad is None else give_back(ctx, grad)
 
-    return _called(operation, Function, Function)
+        class Plain(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+                output = operation.run(operation.nested(flat))
+                remember(ctx, flat, output)
+                return output
 
+        class Functional(torch.autograd.Function):
+            """For ``torch.func``, at the price of a slower call."""
 
-def _with_gradients_inside(operation: "Operation") -> Differentiable:
-    """Let an operation give back the gradients that it put out, times that of its first output."""
-    names = operation.outputs._fields
-    first = min(place for place, name in enumerate(names) if name.startswith("grad_"))
-    sources = [operation.names.index(name.removeprefix("grad_")) for name in names[first:]]
+            @staticmethod
+            def forward(*flat: Any) -> tuple[Tensor, ...]:
+                return operation.run(operation.nested(flat))
 
-    def placed(grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = [None] * len(operation.names)
-        for source, grad in zip(sources, grads, strict=True):
-            result[source] = grad
-        return tuple(result)
+            setup_context = staticmethod(remember)
 
-    class Functional(torch.autograd.Function):
-        """For graphs, in which nothing is changed in place."""
+        for function in (Plain, Functional):
+            function.__name__ = function.__qualname__ = operation.name
+            function.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+        self._plain, self._functional = Plain, Functional
 
-        @staticmethod
-        def forward(*flat: Any) -> tuple[Tensor, ...]:
-            return operation.run_operator(flat)
+        def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            remember(ctx, inputs, output if isinstance(output, tuple) else (output,))
+            ctx.lengths = [len(inputs[place]) if kind == list[Tensor] else None for place, kind in enumerate(operation.kinds)]
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*output[first:])
-            _only_first_has_gradient(ctx, output)
+        def give_back_lists(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+            grads = give_back(ctx, grad)
+            return tuple([x if n is None else [None] * n for x, n in zip(grads, ctx.lengths, strict=True)])
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            return placed([(working(x) * grad).to(x.dtype) for x in ctx.saved_tensors])
+        # Graphs have the operator, with the same gradient.
+        name = f"triton_yolo::{operation.name}"
+        torch.library.register_autograd(name, give_back_lists, setup_context=set_up, lib=_LIBRARY)
 
-    class InPlace(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
-            output = operation.run(x)
-            ctx.save_for_backward(*leaves)
-            ctx.x, ctx.grads, ctx.backend = x, output[first:], _backend.current()
-            ctx.mark_non_differentiable(*output[1:first])
-            ctx.set_materialize_grads(False)  # of the others it would make zeros
-            return output[:first]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            grads, ctx.grads = ctx.grads, None
-            if grads is None:  # of a graph that was retained: they went to whoever asked first, and are computed again
-                grads = operation.run(ctx.x)[first:]
-            _scale(grads, grad, ctx.backend)
-            return (None, *grads)
-
-    def call(x: Any) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return Functional.apply(*operation.flat(x))
-        return InPlace.apply(x, *[x[source] for source in sources])
-
-    return call
+    def __call__(self, x: Any) -> tuple[Tensor, ...]:
+        flat = self._operation.flat(x)
+        if torch.compiler.is_compiling():
+            return self._operation.run_operator(flat)
+        function = self._functional if torch._C._are_functorch_transforms_active() else self._plain
+        return function.apply(*flat)  # type: ignore[no-any-return]
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -227,16 +200,94 @@ def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the others it would make zeros
 
 
-def _called(operation: "Operation", plain: Any, functional: Any) -> Differentiable:
-    """Apply one of two functions: a graph and ``torch.func`` need a functional one with a context of its own."""
-    for function in (plain, functional):
-        function.__name__ = function.__qualname__ = operation.name
+def _with_gradient(operation: "Operation", gradient: "Operation") -> _Differentiable:
+    """Join an operation and its gradient, which takes inputs and outputs of the operation by their names."""
+    known = [*operation.names, *operation.outputs._fields]
+    sources = [known.index(name) for name in gradient.names if name not in ("grad", "backend")]
+    grads = [f"grad_{name}" for name in operation.names]
+    places = [gradient.outputs._fields.index(name) if name in gradient.outputs._fields else None for name in grads]
 
-    def call(x: Any) -> tuple[Tensor, ...]:
-        is_graph = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (functional if is_graph else plain).apply(*operation.flat(x))
+    def remember(ctx: Any, flat: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values = [(*flat, *output)[source] for source in sources]
+        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
+        ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+        # Autograd runs backward in threads of its own, which know nothing of a context.
+        ctx.backend = "" if torch.compiler.is_compiling() else _backend.current()
+        _only_first_has_gradient(ctx, output)
 
-    return call
+    def give_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        result = gradient.run(gradient.nested([grad, *values, ctx.backend]))
+        return tuple([None if place is None else result[place] for place in places])
+
+    return _Differentiable(operation, remember, give_back)
+
+
+class _GradientsInside(_Differentiable):
+    """An operation that puts out the gradients of its inputs, to be multiplied by that of its first output.
+
+    That happens in place, which is nothing to do where it is 1; graphs and ``torch.func`` multiply.
+    """
+
+    def __init__(self, operation: "Operation") -> None:
+        names = operation.outputs._fields
+        first = min(place for place, name in enumerate(names) if name.startswith("grad_"))
+        wanted = [name.removeprefix("grad_") for name in names[first:]]
+        places = [operation.names.index(name) for name in wanted]
+
+        def remember(ctx: Any, flat: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*output[first:])
+            _only_first_has_gradient(ctx, output)
+
+        def give_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            result: list[Tensor | None] = [None] * len(operation.names)
+            for place, x in zip(places, ctx.saved_tensors, strict=True):
+                result[place] = (working(x) * grad).to(x.dtype)
+            return tuple(result)
+
+        super().__init__(operation, remember, give_back)
+
+        class InPlace(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
+                output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x)
+                ctx.save_for_backward(*leaves)
+                ctx.rest = x._replace(**dict.fromkeys(wanted))
+                ctx.grads, ctx.backend = output[first:], _backend.current()
+                ctx.mark_non_differentiable(*output[1:first])
+                ctx.set_materialize_grads(False)
+                return output[:first]
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+                if grad is None:
+                    return (None,) * (1 + len(wanted))
+                if torch.is_grad_enabled():
+                    return _undifferentiable(ctx, grad)
+                return (None, *InPlace.grads_of(ctx, grad))
+
+            @staticmethod
+            def grads_of(ctx: Any, grad: Tensor) -> Sequence[Tensor]:
+                grads, ctx.grads = ctx.grads, None
+                if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
+                    leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
+                    grads = operation.run(ctx.rest._replace(**leaves))[first:]
+                _scale(grads, grad, ctx.backend)
+                return grads
+
+        @once_differentiable
+        def _undifferentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return (None, *InPlace.grads_of(ctx, grad))
+
+        InPlace.__name__ = InPlace.__qualname__ = operation.name
+        fields = [operation.inputs._fields.index(name) for name in wanted]
+        self._in_place = InPlace
+        self._leaves = itemgetter(*fields) if len(fields) > 1 else itemgetter(slice(fields[0], fields[0] + 1))
+
+    def __call__(self, x: Any) -> tuple[Tensor, ...]:
+        if _is_traced():
+            return super().__call__(x)
+        return self._in_place.apply(x, *self._leaves(x))  # type: ignore[no-any-return]
 
 
 def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:

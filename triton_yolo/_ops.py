@@ -4,20 +4,31 @@ An assignment and the loss that it leads to are operations of their own too, so 
 normaliser in between, and so that the assignment can be given.
 """
 
-from typing import Any
-
 from . import _checks
 from . import _signatures as of
 from ._operation import Operation
 
 
-def _check(x: Any) -> None:
-    """Check the values of targets against the sizes of the predictions."""
-    scores = x.preds[..., 5:] if hasattr(x, "preds") else x.pred_scores if hasattr(x, "pred_scores") else x[0]
-    _checks.targets(x.targets, scores.shape[0], scores.shape[2])
+def _check_rows(x: of.UnpackRows) -> None:
+    _checks.raw_rows("rows", x.rows)
 
 
-unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows, check=lambda x: _checks.normalised_rows(x.rows))
+def _check_padded(x: of.TaskAlignedAssign | of.SimOTAAssign) -> None:
+    batch_size, _, num_classes = x[0].shape
+    _checks.targets(x.targets, batch_size, num_classes, ("gt_labels", "gt_labels"))
+
+
+def _check_yolo11(x: of.YOLO11Assign | of.YOLO11) -> None:
+    batch_size, _, num_classes = x.pred_scores.shape
+    _checks.targets(x.targets, batch_size, num_classes)
+
+
+def _check_yolox(x: of.YOLOXAssign | of.YOLOX) -> None:
+    batch_size, _, num_channels = x.preds.shape
+    _checks.targets(x.targets, batch_size, num_channels - 5)
+
+
+unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows, check=_check_rows)
 
 _decode_dfl_backward: Operation[of.GradDist] = Operation("decode_dfl_backward", of.DecodeDFLBackward)
 _decode_yolox_backward: Operation[of.GradPreds] = Operation("decode_yolox_backward", of.DecodeYOLOXBackward)
@@ -28,14 +39,16 @@ bbox_iou: Operation[of.Overlaps] = Operation("bbox_iou", of.BboxIoU, gradient=_b
 align_metric: Operation[of.Metrics] = Operation("align_metric", of.AlignMetric)
 select_topk_candidates: Operation[of.Selected] = Operation("select_topk_candidates", of.SelectTopk)
 
-task_aligned_assign: Operation[of.TaskAlignedAssignment] = Operation("task_aligned_assign", of.TaskAlignedAssign, check=_check)
+task_aligned_assign: Operation[of.TaskAlignedAssignment] = Operation(
+    "task_aligned_assign", of.TaskAlignedAssign, check=_check_padded
+)
 _yolo11_backward: Operation[of.GradDistScores] = Operation("yolo11_loss_backward", of.YOLO11LossBackward)
-yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YOLO11Assign, check=_check)
+yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YOLO11Assign, check=_check_yolo11)
 yolo11_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_loss", of.YOLO11Loss, gradient=_yolo11_backward)
-yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of.YOLO11, check=_check)
+yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of.YOLO11, check=_check_yolo11)
 
-simota_assign: Operation[of.SimOTAAssignment] = Operation("simota_assign", of.SimOTAAssign, check=_check)
+simota_assign: Operation[of.SimOTAAssignment] = Operation("simota_assign", of.SimOTAAssign, check=_check_padded)
 _yolox_backward: Operation[of.GradPreds] = Operation("yolox_loss_backward", of.YOLOXLossBackward)
-yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign, check=_check)
+yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign, check=_check_yolox)
 yolox_loss: Operation[of.YOLOXLossOutputs] = Operation("yolox_loss", of.YOLOXLoss, gradient=_yolox_backward)
-yolox_criterion: Operation[of.YOLOXOutputs] = Operation("yolox_criterion", of.YOLOX, check=_check)
+yolox_criterion: Operation[of.YOLOXOutputs] = Operation("yolox_criterion", of.YOLOX, check=_check_yolox)

@@ -14,5 +14,7 @@ def working(x: Tensor) -> Tensor:
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, all in float64 if one of them is: inputs of several types are computed in the widest."""
-    is_wide = any(x.dtype == torch.float64 for x in tensors)
-    return tuple(x.double() for x in tensors) if is_wide else tensors
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return tuple(x.double() for x in tensors)
+    return tensors

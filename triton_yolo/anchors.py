@@ -32,6 +32,7 @@ def make_anchors(
     Raises:
         ValueError: the two sequences differ in length, or a size or stride is not positive.
     """
+    strides = _checks.reals("strides", strides)
     _checks.levels(feat_shapes, strides)
     points, point_strides = [], []
     for (height, width), stride in zip(feat_shapes, strides, strict=True):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from . import _checks, _ops
 from ._precision import widened
 from ._signatures import SimOTA, SimOTAAssign, TaskAligned, TaskAlignedAssign
-from .stages import check_padded
-from .targets import Targets
+from .stages import padded_targets
 
 CANDIDATE_MODES = ("center", "box_and_center")
 
@@ -79,10 +78,11 @@ class TaskAlignedAssigner(nn.Module):
         min_box_side: float = 0.0,
     ) -> None:
         super().__init__()
-        check_topk(topk, topk2)
-        _checks.at_least("num_classes", num_classes, 1)
-        self.topk, self.topk2, self.num_classes = topk, topk2, num_classes
-        self.alpha, self.beta, self.eps, self.min_box_side = float(alpha), float(beta), float(eps), float(min_box_side)
+        self.topk = _checks.whole("topk", topk)
+        self.topk2 = None if topk2 is None else _checks.whole("topk2", topk2)
+        self.num_classes = _checks.whole("num_classes", num_classes)
+        self.alpha, self.beta = _checks.real("alpha", alpha), _checks.real("beta", beta)
+        self.eps, self.min_box_side = _checks.real("eps", eps), _checks.real("min_box_side", min_box_side)
 
     @torch.no_grad()
     def forward(
@@ -109,12 +109,11 @@ class TaskAlignedAssigner(nn.Module):
             TypeError: an argument that must be a float tensor is not.
         """
         names = ("pd_scores", "pd_bboxes", "anc_points")
-        labels, mask = check_padded(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
+        targets, labels = padded_targets(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
         _checks.tensor("pd_scores", pd_scores, ("B", "A", self.num_classes))
         pd_scores, pd_bboxes, anc_points, gt_bboxes = widened(pd_scores, pd_bboxes, anc_points, gt_bboxes)
-        gt = Targets.from_padded(labels, gt_bboxes, mask)
         rule = TaskAligned(self.topk, self.topk2, self.alpha, self.beta, self.min_box_side, self.eps)
-        x = TaskAlignedAssign(pd_scores, pd_bboxes, anc_points, list(gt), rule)
+        x = TaskAlignedAssign(pd_scores, pd_bboxes, anc_points, targets, rule)
         target_row, target_score = _ops.task_aligned_assign(x)
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         if labels.shape[1] == 0:
@@ -148,10 +147,8 @@ class SimOTAAssigner(nn.Module):
 
     def __init__(self, num_classes: int = 80, center_radius: float = 1.5, candidates: str = "center") -> None:
         super().__init__()
-        _checks.at_least("num_classes", num_classes, 1)
-        _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
-        self.num_classes = num_classes
-        self.center_radius = float(center_radius)
+        self.num_classes = _checks.whole("num_classes", num_classes)
+        self.center_radius = _checks.real("center_radius", center_radius, is_positive=True)
         self.candidates = _checks.one_of("candidates", candidates, CANDIDATE_MODES)
 
     @torch.no_grad()
@@ -183,26 +180,19 @@ class SimOTAAssigner(nn.Module):
             TypeError: an argument that must be a float tensor is not.
         """
         names = ("cls_logits", "pred_bboxes", "anc_points")
-        labels, mask = check_padded(cls_logits, pred_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
+        targets, labels = padded_targets(cls_logits, pred_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names)
         _checks.tensor("cls_logits", cls_logits, ("B", "A", self.num_classes))
         obj_logits = _checks.per_slot("obj_logits", obj_logits, cls_logits)
         _checks.tensor("obj_logits", obj_logits, ("B", "A"))
         _checks.tensor("strides", strides, (cls_logits.shape[1],), like=cls_logits)
-        cls_logits, obj_logits, pred_bboxes, anc_points, strides, gt_bboxes = widened(
+        cls_logits, obj_logits, pred_bboxes, anc_points, strides, _ = widened(
             cls_logits, obj_logits, pred_bboxes, anc_points, strides, gt_bboxes
         )
-        gt = Targets.from_padded(labels, gt_bboxes, mask)
         rule = SimOTA(self.candidates, self.center_radius)
-        x = SimOTAAssign(cls_logits, obj_logits, pred_bboxes, anc_points, strides, list(gt), rule)
+        x = SimOTAAssign(cls_logits, obj_logits, pred_bboxes, anc_points, strides, targets, rule)
         target_row, matched_iou = _ops.simota_assign(x)
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         return SimOTAResult(fg_mask, slot, matched_iou, fg_mask.sum())
-
-
-def check_topk(topk: int, topk2: int | None) -> None:
-    _checks.at_least("topk", topk, 1)
-    if topk2 is not None:
-        _checks.at_least("topk2", topk2, 1)
 
 
 def slots_of_rows(target_row: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks, _ops
 from . import _signatures as signatures
-from ._precision import widened
-from ._signatures import YOLO11, YOLOX, Levels, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
-from .assigners import CANDIDATE_MODES, check_topk
+from ._criterion import Criterion, normaliser_of, rows_of
+from ._precision import widened, working_dtype
+from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
+from .assigners import CANDIDATE_MODES
 from .targets import Targets
 
 
@@ -53,7 +54,7 @@ class YOLOXLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11Loss(nn.Module):
+class YOLO11Loss(Criterion):
     """The criterion of YOLO11 and of YOLOv8, v9, v10 and 12: task-aligned assignment, BCE, CIoU and DFL.
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
@@ -99,19 +100,25 @@ class YOLO11Loss(nn.Module):
         dfl_gain: float = 1.5,
         min_box_side: float = 0.0,
         class_weights: Tensor | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        super().__init__()
-        _checks.at_least("num_classes", num_classes, 1)
-        _checks.at_least("reg_max", reg_max, 1)
-        check_topk(topk, topk2)
+        super().__init__(process_group)
+        self.num_classes = _checks.whole("num_classes", num_classes)
+        self.strides, self.reg_max = _checks.reals("strides", strides), _checks.whole("reg_max", reg_max)
+        self.assigner = TaskAligned(
+            _checks.whole("topk", topk), None if topk2 is None else _checks.whole("topk2", topk2),
+            _checks.real("alpha", alpha), _checks.real("beta", beta), _checks.real("min_box_side", min_box_side), 1e-9,
+        )  # fmt: skip
+        gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
+        self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
         if class_weights is not None:
-            _checks.tensor("class_weights", class_weights, (num_classes,))
-        self.num_classes, self.strides, self.reg_max = num_classes, _checks.sequence("strides", strides), reg_max
-        self.assigner = TaskAligned(topk, topk2, float(alpha), float(beta), float(min_box_side), 1e-9)
-        self.gains = (float(box_gain), float(cls_gain), float(dfl_gain))
-        self.process_group = process_group
+            _checks.tensor("class_weights", class_weights, (self.num_classes,))
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self._given_weights = class_weights
+
+    def reset_parameters(self) -> None:
+        if self.class_weights is not None and not self.class_weights.is_meta:
+            self.class_weights.copy_(self._given_weights)
 
     def forward(
         self,
@@ -138,25 +145,77 @@ class YOLO11Loss(nn.Module):
         batch_size, num_anchors, _ = pred_dist.shape
         _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
         pred_dist, pred_scores = widened(pred_dist, pred_scores)
-        levels = Levels(*_checks.levels(feat_shapes, self.strides, num_anchors))
-        rows = _rows(targets, pred_dist)
-        if self.process_group is None and _keeps_gradients(pred_dist, pred_scores):
-            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, _wants_grad(pred_dist, pred_scores)
+        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
+        rows = rows_of(targets, pred_scores)
+        wants_grad = torch.is_grad_enabled() and (pred_dist.requires_grad or pred_scores.requires_grad)
+        # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
+        is_half = torch.float16 in (pred_dist.dtype, pred_scores.dtype)
+        if self._ranks.given is None and not (is_half and wants_grad):
+            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad
             out = _ops.yolo11_criterion(YOLO11(pred_dist, pred_scores, rows, *options))
             return YOLO11LossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
             assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
             row, score, sums, num_fg, labels, boxes = assigned
-            normaliser = _normaliser(sums, self.process_group)
+            normaliser = normaliser_of(sums, self._ranks)
         options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
         loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
         return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+
+    def loss_of(
+        self,
+        pred_dist: Tensor,
+        pred_scores: Tensor,
+        feat_shapes: Sequence[Sequence[int]],
+        targets: Targets,
+        target_row: Tensor,
+        target_score: Tensor,
+        normaliser: Tensor,
+    ) -> YOLO11LossOutput:
+        """Compute the loss of an assignment that another assigner made.
+
+        Args:
+            pred_dist: (B, A, 4 * reg_max), see ``forward``.
+            pred_scores: (B, A, C), see ``forward``.
+            feat_shapes: (height, width) of every level in cells.
+            targets: ground truth in pixels.
+            target_row: (B, A) int32 or int64, the row of ``targets`` that every anchor is matched with, -1 for background.
+            target_score: (B, A), target of the matched class, which also weights the box terms; not read at background.
+            normaliser: () number that the terms are divided by, as it is: ``target_score`` summed over the batch and at least
+                1, or whatever takes its place.
+
+        Returns:
+            The loss, B times the sum of the weighted terms, and what ``forward`` returns beside it.
+
+        Raises:
+            ValueError: sizes or devices do not agree.
+            TypeError: a type is wrong.
+        """
+        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
+        batch_size, num_anchors, _ = pred_dist.shape
+        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
+        pred_dist, pred_scores = widened(pred_dist, pred_scores)
+        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
+        _checks.ground_truth(targets, Targets._fields, pred_dist)
+        _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_dist, is_float=False)
+        if target_row.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
+        _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
+        _checks.tensor("normaliser", normaliser, (), like=pred_dist)
+        dtype = working_dtype(pred_dist.dtype)
+        is_fg = target_row >= 0
+        row, score = target_row.int().contiguous(), target_score.detach().to(dtype).where(is_fg, 0).contiguous()
+        scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
+        gt = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
+        options = *gt, self.class_weights, levels, self.reg_max, self.gains
+        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, scale, *options))
+        return YOLO11LossOutput(loss, *terms.unbind(), is_fg.sum())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
 
 
-class YOLOXLoss(nn.Module):
+class YOLOXLoss(Criterion):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
@@ -191,16 +250,14 @@ class YOLOXLoss(nn.Module):
         iou_loss: str = "iou",
         iou_gain: float = 5.0,
         use_l1: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        super().__init__()
-        _checks.at_least("num_classes", num_classes, 1)
-        _checks.require(center_radius > 0, "center_radius", "be positive", center_radius)
-        self.num_classes, self.strides = num_classes, _checks.sequence("strides", strides)
-        self.assigner = SimOTA(_checks.one_of("candidates", candidates, CANDIDATE_MODES), float(center_radius))
+        super().__init__(process_group)
+        self.num_classes, self.strides = _checks.whole("num_classes", num_classes), _checks.reals("strides", strides)
+        radius = _checks.real("center_radius", center_radius, is_positive=True)
+        self.assigner = SimOTA(_checks.one_of("candidates", candidates, CANDIDATE_MODES), radius)
         self.iou_loss = _checks.one_of("iou_loss", iou_loss, ("iou", "giou"))
-        self.iou_gain = float(iou_gain)
-        self.process_group = process_group
+        self.iou_gain = _checks.real("iou_gain", iou_gain)
         self.register_buffer("_l1_gain", torch.zeros((), dtype=torch.float32), persistent=False)
         self.use_l1 = use_l1
 
@@ -213,6 +270,9 @@ class YOLOXLoss(nn.Module):
         # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
         self._use_l1 = bool(value)
         self._l1_gain.fill_(float(value))
+
+    def reset_parameters(self) -> None:
+        self._l1_gain.fill_(float(self._use_l1))
 
     def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
         """Assign the targets and compute the loss.
@@ -229,58 +289,22 @@ class YOLOXLoss(nn.Module):
             TypeError: predictions or rows are not float tensors.
         """
         _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
-        levels = Levels(*_checks.levels(feat_shapes, self.strides, preds.shape[1]))
-        rows, l1_gain = _rows(targets, preds), self._l1_gain
+        levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
+        rows, l1_gain = rows_of(targets, preds, 5), self._l1_gain
         if l1_gain.device != preds.device:
             l1_gain = l1_gain.to(preds.device, non_blocking=True)
         options = levels, self.iou_loss, self.iou_gain
-        if self.process_group is None and _keeps_gradients(preds):
-            x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, _wants_grad(preds))
+        wants_grad = torch.is_grad_enabled() and preds.requires_grad
+        if self._ranks.given is None and not (preds.dtype == torch.float16 and wants_grad):
+            x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, wants_grad)
             out = _ops.yolox_criterion(x)
             return YOLOXLossOutput(out.loss, *out.terms.unbind(), out.num_fg)
         with torch.no_grad():
             row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
             num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
-            normaliser = _normaliser(num_fg.masked_fill(is_broken > 0, torch.nan), self.process_group)
+            normaliser = normaliser_of(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
         loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
         return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"
-
-
-def _rows(targets: Tensor | Targets, preds: Tensor) -> list[Tensor]:
-    """Targets as operations take them."""
-    if isinstance(targets, Targets):
-        rows = list(targets)
-    elif isinstance(targets, Tensor):
-        _checks.tensor("targets", targets, ("N", 6))
-        rows = [targets.detach()]
-    else:
-        forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
-        raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
-    _checks.require(rows[0].device == preds.device, "targets", f"be on {preds.device}", rows[0].device)
-    return rows
-
-
-def _keeps_gradients(*preds: Tensor) -> bool:
-    """Whether gradients may be written before the loss's own is known: float16 needs it, as a loss scale keeps them above 0."""
-    return torch.float16 not in [x.dtype for x in preds] or not _wants_grad(*preds)
-
-
-def _wants_grad(*preds: Tensor) -> bool:
-    return torch.is_grad_enabled() and any([x.requires_grad for x in preds])
-
-
-def _normaliser(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
-
-    The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
-    """
-    if group is None:
-        return sums.clamp(min=1)
-    sums = sums.clone()
-    dist.all_reduce(sums, group=group)
-    sums = sums.clamp(min=1)
-    sums.view(-1)[0] /= group.size()
-    return sums

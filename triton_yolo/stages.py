@@ -30,7 +30,7 @@ def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, *, reg_max: int = 16, s
         ValueError: a size or device does not agree or ``reg_max`` is below 1.
         TypeError: an argument is not a float tensor.
     """
-    _checks.at_least("reg_max", reg_max, 1)
+    reg_max = _checks.whole("reg_max", reg_max)
     _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * reg_max))
     num_anchors = pred_dist.shape[1]
     _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=pred_dist)
@@ -57,7 +57,8 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
         TypeError: an argument is not a float tensor.
     """
     _checks.tensor("preds", preds, ("B", "A", "4 + ..."))
-    _checks.at_least("preds.shape[2]", preds.shape[2], 4)
+    if preds.shape[2] < 4:
+        raise ValueError(f"preds must have at least 4 channels, got {preds.shape[2]}")
     num_anchors = preds.shape[1]
     _checks.tensor("anchor_points", anchor_points, (num_anchors, 2), like=preds)
     _checks.tensor("strides", strides, (num_anchors,), like=preds)
@@ -86,6 +87,7 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
         TypeError: an argument is not a float tensor.
     """
     _checks.one_of("kind", kind, _KINDS)
+    eps = _checks.real("eps", eps)
     _checks.tensor("a", a, (*["..."] * (a.dim() - 1), 4))
     _checks.tensor("b", b, (*["..."] * (b.dim() - 1), 4), like=a)
     try:
@@ -131,10 +133,10 @@ def align_metric(
         ValueError: sizes or devices do not agree.
         TypeError: an argument that must be a float tensor is not.
     """
-    labels, mask = check_padded(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
-    scores, boxes, anchor_points, gt_bboxes = widened(pred_scores.detach(), pred_bboxes.detach(), anchor_points, gt_bboxes)
-    targets = list(Targets.from_padded(labels, gt_bboxes, mask))
-    options = labels.shape[1], float(alpha), float(beta), float(min_box_side)
+    targets, _ = padded_targets(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
+    scores, boxes, anchor_points, _ = widened(pred_scores.detach(), pred_bboxes.detach(), anchor_points, gt_bboxes)
+    exponents = _checks.real("alpha", alpha), _checks.real("beta", beta)
+    options = gt_bboxes.shape[1], *exponents, _checks.real("min_box_side", min_box_side)
     metric, overlaps = _ops.align_metric(AlignMetric(scores, boxes, anchor_points, targets, *options))
     return metric, overlaps
 
@@ -158,21 +160,22 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = N
         TypeError: ``metric`` is not a float tensor.
     """
     _checks.tensor("metric", metric, ("B", "G", "A"))
-    _checks.at_least("topk", topk, 1)
+    topk = _checks.whole("topk", topk)
     if mask_gt is not None:
         mask_gt = _checks.per_slot("mask_gt", mask_gt, metric).bool()
     return _ops.select_topk_candidates(SelectTopk(metric.detach(), topk, mask_gt)).selected
 
 
-def check_padded(
+def padded_targets(
     scores: Tensor, boxes: Tensor, points: Tensor, gt_labels: Tensor, gt_bboxes: Tensor, mask_gt: Tensor,
     names: tuple[str, str, str] = ("pred_scores", "pred_bboxes", "anchor_points"),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Check what assigners take and return labels (B, G) int64 and mask (B, G) bool."""
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Check what assigners take; return it as operations take targets, a row a slot, and the labels (B, G) int64."""
     _checks.tensor(names[0], scores, ("B", "A", "C"))
     batch_size, num_anchors, _ = scores.shape
     _checks.tensor(names[1], boxes, (batch_size, num_anchors, 4), like=scores)
     _checks.tensor(names[2], points, (num_anchors, 2), like=scores)
     _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", 4), like=scores)
     labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
-    return labels.long(), _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
+    mask = _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
+    return list(Targets._of_slots(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()

@@ -37,15 +37,17 @@ class Targets(NamedTuple):
         """Take rows (N, 6) of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image.
 
         Args:
-            rows: any float type; computed in float32 (float64 for float64).
+            rows: any float type; computed in float32 (float64 for float64). float16 holds image indices and classes up to
+                2,048, bfloat16 up to 256, and both round boxes: rows are best kept in float32.
             imgsz: (height, width) of the image in pixels, or one number for both.
 
         Raises:
-            ValueError: ``rows`` is not (N, 6), or ``imgsz`` is neither one number nor two.
+            ValueError: ``rows`` is not (N, 6), or ``imgsz`` is neither one number nor two; on the CPU also for an image index
+                or a class that is no whole number, or more than the type can hold exactly (elsewhere such a row is padding).
             TypeError: ``rows`` is not a float tensor.
         """
-        _checks.tensor("targets", rows, ("N", 6))
-        height, width = (imgsz, imgsz) if isinstance(imgsz, (int, float)) else _pair(imgsz)
+        _checks.tensor("rows", rows, ("N", 6))
+        height, width = _checks.image_size("imgsz", imgsz)
         return cls(*_ops.unpack_rows(UnpackRows(rows.detach(), width, height)))
 
     @classmethod
@@ -53,50 +55,71 @@ class Targets(NamedTuple):
         """Take padded ground truth in pixels.
 
         Args:
-            labels: (B, G) or (B, G, 1).
+            labels: (B, G) or (B, G, 1), whole numbers of any type.
             boxes: (B, G, 4).
             mask: (B, G) or (B, G, 1), true where there is a box. Without it every box with positive sides counts.
             box_format: ``"xyxy"`` or ``"xywh"`` (centre, width, height).
 
         Raises:
-            ValueError: sizes do not agree or ``box_format`` is unknown.
+            ValueError: sizes do not agree or ``box_format`` is unknown; on the CPU also for a label that is no whole number
+                (elsewhere such a row is padding).
             TypeError: ``boxes`` is not a float tensor.
+
+        Warns:
+            UserWarning: most boxes are shares of an image (on the CPU).
         """
         _checks.one_of("box_format", box_format, ("xyxy", "xywh"))
         _checks.tensor("boxes", boxes, ("B", "G", 4))
-        batch_size, num_slots = boxes.shape[:2]
         labels = _checks.per_slot("labels", labels, boxes)
-        image_index = torch.arange(batch_size, device=boxes.device).unsqueeze(1).expand(-1, num_slots)
         if mask is not None:
-            image_index = torch.where(_checks.per_slot("mask", mask, boxes).bool(), image_index, -1)
+            is_box = _checks.per_slot("mask", mask, boxes).bool()
         else:
             low, high = boxes.split(2, -1)
-            image_index = torch.where((high > (low if box_format == "xyxy" else 0.0)).all(-1), image_index, -1)
+            is_box = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
+        image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
+        _check_values("labels", "boxes", labels, boxes, is_box, box_format)
         make = cls._from_xyxy if box_format == "xyxy" else cls._from_xywh
-        return make(image_index.reshape(-1), labels.reshape(-1).long(), working(boxes).reshape(-1, 4))
+        return make(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4))
 
     @classmethod
     def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> "Targets":
         """Take one mapping an image with ``boxes`` (n, 4) in xyxy pixels and ``labels`` (n,), as torchvision's detectors do.
 
         Raises:
-            ValueError: the list is empty, a key is missing or sizes do not agree.
+            ValueError: the list is empty, a key is missing or sizes do not agree; on the CPU also for a label that is no whole
+                number (elsewhere such a row is padding).
+
+        Warns:
+            UserWarning: most boxes are shares of an image (on the CPU).
         """
         _checks.require(len(targets) > 0, "targets", "have one mapping an image", "an empty list")
         for image, target in enumerate(targets):
             missing = {"boxes", "labels"} - set(target)
             _checks.require(not missing, f"targets[{image}]", "have the keys 'boxes' and 'labels'", sorted(target))
-            _checks.tensor(f"targets[{image}]['boxes']", target["boxes"], ("n", 4))
+            _checks.tensor(f"targets[{image}]['boxes']", target["boxes"], ("n", 4), like=targets[0]["boxes"])
             _checks.tensor(f"targets[{image}]['labels']", target["labels"], target["boxes"].shape[:1], is_float=False)
         device = targets[0]["boxes"].device
         counts = [len(target["boxes"]) for target in targets]
         image_index = torch.cat([torch.full((n,), image, device=device) for image, n in enumerate(counts)])
-        labels = torch.cat([target["labels"] for target in targets])
-        return cls._from_xyxy(image_index, labels.long(), torch.cat([working(t["boxes"]) for t in targets]))
+        labels, boxes = torch.cat([t["labels"] for t in targets]), torch.cat([working(t["boxes"]) for t in targets])
+        _check_values("labels", "boxes", labels, boxes, image_index >= 0)
+        return cls._from_xyxy(image_index, labels, boxes)
+
+    @classmethod
+    def _of_slots(cls, labels: Tensor, boxes: Tensor, is_box: Tensor, names: tuple[str, str]) -> "Targets":
+        """Padded ground truth (B, G) of an assigner, whose arguments have these names."""
+        _check_values(*names, labels, boxes, is_box)
+        image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
+        return cls._from_xyxy(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4))
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """Return the same targets on another device."""
+        return Targets(*(field.to(device) for field in self))
 
     def validate(self, batch_size: int, num_classes: int) -> None:
         """Raise a ValueError if an image index or a label is out of range. Synchronises."""
-        _checks.rows_in_range(self.image_index.cpu(), self.labels.cpu(), batch_size, num_classes)
+        names = "targets.image_index", "targets.labels"
+        _checks.rows_in_range(self.image_index.cpu(), self.labels.cpu(), batch_size, num_classes, names)
 
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
         """Which rows (N,) count as ground truth."""
@@ -105,14 +128,31 @@ class Targets(NamedTuple):
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
         centre, size = boxes.split(2, -1)
-        return cls(image_index, labels, torch.cat([centre - size / 2, centre + size / 2], -1), boxes)
+        return cls(*_whole(image_index, labels), torch.cat([centre - size / 2, centre + size / 2], -1), boxes)
 
     @classmethod
     def _from_xyxy(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
         low, high = boxes.split(2, -1)
-        return cls(image_index, labels, boxes, torch.cat([(low + high) / 2, high - low], -1))
+        return cls(*_whole(image_index, labels), boxes, torch.cat([(low + high) / 2, high - low], -1))
 
 
-def _pair(imgsz: Sequence[float]) -> tuple[float, float]:
-    _checks.require(len(imgsz) == 2, "imgsz", "be (height, width)", tuple(imgsz))
-    return imgsz[0], imgsz[1]
+def _whole(image_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as int64; a label that is no whole number makes its row padding."""
+    whole = labels.long()
+    if labels.is_floating_point():
+        image_index = torch.where(whole == labels, image_index, -1)
+    return image_index, whole
+
+
+def _check_values(
+    labels_name: str, boxes_name: str, labels: Tensor, boxes: Tensor, is_box: Tensor, box_format: str = "xyxy"
+) -> None:
+    """Look at the values of ground truth on the CPU, but for a graph."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return
+    if labels.is_floating_point():
+        broken = labels[is_box & (labels != labels.round())]
+        _checks.require(broken.numel() == 0, labels_name, "be whole numbers", broken[:5].tolist())
+    low, high = boxes.split(2, -1)
+    has_sides = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
+    _checks.pixel_boxes(boxes_name, boxes[is_box & has_sides])

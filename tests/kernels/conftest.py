@@ -7,13 +7,13 @@ import torch
 
 import triton_yolo
 from bench.meter import Meter, shipped_sizes
-from triton_yolo.kernels import launching
+from triton_yolo.kernels import launch
 
 
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     """Run operations in interpreted kernels, in fresh memory full of NaN and of the largest integers."""
-    if not launching.INTERPRETED:
+    if not launch.INTERPRETED:
         pytest.skip("runs kernels in Triton's interpreter, which needs TRITON_INTERPRET=1")
     torch.use_deterministic_algorithms(True)
     with triton_yolo.backend("triton"):

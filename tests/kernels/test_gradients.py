@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from tests.flat import ops as _ops
 from tests.gradients import held_weight, held_weight_of_loss
 from tests.kernels.cases import (
     FLAT_SHAPES,
@@ -17,7 +18,6 @@ from tests.kernels.cases import (
     make_case,
     make_yolox_case,
 )  # fmt: skip
-from triton_yolo import _ops
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 F64 = torch.float64

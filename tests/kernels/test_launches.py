@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import triton_yolo as ty
+from tests.flat import eager, kernels
 from tests.kernels.cases import (
     ANCHORS,
     FLAT_SHAPES,
@@ -17,8 +18,8 @@ from tests.kernels.cases import (
     make_yolox_case,
     points_and_boxes,
 )  # fmt: skip
-from triton_yolo import eager, kernels
-from triton_yolo.kernels import simota, task_aligned
+from triton_yolo.kernels import launch
+from triton_yolo.kernels.plans import simota, task_aligned
 
 LAYOUTS = ("first", "last", "split", "spread")
 DTYPES = (torch.float32, torch.float64, torch.float16)
@@ -137,6 +138,7 @@ def test_padded_stages(layout, dtype):
 
 def use_tiles(monkeypatch, module, rows, parts, anchors):
     """Tiles of so many rows and anchors; lists of ``parts`` of them."""
+    monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
     monkeypatch.setattr(module, "claim_sizes", lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from triton_yolo.kernels.launching import INTERPRETED
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,9 +7,9 @@ import triton.language as tl
 
 import triton_yolo as ty
 from bench.meter import Meter
+from tests.flat import eager, kernels
 from tests.kernels import cases
 from tests.kernels.cases import FLAT_SHAPES, STRIDES, X_LEVELS, far_memory, laid_out, make_case, make_yolox_case
-from triton_yolo import eager, kernels
 from triton_yolo.kernels.boxes import log_not
 
 pytestmark = pytest.mark.usefixtures("interpreted")

@@ -79,8 +79,8 @@ def overlap_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
 
     d_inter = d_inter - d_union
     d_wa, d_ha = d_wa + d_union * ha, d_ha + d_union * wa
-    d_overlap_w = d_inter * overlap_h.clamp(min=0) * share(overlap_w > 0, overlap_w == 0)
-    d_overlap_h = d_inter * overlap_w.clamp(min=0) * share(overlap_h > 0, overlap_h == 0)
+    d_overlap_w = _above_zero(overlap_w, d_inter * overlap_h.clamp(min=0))
+    d_overlap_h = _above_zero(overlap_h, d_inter * overlap_w.clamp(min=0))
     return torch.stack(
         [
             -d_wa - d_overlap_w * x1_inner - d_enclosing_w * (1 - x1_inner) + d_dx / 2,
@@ -100,6 +100,11 @@ def bbox_iou_backward(x: BboxIoUBackward) -> GradBoxes:
     grad_a = x.grad[..., None] * overlap_derivative(x.a, x.b, x.kind, x.eps)
     grad_b = x.grad[..., None] * overlap_derivative(x.b, x.a, x.kind, x.eps)
     return GradBoxes(grad_a.to(x.a.dtype), grad_b.to(x.b.dtype))
+
+
+def _above_zero(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of ``x`` from that of its maximum with 0."""
+    return torch.where(x > 0, grad, torch.where(x == 0, grad / 2, 0))
 
 
 def share(is_own: Tensor, is_tie: Tensor) -> Tensor:

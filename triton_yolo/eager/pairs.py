@@ -1,15 +1,15 @@
 """Pairs of a ground-truth row and an anchor, found without looking at every anchor of every row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .._precision import working_dtype
-from ..anchors import make_anchors
 from .._rows import is_valid
 from .._signatures import GroundTruth, Levels
+from ..anchors import make_anchors
 
 _PART = 1 << 22  # pairs that are held at once: 200 MiB
 

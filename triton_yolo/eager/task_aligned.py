@@ -117,9 +117,7 @@ class _PointPairs(NamedTuple):
     overlaps: Tensor
 
 
-def _pairs_of_points(
-    scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned
-) -> _PointPairs:
+def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned) -> _PointPairs:
     """Pairs of anchors at arbitrary points in pixels."""
     batch_size, num_anchors, num_classes = scores.shape
     scores, boxes, points = working(scores), working(boxes), working(points)

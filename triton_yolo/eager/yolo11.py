@@ -55,7 +55,8 @@ def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     score_sum = target_score.sum().where(is_finite(x.pred_dist), torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
     num_fg = (target_row >= 0).sum()
-    return YOLO11Assignment(target_row.view(shape), target_score.view(shape), sums, num_fg, gt.labels, gt_boxes)
+    labels, gt_boxes = gt.labels.clone(), gt_boxes.clone()  # nothing that an operator puts out is part of what it took
+    return YOLO11Assignment(target_row.view(shape), target_score.view(shape), sums, num_fg, labels, gt_boxes)
 
 
 def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
@@ -63,21 +64,25 @@ def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
         YOLO11Assign(x.pred_dist, x.pred_scores, x.targets, x.levels, x.reg_max, x.assigner)
     )
     options = x.class_weights, x.levels, x.reg_max, x.gains
-    loss, terms, held = yolo11_loss(
-        YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
-    )
+    given = YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
+    pos = _Positives(given)
+    loss, terms, held = _loss(given, pos)
     if not x.wants_grad:
         return YOLO11Outputs(loss, terms, num_fg, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
-    grads = yolo11_loss_backward(
-        YOLO11LossBackward(torch.ones_like(loss), x.pred_dist, x.pred_scores, row, score, held, labels, boxes, *options, "eager")
-    )
+    grads = _gradients(given, pos, held[1] / held[0])
     return YOLO11Outputs(loss, terms, num_fg, *grads)
 
 
 def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
-    box_gain, cls_gain, dfl_gain = x.gains
-    pos = _Positives(x)
+    return _loss(x, _Positives(x))
 
+
+def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
+    return _gradients(x, _Positives(x), x.grad * x.held[1] / x.held[0])
+
+
+def _loss(x: YOLO11Loss, pos: "_Positives") -> YOLO11LossOutputs:
+    box_gain, cls_gain, dfl_gain = x.gains
     per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
@@ -102,13 +107,11 @@ def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
     return YOLO11LossOutputs(normaliser[1] * items.sum(), items, normaliser)
 
 
-def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
-    if x.held.isnan().any():
+def _gradients(x: YOLO11Loss | YOLO11LossBackward, pos: "_Positives", scale: Tensor) -> GradDistScores:
+    """Gradients of both predictions, in their layout; ``scale`` () multiplies that of every sum over anchors."""
+    if scale.isnan():
         return GradDistScores(torch.full_like(x.pred_dist, torch.nan), torch.full_like(x.pred_scores, torch.nan))
     box_gain, cls_gain, dfl_gain = x.gains
-    pos = _Positives(x)
-    scale = x.grad * x.held[1] / x.held[0]
-
     grad_scores = torch.empty_like(x.pred_scores)
     slope = _weighted((cls_gain * scale).expand(x.pred_scores.shape[2]), x.class_weights)
     for block in blocks(x.pred_scores):

@@ -50,25 +50,32 @@ def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
     for part in row_parts(images, preds.shape[2]):
         is_whole = is_whole & is_finite(preds[images[part], anchors[part]])
     counts = torch.stack([(target_row >= 0).count_nonzero(), num_gt, (~is_whole).long()])
-    return YOLOXAssignment(target_row, matched_iou, counts, gt.labels, gt.boxes_xywh)
+    return YOLOXAssignment(target_row, matched_iou, counts, gt.labels.clone(), gt.boxes_xywh.clone())
 
 
 def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     row, iou, counts, labels, boxes = yolox_assign(YOLOXAssign(x.preds, x.targets, x.levels, x.assigner))
     num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
     normaliser = num_fg.clamp(min=1).masked_fill(is_broken > 0, torch.nan)
-    given = (x.preds, row, iou, normaliser, labels, boxes, x.l1_gain, x.levels, x.iou_loss, x.iou_gain)
-    loss, terms = yolox_loss(YOLOXLoss(*given))
+    given = YOLOXLoss(x.preds, row, iou, normaliser, labels, boxes, x.l1_gain, x.levels, x.iou_loss, x.iou_gain)
+    pos = _Positives(given)
+    loss, terms = _loss(given, pos)
     num_fg = num_fg / num_gt.clamp(min=1)
     if not x.wants_grad:
         return YOLOXOutputs(loss, terms, num_fg, x.preds.new_empty(0))
-    (grad,) = yolox_loss_backward(YOLOXLossBackward(torch.ones_like(loss), *given, "eager"))
-    return YOLOXOutputs(loss, terms, num_fg, grad)
+    return YOLOXOutputs(loss, terms, num_fg, *_gradient(given, pos, 1 / normaliser))
 
 
 def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
+    return _loss(x, _Positives(x))
+
+
+def yolox_loss_backward(x: YOLOXLossBackward) -> GradPreds:
+    return _gradient(x, _Positives(x), x.grad / x.normaliser)
+
+
+def _loss(x: YOLOXLoss, pos: "_Positives") -> YOLOXLossOutputs:
     preds, is_iou = x.preds, x.iou_loss == "iou"
-    pos = _Positives(x)
     overlaps = overlap(pos.boxes, pos.gt_boxes, x.iou_loss, 1e-16)
     overlaps = overlaps.where(~overlaps.isnan(), 0 if is_iou else -1)  # of a finite prediction whose box overflows
     iou = (1 - overlaps.square() if is_iou else 1 - overlaps.clamp(-1, 1)).sum()
@@ -83,16 +90,15 @@ def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
     return YOLOXLossOutputs(items.sum(), items)
 
 
-def yolox_loss_backward(x: YOLOXLossBackward) -> GradPreds:
+def _gradient(x: YOLOXLoss | YOLOXLossBackward, pos: "_Positives", scale: Tensor) -> GradPreds:
+    """Gradient of the raw predictions, in their layout; ``scale`` () multiplies that of every sum over anchors."""
     preds, is_iou = x.preds, x.iou_loss == "iou"
-    if x.normaliser.isnan():
+    if scale.isnan():
         return GradPreds(torch.full_like(preds, torch.nan))
-    scale = x.grad / x.normaliser
     result = untouched_zeros_like(preds)
     for block in blocks(preds[..., 4:5]):
         result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)
 
-    pos = _Positives(x)
     overlaps = overlap(pos.boxes, pos.gt_boxes, x.iou_loss, 1e-16)[:, None]
     slope = -2 * overlaps if is_iou else -share(overlaps.abs() < 1, overlaps.abs() == 1)
     grad_boxes = x.iou_gain * slope * overlap_derivative(pos.boxes, pos.gt_boxes, x.iou_loss, 1e-16)

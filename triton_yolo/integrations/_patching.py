@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+REQUIREMENTS = {
+    "ultralytics": "ultralytics>=8.4,<8.5",
+    "yolox": "pixeltable-yolox>=0.4.3,<0.5",
+    "libreyolo": "libreyolo>=1.6,<1.7",
+}
+"""What our extras of these names install, for who has this package from elsewhere than an index."""
+
 Replacement = tuple[Any, str, Callable]  # owner, attribute, what takes its place
 
 
@@ -29,7 +36,7 @@ def import_trainer(extra: str, *names: str) -> list[Any]:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ImportError(f"{package} is not installed: pip install 'triton-yolo[{extra}]'", name=package) from error
+        raise ImportError(f'{package} is not installed: pip install "{REQUIREMENTS[extra]}"', name=package) from error
     return [importlib.import_module(name) for name in names]
 
 

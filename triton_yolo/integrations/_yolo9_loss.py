@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _ops
-from ._patching import Replacement, require, unexpected
+from ..losses import YOLO11Loss, YOLO11LossOutput
+from ..targets import Targets
+from ._patching import Replacement, kept, require, unexpected
+from ._stock import BCE, Stock
 
 _SUBJECT = "LibreYOLO's YOLOv9"
 _EXPECTED = (
@@ -47,12 +49,18 @@ def replacements(module: Any, tested: str) -> list[Replacement]:
 def _criterion_call(module: Any, tested: str) -> Any:
     owner = module.YOLO9Loss
     stock, parts = owner.__call__, [owner, *(getattr(module, name) for name in _TERMS.values())]
+    inner = {f"cls_loss.{name}": BCE for name, x in vars(module.BCELoss())["_modules"].items()}
+    members = {name: (getattr(module, kind), {}) for name, kind in _TERMS.items()} | inner
+    computation = Stock(
+        parts, members, [(owner, name) for name in ("__call__", "_global_cls_norm", "_init_vec2box", "update_anchors")]
+    )
 
     @functools.wraps(stock)
     def call(self: Any, predictions: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
         try:
-            if [type(part) for part in (self, *(getattr(self, name) for name in _TERMS))] != parts:
-                _warn_once(type(self).__name__)
+            changed = type(self).__name__ if type(self) is not owner else computation.difference(self)
+            if changed:
+                _warn_once(changed)
                 return stock(self, predictions, targets)
             width, height = self.vec2box.image_size
             settings = self.num_classes, self.strides, self.reg_max, (self.box_weight, self.cls_weight, self.dfl_weight)
@@ -68,26 +76,26 @@ def _criterion_call(module: Any, tested: str) -> Any:
             norm = self._global_cls_norm(target_scores)
         batch_size, num_gt, _ = targets.shape
         first_row = torch.arange(batch_size, device=indices.device)[:, None] * num_gt
-        target_row = torch.where(is_positive, first_row + indices, -1).int()
+        target_row = torch.where(is_positive, first_row + indices, -1)
 
         preds = torch.cat([level.flatten(2) for level in predictions], 2).transpose(1, 2)
         pred_dist, pred_scores = preds.split([4 * reg_max, num_classes], 2)
-        shapes, strides = _checks.levels([level.shape[2:] for level in predictions], strides, preds.shape[1])
+        box_gain, cls_gain, dfl_gain = gains
+        gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
+        criterion = kept(YOLO11Loss, preds.device, num_classes, strides=tuple(strides), reg_max=reg_max, **gains)
         labels, gt_boxes = targets.flatten(0, 1).split([1, 4], 1)
-        normaliser = torch.stack([norm, torch.full_like(norm, batch_size)])
-        loss, terms, _ = _ops.yolo11_loss(
-            pred_dist, pred_scores, target_row, target_scores.sum(-1), normaliser, labels.squeeze(1).long(), gt_boxes, None,
-            shapes, strides, reg_max, gains,
-        )  # fmt: skip
-        return _named(loss / batch_size, terms, is_positive.sum() / batch_size)
+        image_index = torch.arange(batch_size, device=indices.device).repeat_interleave(num_gt)
+        gt = Targets._from_xyxy(image_index, labels.squeeze(1).long(), gt_boxes)
+        shapes = [level.shape[2:] for level in predictions]
+        out = criterion.loss_of(pred_dist, pred_scores, shapes, gt, target_row, target_scores.sum(-1), norm)
+        return _named(out.loss / batch_size, out, is_positive.sum() / batch_size)
 
     return call
 
 
-def _named(total: Tensor, terms: Tensor, num_fg: Tensor) -> dict[str, Tensor]:
-    box, cls, dfl = terms.unbind()
-    weighted = {"box_loss": box, "dfl_loss": dfl, "cls_loss": cls}
-    return {"total_loss": total, **weighted, "box": box, "dfl": dfl, "cls": cls, "num_fg": num_fg}
+def _named(total: Tensor, out: YOLO11LossOutput, num_fg: Tensor) -> dict[str, Tensor]:
+    weighted = {"box_loss": out.box, "dfl_loss": out.dfl, "cls_loss": out.cls}
+    return {"total_loss": total, **weighted, "box": out.box, "dfl": out.dfl, "cls": out.cls, "num_fg": num_fg}
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..losses import YOLOXLoss, YOLOXLossOutput
 from ..targets import Targets
 from ._patching import Replacement, kept, require, unexpected
+from ._stock import BCE, Stock
 
 Result = Callable[[YOLOXLossOutput], Any]  # puts the output into the form that the head returns
 
@@ -70,7 +71,7 @@ def _parts(head: Any) -> list[Any]:
 
 
 def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> Any:
-    stock, parts = owner.get_losses, _parts(owner)
+    stock, parts, computation = owner.get_losses, _parts(owner), _computation(owner)
 
     @functools.wraps(stock)
     def get_losses(
@@ -84,8 +85,10 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         origin_preds: Sequence[Tensor],
         dtype: Any,
     ) -> tuple[Any, ...]:
-        if _parts(type(self)) != parts:
-            _warn_once(type(self).__name__)
+        changed = type(self).__name__ if _parts(type(self)) != parts else computation.difference(self)
+        if changed:
+            _warn_once(changed)
+            raw.pop(self, None)
             return stock(self, imgs, x_shifts, y_shifts, expanded_strides, labels, outputs, origin_preds, dtype)
         levels = raw.pop(self, {})
         maps = [levels[k] for k in sorted(levels)]
@@ -99,6 +102,20 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         return result(_criterion(self, preds.device, tested)(preds, shapes, targets))
 
     return get_losses
+
+
+def _computation(owner: Any) -> Stock:
+    """The stock losses of a head."""
+    iou_loss = next(kind for name, kind in vars(inspect.getmodule(owner)).items() if name.lower() == "iouloss")
+    members = {
+        "bcewithlog_loss": BCE,
+        "l1_loss": (nn.L1Loss, {"reduction": "none"}),
+        "iou_loss": (iou_loss, {"reduction": "none"}),
+    }
+    # Drawing, initial weights and what decodes for inference are no part of the losses.
+    others = ("visualize_assign_result", "initialize_biases", "decode_outputs", "forward", "forward_train_maps")
+    replaced = [(owner, name) for name in ("get_losses", "get_output_and_grid", *others)]
+    return Stock([owner, iou_loss], members, replaced)
 
 
 def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
@@ -122,4 +139,4 @@ def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
 
 @functools.cache
 def _warn_once(name: str) -> None:
-    warnings.warn(f"{name} changes YOLOX's assignment and keeps the stock loss", stacklevel=3)
+    warnings.warn(f"{name} changes YOLOX's assignment or loss: the stock loss stays", stacklevel=3)

@@ -22,6 +22,7 @@ from .._version import __version__
 from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
 from ._patching import Patch, Replacement, import_trainer, kept, require, unexpected
+from ._stock import BCE, Stock
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -82,7 +83,7 @@ def _find() -> list[Replacement]:
         _require(hasattr(module, name), f"{module.__name__}.{name} is gone")
     criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
     replacements: list[Replacement] = [
-        (criterion, "loss", _criterion_loss(criterion)),
+        (criterion, "loss", _criterion_loss(losses, assigner)),
         (assigner, "forward", _assigner_forward(assigner)),
         (launcher, "generate_ddp_file", _ddp_file(launcher.generate_ddp_file)),
         (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
@@ -105,15 +106,28 @@ def _modules() -> tuple[str, Any, Any, Any]:
     return package.__version__, losses, assigners, launcher
 
 
-def _criterion_loss(owner: Any) -> Any:
-    stock = owner.loss
+def _criterion_loss(losses: Any, assigner: Any) -> Any:
+    owner = losses.v8DetectionLoss
+    stock, box_loss = owner.loss, losses.BboxLoss
+    members = {"bce": BCE, "assigner": (assigner, {}), "bbox_loss": (box_loss, {}), "bbox_loss.dfl_loss": _dfl(losses)}
+    replaced = [(owner, "loss"), (assigner, "forward")]
+    computation = Stock([owner, box_loss, losses.DFLoss, assigner], members, replaced)
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if type(self) is not owner or vars(self).get(_KEEPS_STOCK):
-            _say_what_stays(vars(self).get(_KEEPS_STOCK) or type(self).__name__)
+        try:
+            is_stock = type(self) is owner and not vars(self).get(_KEEPS_STOCK)
+            changed = computation.difference(self) if is_stock else vars(self).get(_KEEPS_STOCK) or type(self).__name__
+        except AttributeError as error:
+            raise unexpected(*_subject(), f"the criterion's settings or inputs have changed: {error}") from error
+        if changed:
+            _say_what_stays(changed)
             return stock(self, preds, batch)
         try:
+            if isinstance(self.hyp, dict):
+                raise TypeError(
+                    "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
+                )
             dist, scores = preds["boxes"], preds["scores"]
             criterion, names = _criterion(self, dist.device), self.loss_names
             shapes = [feature.shape[2:] for feature in preds["feats"]]
@@ -125,6 +139,11 @@ def _criterion_loss(owner: Any) -> Any:
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
 
     return loss
+
+
+def _dfl(losses: Any) -> Any:
+    """The DFL term, which one bin does without."""
+    return (losses.DFLoss, type(None)), {}
 
 
 def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
@@ -154,12 +173,13 @@ def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
 
 
 def _assigner_forward(owner: Any) -> Any:
-    stock = owner.forward
+    stock, computation = owner.forward, Stock([owner], replaced=[(owner, "forward")])
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-        if type(self) is not owner:
-            _say_what_stays(type(self).__name__)
+        changed = type(self).__name__ if type(self) is not owner else computation.difference(self)
+        if changed:
+            _say_what_stays(changed)
             return stock(self, *args, **kwargs)
         try:
             settings = self.topk, self.num_classes, self.alpha, self.beta, self.eps, _topk2(self), self.stride_val

@@ -7,6 +7,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .launch import new
+
 
 class Tensor3(NamedTuple):
     """A tensor (B, A, C) of any layout."""
@@ -66,7 +68,7 @@ class TargetRows(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 for a row that does not count; label (N,) int64; boxes (N, 4)."""
+    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 if a row does not count; label (N,) int64; boxes (N, 4)."""
 
     image_ptr: Any
     label_ptr: Any
@@ -82,7 +84,7 @@ class Anchors(NamedTuple):
 
 
 class State(NamedTuple):
-    """Whose each anchor is between the launches, see ``rows``: row (B, A) int32, best key (B, A) int64, and what is contested."""
+    """Whose each anchor is between the launches, see ``rows``: row (B, A) int32, best key (B, A) int64, what is contested."""
 
     row_ptr: Any
     best_ptr: Any
@@ -98,7 +100,7 @@ Address = Callable[[Tensor], Any]  # what kernels take for a tensor
 
 
 def tensor3(address: Address, x: Tensor) -> Tensor3:
-    return Tensor3(address(x), *x.stride())
+    return new(Tensor3, (address(x), *x.stride()))
 
 
 def points_of(address: Address, points: Tensor | None, strides: Tensor | None) -> Points:
@@ -110,8 +112,15 @@ def points_of(address: Address, points: Tensor | None, strides: Tensor | None) -
 def targets_of(address: Address, targets: list[Tensor]) -> RawRows | TargetRows:
     """Ground truth as operations take it."""
     if len(targets) == 1:
-        return RawRows(address(targets[0]), *targets[0].stride())
+        return new(RawRows, (address(targets[0]), *targets[0].stride()))
     image, label, xyxy, xywh = targets
     return TargetRows(
-        address(image), image.stride(0), address(label), label.stride(0), address(xyxy), *xyxy.stride(), address(xywh), *xywh.stride()
+        address(image),
+        image.stride(0),
+        address(label),
+        label.stride(0),
+        address(xyxy),
+        *xyxy.stride(),
+        address(xywh),
+        *xywh.stride(),
     )

@@ -9,7 +9,7 @@ from .._signatures import Boxes, DecodeDFL, DecodeDFLBackward, DecodeYOLOX, Deco
 from .arguments import compute_type, points_of, tensor3
 from .boxes import box_columns, box_rows, expectation, rounded
 from .grid import load_points
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run, cdiv
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
 from .rows import Box
 
 
@@ -61,8 +61,7 @@ def store_side(out, image, values, offs_a, mask_a, side, R: tl.constexpr, RP: tl
 def load_boxes(boxes, image, offs_a, mask_a, DTYPE: tl.constexpr):
     """Boxes of anchors [n] of one image, from (B, A, 4) of any layout."""
     offs = offs_a.to(tl.int64)[:, None] * boxes.anchor + tl.arange(0, 4)[None, :] * boxes.channel
-    rows = tl.load(boxes.ptr + image * boxes.image + offs, mask=mask_a[:, None], other=0.0).to(DTYPE)
-    return rows
+    return tl.load(boxes.ptr + image * boxes.image + offs, mask=mask_a[:, None], other=0.0).to(DTYPE)
 
 
 @triton.jit

@@ -19,6 +19,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .._signatures import BY_ROW
 
+new = tuple.__new__
+"""Make a named tuple, ``new(Kind, values)``, without the Python call that its own constructor is: a step makes twenty."""
+
 INTERPRETED = isinstance(tl.sum, InterpretedFunction)
 """Whether kernels run in Triton's interpreter, where few programs with large tiles are fast."""
 
@@ -77,8 +80,9 @@ class Workspace:
         fixed, by_row = fixed or {}, by_row or {}
         self._fixed, self._by_row = list(fixed.values()), list(by_row.values())
         self._buffers = namedtuple("Memory", [*fixed, *by_row])  # type: ignore[misc]
-        *self._starts, self._end = accumulate((_aligned(n * dtype.itemsize) for dtype, n in self._fixed), initial=0)
-        *self._row_starts, self._row_end = accumulate((n * dtype.itemsize for dtype, n in self._by_row), initial=0)
+        *starts, self._end = accumulate((_aligned(n * dtype.itemsize) for dtype, n in self._fixed), initial=0)
+        *row_starts, self._row_end = accumulate((n * dtype.itemsize for dtype, n in self._by_row), initial=0)
+        self._places = [(start, 0) for start in starts] + [(self._end, start) for start in row_starts]
 
     def tensors(self, device: torch.device, num_rows: int) -> Any:
         """One tensor a buffer: an access past its end is one past the end of its memory."""
@@ -89,12 +93,10 @@ class Workspace:
         """One tensor for all of them; and where in it each begins."""
         if not self._fixed and not self._by_row:
             return None, ()
-        num_rows = _aligned(num_rows)  # keeps every buffer aligned
+        num_rows += -num_rows % _ALIGNMENT  # keeps every buffer aligned
         memory = torch.empty(self._end + num_rows * self._row_end, dtype=torch.uint8, device=device)
         base = memory.data_ptr()
-        row_base = base + self._end
-        starts = [base + start for start in self._starts] + [row_base + num_rows * start for start in self._row_starts]
-        return memory, self._buffers._make(starts)
+        return memory, new(self._buffers, [base + start + num_rows * by_row for start, by_row in self._places])
 
 
 def _aligned(size: int) -> int:
@@ -132,17 +134,18 @@ class Plan:
 
     def __call__(self, x: Any, out: Any, num_rows: int) -> None:
         device, driver = out[0].device, triton.runtime.driver
-        if device.index is None or device.index == driver.active.get_current_device():
-            self._run(x, out, num_rows, device)
-        else:
+        if device.index is not None and device.index != driver.active.get_current_device():
             with torch.get_device_module(device).device(device):
-                self._run(x, out, num_rows, device)
-
-    def _run(self, x: Any, out: Any, num_rows: int, device: torch.device) -> None:
-        if self._is_bound and _is_aligned(out) and not _is_watched():
-            stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
+                self(x, out, num_rows)
+            return
+        addresses = 0
+        for tensor in out:
+            addresses |= tensor.data_ptr()
+        is_watched = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+        if self._is_bound and addresses % _ALIGNMENT == 0 and not is_watched:
+            stream = driver.active.get_current_stream(device.index or 0)
             memory, buffers = self._workspace.addresses(device, num_rows)
-            self.launch(Run(stream, Tensor.data_ptr, x, out, buffers, num_rows))
+            self.launch(new(Run, (stream, Tensor.data_ptr, x, out, buffers, num_rows)))
             del memory  # not before: what is launched next on this stream may get it
         else:
             self.launch(Run(None, _itself, x, out, self._workspace.tensors(device, num_rows), num_rows))
@@ -180,18 +183,6 @@ def _key(make: Any, x: Any, num_rows: int) -> tuple[Any, ...]:
 def cdiv(size: int, step: int) -> int:
     """How many steps a size takes; ``triton.cdiv`` takes ten times the time."""
     return -(-size // step)
-
-
-def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
-    addresses = 0
-    for x in tensors:
-        addresses |= x.data_ptr()
-    return addresses % _ALIGNMENT == 0
-
-
-def _is_watched() -> bool:
-    """Whether somebody asked Triton to be called at every launch."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 def _itself(x: Tensor) -> Tensor:

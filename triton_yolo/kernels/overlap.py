@@ -9,7 +9,7 @@ import triton.language as tl
 from .._signatures import BboxIoU, BboxIoUBackward, GradBoxes, Overlaps, wider
 from .arguments import compute_type
 from .boxes import box_columns, box_rows, overlap, overlap_derivative, rounded
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, run, cdiv
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
 
 
 def overlap_sizes(num_pairs: int) -> tuple[int, int]:
@@ -46,9 +46,7 @@ def _load_boxes(boxes, index, sizes, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _bbox_iou_kernel(
-    out_ptr, a, b, sizes, n, KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _bbox_iou_kernel(out_ptr, a, b, sizes, n, KIND: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """A program reads BLOCK pairs of boxes through their strides and writes their overlaps."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n

@@ -40,8 +40,9 @@ def widened(box, MIN_SIDE: tl.constexpr):
 @triton.jit
 def walk_length(truth, wide, grid, RULE: tl.constexpr):
     """How many anchors each row [g, 1] walks over, 0 for one that does not count."""
+    STRIDES: tl.constexpr = RULE.STRIDES  # Triton 3.6 takes no tuple that is part of a constant as an argument
     if RULE.IS_GRID:
-        length = rectangle_size(wide, grid, RULE.STRIDES)
+        length = rectangle_size(wide, grid, STRIDES)
     else:
         length = tl.zeros_like(truth.row) + grid.A
     return tl.where(truth.is_gt, length, 0)
@@ -50,9 +51,10 @@ def walk_length(truth, wide, grid, RULE: tl.constexpr):
 @triton.jit
 def candidates(nth, length, wide, points, grid, RULE: tl.constexpr):
     """The ``nth`` anchors [g, n] of each row's walk, in increasing order, and whether each is a candidate."""
+    STRIDES: tl.constexpr = RULE.STRIDES
     mask = nth < length
     if RULE.IS_GRID:
-        cell = rectangle_cells(nth, wide, grid, RULE.STRIDES, RULE.DTYPE)
+        cell = rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE)
         anchor, x, y = cell.anchor, cell.x, cell.y
     else:
         anchor = nth + tl.zeros_like(length)
@@ -71,11 +73,12 @@ def load_contested(nth, length, num_contested, truth, wide, contested, grid, RUL
 
     They are the list of its image or, where that is shorter, its own walk, in which others lie too.
     """
+    STRIDES: tl.constexpr = RULE.STRIDES
     is_listed = num_contested <= length
     mask = (nth >= 0) & (nth < tl.minimum(num_contested, length))
     anchor = load_listed(contested, truth.image, nth, mask & is_listed, grid.A)
     if RULE.IS_GRID:
-        anchor = tl.where(is_listed, anchor, rectangle_cells(nth, wide, grid, RULE.STRIDES, RULE.DTYPE).anchor)
+        anchor = tl.where(is_listed, anchor, rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE).anchor)
     return anchor, mask
 
 

@@ -53,7 +53,7 @@ class Box(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Constants of ``pack_rows``: classes, whether targets are raw rows, whether centre and size are asked for, rows at a time."""
+    """Constants of ``pack_rows``: classes, whether targets are raw rows, whether to give centre and size, rows at a time."""
 
     C: int
     IS_RAW: bool
@@ -83,7 +83,7 @@ def load_row_boxes(ptr, stride, step, row, mask, DTYPE: tl.constexpr):
 
 
 class Target(NamedTuple):
-    """Rows [n] as they came: image, -1 where it or the label is no whole number, label, box as corners and as centre and size."""
+    """Rows [n] as they came: image, -1 where it or the label is no whole number, label, box as corners, centre and size."""
 
     image: Any
     label: Any

@@ -1,6 +1,6 @@
 """Gradients times the one that arrives from outside, which is 1 in most trainings."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,17 +24,14 @@ def _scale(ptr, factor, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_count", "second_count"])
-def _scale_kernel(
-    first_ptr, second_ptr, grad_ptr, first_count, second_count, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A program multiplies BLOCK numbers of either tensor, or returns at once if the factor is 1."""
+def _scale_kernel(first_ptr, second_ptr, grad_ptr, first_count, second_count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """A program multiplies BLOCK numbers of one of two tensors, or returns at once if the factor is 1."""
     factor = tl.load(grad_ptr).to(DTYPE)
     if factor != 1:
         if tl.program_id(1) == 0:
             _scale(first_ptr, factor, first_count, DTYPE, BLOCK)
-        if second_ptr is not None:
-            if tl.program_id(1) == 1:
-                _scale(second_ptr, factor, second_count, DTYPE, BLOCK)
+        else:
+            _scale(second_ptr, factor, second_count, DTYPE, BLOCK)
 
 
 class _ScalePlan(Plan):
@@ -45,13 +42,13 @@ class _ScalePlan(Plan):
 
     def launch(self, run: Run) -> None:
         grads = run.x.grads
-        counts = [x.numel() for x in grads] + [0] * (2 - len(grads))
-        addresses: list[Any] = [run.address(x) for x in grads] + [None] * (2 - len(grads))
+        first, second = grads[0], grads[-1]
+        counts = first.numel(), second.numel()
         grid = cdiv(max(counts), self.block), len(grads), 1
-        self.scale(run.stream, grid, *addresses, run.address(run.x.grad), *counts)
+        self.scale(run.stream, grid, run.address(first), run.address(second), run.address(run.x.grad), *counts)
 
 
 def scale_(grads: list[Tensor], grad: Tensor) -> None:
     """Multiply one or two dense tensors, of any layout, in place."""
-    if any(x.numel() for x in grads):
+    if grads[0].numel():
         run(_ScalePlan, Scale(grad, grads), grads)

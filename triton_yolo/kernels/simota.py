@@ -6,23 +6,18 @@ in the list once. Anchors are cells of a grid (``IS_GRID``), or any points, each
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from .._signatures import YOLOX, SimOTA, SimOTAAssign, SimOTAAssignment, YOLOXAssign
-from .arguments import Anchors, Grid, Points, Rows, State, Tensor2, Tensor3, compute_type, points_of, targets_of, tensor3
+from .arguments import Anchors
 from .boxes import log_not, log_rest, overlap, sigmoid
-from .decode import channel_sizes, load_raw, raw_corners
+from .decode import load_raw, raw_corners
 from .grid import Cell, anchor_points, cell_centres, rectangle_cells, rectangle_size
-from .launch import Buffers, Launch, Plan, Run, Workspace, cdiv, run
 from .rows import (
     CONTESTED,
     Box,
-    Pack,
     append,
     claim,
-    claim_sizes,
     contest,
     list_length,
     load_anchor_boxes,
@@ -31,7 +26,6 @@ from .rows import (
     load_rows,
     pack_rows,
     places,
-    row_sizes,
     store_anchor_boxes,
     winner,
 )
@@ -82,9 +76,10 @@ class Members(NamedTuple):
 @triton.jit
 def _cells(anchor, mask, points, grid, RULE: tl.constexpr):
     """Anchors [g, n] with their points and strides in pixels."""
-    x, y = anchor_points(anchor, mask, points, grid, RULE.STRIDES, RULE.IS_GRID, RULE.DTYPE)
+    STRIDES: tl.constexpr = RULE.STRIDES
+    x, y = anchor_points(anchor, mask, points, grid, STRIDES, RULE.IS_GRID, RULE.DTYPE)
     if RULE.IS_GRID:
-        stride = cell_centres(anchor, grid, RULE.STRIDES, RULE.DTYPE)[2]
+        stride = cell_centres(anchor, grid, STRIDES, RULE.DTYPE)[2]
     else:
         stride = tl.load(points.strides_ptr + anchor.to(tl.int64) * points.step, mask=mask, other=0.0).to(RULE.DTYPE)
     return Cell(anchor, x, y, stride)
@@ -185,6 +180,7 @@ def _simota_prepare_kernel(
     0. Other logits count where an anchor takes part, so its state keeps whether they are finite. It clears what the next
     launches count in. All programs together pack the ground truth.
     """
+    STRIDES: tl.constexpr = RULE.STRIDES
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < grid.A
@@ -196,7 +192,7 @@ def _simota_prepare_kernel(
     poison = raw.dx * 0.0 + raw.dy * 0.0 + raw.log_w * 0.0 + raw.log_h * 0.0
     box = Box(raw.dx, raw.dy, raw.log_w, raw.log_h)
     if RULE.IS_GRID:
-        x, y, stride = cell_centres(offs_a, grid, RULE.STRIDES, RULE.DTYPE)
+        x, y, stride = cell_centres(offs_a, grid, STRIDES, RULE.DTYPE)
         box = raw_corners(raw, x - 0.5, y - 0.5, stride)
     store_anchor_boxes(boxes, image, offs_a, mask_a, box)
     cost, cls_poison = _class_cost(logits, image, offs_a, mask_a, obj_probs, PACK.C, RULE.DTYPE, BLOCK_C)
@@ -224,6 +220,7 @@ def _simota_member_kernel(
 
     It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
     """
+    STRIDES: tl.constexpr = RULE.STRIDES
     truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
     centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
     tl.atomic_add(counts.ptr + 1, tl.sum(truth.is_gt.to(tl.int64)), sem="relaxed")
@@ -232,7 +229,7 @@ def _simota_member_kernel(
         region = truth.box
     length = tl.zeros_like(truth.row) + grid.A
     if RULE.IS_GRID:
-        length = rectangle_size(region, grid, RULE.STRIDES, 1.001 * RULE.RADIUS)
+        length = rectangle_size(region, grid, STRIDES, 1.001 * RULE.RADIUS)
     length = tl.where(truth.is_gt, length, 0)
     limit = tl.max(length)
     lowest = tl.full((), -1, tl.int32)
@@ -241,7 +238,7 @@ def _simota_member_kernel(
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         mask = nth < length
         if RULE.IS_GRID:
-            cell = rectangle_cells(nth, region, grid, RULE.STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
+            cell = rectangle_cells(nth, region, grid, STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
         else:
             cell = _cells(nth + tl.zeros_like(length), mask, points, grid, RULE)
         in_centre, in_box = _in_regions(cell, truth.box, centre_x, centre_y, RULE.RADIUS)
@@ -319,9 +316,7 @@ def _simota_contest_kernel(
 
 
 @triton.jit
-def _simota_settle_kernel(
-    state, matched_iou_ptr, counts, boxes, gt_ptr, A, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr
-):
+def _simota_settle_kernel(state, matched_iou_ptr, counts, boxes, gt_ptr, A, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
     """A program settles BLOCK_A anchors of one image, the same as when they were prepared, and adds to the counts."""
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -341,122 +336,3 @@ def _simota_settle_kernel(
     tl.atomic_add(counts.ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
     broken = tl.load(counts.broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
     tl.atomic_max(counts.ptr + 2, broken.to(tl.int64), sem="relaxed")
-
-
-# ---- operations
-
-
-class Predictions(NamedTuple):
-    """Raw boxes or boxes (B, A, 4), objectness (B, A) and class logits (B, A, C)."""
-
-    boxes: Tensor3
-    obj_logits: Tensor2
-    logits: Tensor3
-
-
-class Matching:
-    """The launches of SimOTA: on a grid if it has ``strides``."""
-
-    def __init__(
-        self, assigner: SimOTA, shape: tuple[int, int, int], grid: Grid, strides: tuple[float, ...] | None, is_raw: bool,
-        channel_stride: int, dtype: torch.dtype, num_rows: int,
-    ) -> None:  # fmt: skip
-        self.batch_size, num_anchors, num_classes = shape
-        self.grid, self.dtype = grid, dtype
-        kind, cells = compute_type(dtype), self.batch_size * num_anchors
-        rule = Rule(assigner.radius, assigner.candidates == "box_and_center", strides or (1.0,), strides is not None, kind)
-        block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, channel_stride)
-        self.programs = cdiv(num_anchors, block_a), self.batch_size, 1
-        self.prepare = Launch(
-            _simota_prepare_kernel, num_warps, RULE=rule, PACK=Pack(num_classes, is_raw, True, 32), BLOCK_A=block_a,
-            BLOCK_C=block_c,
-        )  # fmt: skip
-        self.block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
-        tiles = {"RULE": rule, "num_warps": row_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
-        self.member = Launch(_simota_member_kernel, **tiles)
-        self.claim = Launch(_simota_claim_kernel, RULE=rule, **claim_sizes(num_rows, num_anchors, 128, 1))
-        self.contests = [
-            Launch(_simota_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
-            for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
-        ]
-        self.settle = Launch(_simota_settle_kernel, num_warps, DTYPE=kind, BLOCK_A=block_a)
-        self.launches = self.prepare, self.settle, *((self.member, self.claim, *self.contests) if num_rows else ())
-        self.fixed: Buffers = {
-            "boxes": (dtype, 4 * cells), "cost": (dtype, cells), "obj": (dtype, cells), "best": (torch.int64, cells),
-            "words": (torch.int32, self.batch_size * cdiv(num_anchors, 32)), "broken": (torch.int32, self.programs[0] * self.batch_size),
-            "members": (torch.int32, cells), "num_members": (torch.int32, self.batch_size),
-            "contested": (torch.int32, cells), "num_contested": (torch.int32, self.batch_size),
-        }  # fmt: skip
-        self.by_row: Buffers = {"image": (torch.int32, 1), "xyxy": (dtype, 4)}
-
-    def __call__(
-        self, run: Run, preds: Predictions, points: Points | None, size: tuple[float, float], row: Any, iou: Any, counts: Any,
-        rows: Rows,
-    ) -> None:  # fmt: skip
-        stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
-        boxes = Tensor3(b.boxes, 4 * grid.A, 1, grid.A)
-        table, state = Table(b.cost, b.obj), State(row, b.best, Anchors(b.contested, b.num_contested))
-        members, tally = Members(Anchors(b.members, b.num_members), b.words), Counts(counts, b.broken)
-        targets = targets_of(run.address, run.x.targets)
-        self.prepare(
-            stream, self.programs, boxes, table, state, members, tally, *preds, rows, targets, grid, *size, num_rows,
-            self.batch_size,
-        )  # fmt: skip
-        if num_rows:
-            programs = cdiv(num_rows, self.block_g), 1, 1
-            self.member(stream, programs, members, tally, state, points, rows, grid, num_rows)
-            pairs = boxes, table, preds.logits, points, rows, grid, num_rows
-            self.claim(stream, programs, state, members.anchors, *pairs)
-            for contest in self.contests:
-                contest(stream, programs, state, *pairs)
-        self.settle(stream, self.programs, state, iou, tally, boxes, rows.xyxy_ptr, grid.A)
-
-
-class _SimOTAPlan(Plan):
-    """Assignment to arbitrary points."""
-
-    def __init__(self, x: SimOTAAssign, out: SimOTAAssignment, num_rows: int) -> None:
-        grid, dtype = Grid((1, 1), x.cls_logits.shape[1]), out.matched_iou.dtype
-        shape = x.cls_logits.shape
-        self.match = Matching(x.assigner, shape, grid, None, False, x.cls_logits.stride(2), dtype, num_rows)
-        by_row = {**self.match.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        super().__init__(Workspace({**self.match.fixed, "counts": (torch.int64, 3)}, by_row), *self.match.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address, b = run.x, run.address, run.buffers
-        obj = Tensor2(address(x.obj_logits), *x.obj_logits.stride())
-        preds = Predictions(tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits))
-        row, iou = map(address, run.out)
-        rows = Rows(b.image, b.label, b.xyxy, b.xywh)
-        self.match(run, preds, points_of(address, x.points, x.strides), (0.0, 0.0), row, iou, b.counts, rows)
-
-
-def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
-    out = x.allocate()
-    if out.target_row.numel():
-        run(_SimOTAPlan, x, out, len(x.targets[0]))
-    return out
-
-
-class YOLOXAssigning(Matching):
-    """The launches of YOLOX's assignment, from raw predictions."""
-
-    def __init__(self, x: YOLOX | YOLOXAssign, dtype: torch.dtype, num_rows: int) -> None:
-        batch_size, num_anchors, num_channels = x.preds.shape
-        grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        shape = batch_size, num_anchors, num_channels - 5
-        is_raw = len(x.targets) == 1
-        super().__init__(x.assigner, shape, grid, x.levels.strides, is_raw, x.preds.stride(2), dtype, num_rows)
-
-    def assign(self, run: Run, preds: Predictions, row: Any, iou: Any, counts: Any, rows: Rows) -> None:
-        self(run, preds, None, self.size, row, iou, counts, rows)
-
-
-def predictions(run: Run) -> Predictions:
-    """Parts of raw predictions (B, A, 5 + C)."""
-    preds = run.x.preds
-    image, anchor, channel = preds.stride()
-    boxes = Tensor3(run.address(preds), image, anchor, channel)
-    return Predictions(
-        boxes, Tensor2(run.channels(preds, 4), image, anchor), Tensor3(run.channels(preds, 5), image, anchor, channel)
-    )

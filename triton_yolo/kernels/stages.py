@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .._signatures import AlignMetric, Metrics, Selected, SelectTopk
 from .arguments import Grid, Rows, compute_type, points_of, targets_of, tensor3
-from .launch import Launch, Plan, Run, Workspace, run, cdiv
+from .launch import Launch, Plan, Run, Workspace, cdiv, run
 from .pairs import Rule, candidates, pair_metrics, pair_overlaps, walk_length, widened
 from .rows import load_rows, row_sizes
 from .targets import packed_rows, packing
@@ -114,7 +114,7 @@ class _SelectTopk(Plan):
 def align_metric(x: AlignMetric) -> Metrics:
     out = x.allocate()
     if out.metric.numel():
-        run(_AlignMetric, x, out, len(x.targets[0]))
+        run(_AlignMetric, x, out, x.targets[0].shape[0])
     return out
 
 

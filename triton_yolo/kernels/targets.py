@@ -7,15 +7,13 @@ from torch import Tensor
 
 from .._signatures import GroundTruth, UnpackRows
 from .arguments import Rows, compute_type, targets_of
-from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, run, cdiv
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, run
 from .rows import Pack, pack_rows
 from .rows import unpack_rows as _unpack
 
 
 @triton.jit(do_not_specialize=["N"])
-def _unpack_kernel(
-    rows, targets, height: tl.float64, width: tl.float64, N, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _unpack_kernel(rows, targets, height: tl.float64, width: tl.float64, N, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """A program reads BLOCK rows of (image index, class, cx, cy, w, h) in shares of the image, and writes boxes in pixels."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     _unpack(rows, targets, height, width, offs, offs < N, DTYPE)
@@ -51,5 +49,5 @@ class _UnpackPlan(Plan):
 def unpack_rows(x: UnpackRows) -> GroundTruth:
     out = x.allocate()
     if len(x.rows):
-        run(_UnpackPlan, x, out, len(x.rows))
+        run(_UnpackPlan, x, out, x.rows.shape[0])
     return out

@@ -2,28 +2,15 @@
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from .._signatures import (
-    YOLOX,
-    GradPreds,
-    YOLOXAssign,
-    YOLOXAssignment,
-    YOLOXLoss,
-    YOLOXLossBackward,
-    YOLOXLossOutputs,
-    YOLOXOutputs,
-)
-from .arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from .boxes import cross_entropy_with_logits, overlap, overlap_derivative, rounded, scalar, sigmoid
 from .decode import Raw, channel_sizes, load_raw, raw_corners, raw_grad, store_raw
 from .grid import cell_centres
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
-from .reduce import TOTAL_SIZES, total
+from .launch import INTERPRETED
+from .reduce import total
 from .rows import Box, load_row_boxes
-from .simota import Predictions, YOLOXAssigning, predictions
 
 
 def positive_sizes(num_anchors: int, num_classes: int, stride_c: int) -> tuple[int, int, int]:
@@ -152,7 +139,7 @@ def _yolox_total_kernel(
         normaliser = tl.where(tl.load(counts_ptr + 2) > 0, float("nan"), tl.maximum(positives, 1).to(DTYPE)).to(DTYPE)
         tl.store(normaliser_ptr, normaliser)
         num_gt = tl.maximum(tl.load(counts_ptr + 1), 1).to(DTYPE)
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             tl.store(num_fg_ptr, tl.div_rn(positives.to(DTYPE), num_gt))
         else:
             tl.store(num_fg_ptr, positives.to(DTYPE) / num_gt)
@@ -193,9 +180,7 @@ def _yolox_grad_kernel(
         gt, target = _target_boxes(row, is_pos, matched.xywh_ptr, x - 0.5, y - 0.5, stride, DTYPE)
         pred = raw_corners(raw, 0.0, 0.0, stride)
         iou = overlap(pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16)
-        x1, y1, x2, y2 = overlap_derivative(
-            pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16
-        )
+        x1, y1, x2, y2 = overlap_derivative(pred.x1, pred.y1, pred.x2, pred.y2, gt.x1, gt.y1, gt.x2, gt.y2, KIND, 1e-16)
         if KIND == "iou":
             slope = -2 * iou
         else:
@@ -227,146 +212,3 @@ def _yolox_grad_kernel(
         offs = offs_a.to(tl.int64)[:, None] * out.anchor + offs_c.to(tl.int64)[None, :] * out.channel
         tl.store(out.ptr + image * out.image + offs, rounded(result * scale, out.ptr.dtype.element_ty), mask=mask)
         start += BLOCK_C
-
-
-# ---- operations
-
-
-class _Loss:
-    """The launches of the loss of an assignment."""
-
-    def __init__(self, x: YOLOX | YOLOXLoss, dtype: torch.dtype) -> None:
-        batch_size, num_anchors, num_channels = x.preds.shape
-        self.num_classes, self.grid = num_channels - 5, Grid(x.levels.feat_shapes, num_anchors)
-        block_a, block_c, num_warps = positive_sizes(num_anchors, self.num_classes, x.preds.stride(2))
-        self.programs = cdiv(num_anchors, block_a), batch_size, 1
-        self.num_programs = self.programs[0] * batch_size
-        kind = compute_type(dtype)
-        self.loss = Launch(
-            _yolox_loss_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=kind, BLOCK_A=block_a,
-            BLOCK_C=block_c,
-        )  # fmt: skip
-        self.total = Launch(_yolox_total_kernel, DTYPE=kind, **TOTAL_SIZES)
-        self.launches = self.total, *((self.loss,) if self.num_programs else ())
-        self.fixed = {"partial": (dtype, 4 * self.num_programs)}
-
-    def __call__(
-        self, run: Run, preds: Predictions, matched: Matched, loss: Any, terms: Any, num_fg: Any, normaliser: Any, counts: Any
-    ) -> None:
-        partial = run.buffers.partial
-        if self.num_programs:
-            self.loss(run.stream, self.programs, partial, *preds, matched, self.grid, self.num_classes)
-        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
-        one = 1, 1, 1
-        self.total(run.stream, one, loss, terms, num_fg, normaliser, partial, counts, l1_gain, iou_gain, self.num_programs)
-
-
-class _Gradient:
-    """The launch of the gradient for an assignment."""
-
-    def __init__(self, x: YOLOX | YOLOXLossBackward, dtype: torch.dtype) -> None:
-        batch_size, num_anchors, self.num_channels = x.preds.shape
-        self.grid = Grid(x.levels.feat_shapes, num_anchors)
-        block_a, block_c, num_warps = channel_sizes(num_anchors, self.num_channels, x.preds.stride(2))
-        self.programs = cdiv(num_anchors, block_a), batch_size, 1
-        self.gradient = Launch(
-            _yolox_grad_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=compute_type(dtype),
-            BLOCK_A=block_a, BLOCK_C=block_c,
-        )  # fmt: skip
-        self.launches = (self.gradient,)
-
-    def __call__(self, run: Run, grad: Any, preds: Tensor3, matched: Matched, normaliser: Any) -> None:
-        out = tensor3(run.address, run.out.grad_preds)
-        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
-        self.gradient(
-            run.stream, self.programs, out, grad, normaliser, preds, matched, l1_gain, self.grid, iou_gain, self.num_channels
-        )
-
-
-class _AssignPlan(Plan):
-    def __init__(self, x: YOLOXAssign, out: YOLOXAssignment, num_rows: int) -> None:
-        self.assign = YOLOXAssigning(x, out.matched_iou.dtype, num_rows)
-        super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
-
-    def launch(self, run: Run) -> None:
-        row, iou, counts, label, xywh = map(run.address, run.out)
-        self.assign.assign(run, predictions(run), row, iou, counts, Rows(run.buffers.image, label, run.buffers.xyxy, xywh))
-
-
-class _LossPlan(Plan):
-    def __init__(self, x: YOLOXLoss, out: YOLOXLossOutputs, num_rows: int) -> None:
-        self.loss = _Loss(x, out.loss.dtype)
-        super().__init__(Workspace(self.loss.fixed), *self.loss.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
-        loss, terms = map(address, run.out)
-        self.loss(run, predictions(run), matched, loss, terms, None, address(x.normaliser), None)
-
-
-class _CriterionPlan(Plan):
-    def __init__(self, x: YOLOX, out: YOLOXOutputs, num_rows: int) -> None:
-        (batch_size, num_anchors, _), dtype = x.preds.shape, out.loss.dtype
-        self.assign, self.loss = YOLOXAssigning(x, dtype, num_rows), _Loss(x, dtype)
-        self.gradient = _Gradient(x, dtype) if out.grad_preds.numel() else None
-        cells = batch_size * num_anchors
-        fixed = {
-            **self.assign.fixed, **self.loss.fixed, "target_row": (torch.int32, cells), "matched_iou": (dtype, cells),
-            "counts": (torch.int64, 3), "normaliser": (dtype, 1),
-        }  # fmt: skip
-        by_row = {**self.assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        launches = *self.assign.launches, *self.loss.launches, *(self.gradient.launches if self.gradient else ())
-        super().__init__(Workspace(fixed, by_row), *launches)
-
-    def launch(self, run: Run) -> None:
-        out, b, address = run.out, run.buffers, run.address
-        preds = predictions(run)
-        self.assign.assign(run, preds, b.target_row, b.matched_iou, b.counts, Rows(b.image, b.label, b.xyxy, b.xywh))
-        matched = Matched(b.target_row, b.matched_iou, b.label, b.xywh)
-        self.loss(run, preds, matched, address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, b.counts)
-        if self.gradient is not None:
-            self.gradient(run, None, preds.boxes, matched, b.normaliser)
-
-
-class _GradientPlan(Plan):
-    def __init__(self, x: YOLOXLossBackward, out: GradPreds, num_rows: int) -> None:
-        self.gradient = _Gradient(x, x.matched_iou.dtype)
-        super().__init__(Workspace(), *self.gradient.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        matched = Matched(address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes))
-        self.gradient(run, address(x.grad), tensor3(address, x.preds), matched, address(x.normaliser))
-
-
-def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
-    out = x.allocate()
-    if out.target_row.numel():
-        run(_AssignPlan, x, out, len(x.targets[0]))
-    else:
-        out.counts.zero_()
-    return out
-
-
-def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
-    out = x.allocate()
-    run(_LossPlan, x, out)
-    return out
-
-
-def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
-    out = x.allocate()
-    if x.preds.shape[:2].numel():
-        run(_CriterionPlan, x, out, len(x.targets[0]))
-    else:
-        for scalars in out[:3]:
-            scalars.zero_()
-    return out
-
-
-def yolox_loss_backward(x: YOLOXLossBackward) -> GradPreds:
-    out = x.allocate()
-    if out.grad_preds.numel():
-        run(_GradientPlan, x, out)
-    return out

@@ -1,0 +1,88 @@
+"""What a step costs the host: Python calls, allocations, launches, microseconds, beside the version before the redesign."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BASELINE = "c59763f"
+MAX_CALLS, MAX_ALLOCATIONS, MIN_SPEEDUP = 120, 12, 6
+ROOT = Path(__file__).parents[1]
+_COUNTS = json.loads((Path(__file__).parent / "host_baseline.json").read_text())
+
+
+class Worker:
+    """A process that measures steps of the package in ``root`` on demand."""
+
+    def __init__(self, root: Path, system: str, dtype: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", str(ROOT / "bench" / "host_step.py"), system, dtype]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, env=environment, text=True, cwd=root, **pipes)
+        self.counts: dict[str, int] = self._answer()
+
+    def microseconds(self, steps: int) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a line a criterion, and fail past a bar."""
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        old = _check_out(Path(folder))
+        for system in ("yolo11", "yolox"):
+            ours = Worker(ROOT, system, arguments.dtype)
+            theirs = Worker(old, system, arguments.dtype) if old is not None else None
+            times: tuple[list[float], list[float]] = [], []
+            for _ in range(arguments.rounds):
+                for worker, found in zip((ours, theirs), times, strict=True):
+                    if worker is not None:
+                        found.append(worker.microseconds(arguments.steps))
+            counts, time = ours.counts, statistics.median(times[0])
+            text = ", ".join(f"{number} {what}" for what, number in counts.items()) + f", {time:.0f} us"
+            if theirs is not None:
+                speedup = statistics.median(a / b for a, b in zip(times[1], times[0], strict=True))
+                text += f", {speedup:.1f} times less than {BASELINE}"
+                if speedup < MIN_SPEEDUP:
+                    failures.append(f"{system} takes {speedup:.1f} times less than {BASELINE}, not {MIN_SPEEDUP}")
+                theirs.close()
+            ours.close()
+            was = ", ".join(f"{number} {what}" for what, number in _COUNTS[system].items())
+            print(f"{system}: {text} ({was} there)")
+            for what, bar in (("calls", MAX_CALLS), ("allocations", MAX_ALLOCATIONS)):
+                if counts[what] > bar:
+                    failures.append(f"{system} makes {counts[what]} {what}, not {bar}")
+    if old is None:
+        print(f"{BASELINE} is not in this repository's history: no comparison of times")
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def _check_out(folder: Path) -> Path | None:
+    """The package at the commit to compare with, if there is a history."""
+    archive = folder / "old.tar"
+    command = ["git", "-C", str(ROOT), "archive", "-o", str(archive), BASELINE, "triton_yolo"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return None
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder / "old", filter="data")
+    return folder / "old"

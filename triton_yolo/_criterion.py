@@ -1,0 +1,63 @@
+"""What both criteria share."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import _checks
+from ._ranks import Ranks
+from .targets import Targets
+
+
+class Criterion(nn.Module):
+    """What both criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
+
+    def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
+        super().__init__()
+        self._ranks = Ranks(process_group)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | bool | None:
+        return self._ranks.given
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
+        self._ranks = Ranks(value)
+
+    def reset_parameters(self) -> None:
+        """Fill the buffers again, as after ``to_empty``."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Criterion":
+        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
+
+
+def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0) -> list[Tensor]:
+    """Targets as operations take them, for predictions (B, A, C) of classes and ``num_others``."""
+    if isinstance(targets, Targets):
+        _checks.ground_truth(targets, Targets._fields, preds)
+        return list(targets)
+    if not isinstance(targets, Tensor):
+        forms = "an (N, 6) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
+        raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
+    _checks.tensor("targets", targets, ("N", 6), like=preds)
+    if targets.dtype not in (torch.float32, torch.float64):
+        _checks.exact_rows("targets", targets, preds.shape[0], preds.shape[2] - num_others)
+    return [targets.detach()]
+
+
+def normaliser_of(sums: Tensor, ranks: Ranks) -> Tensor:
+    """What a loss is normalised by, from the ``sums`` () or (2,) of every rank: their sum, at least 1; NaN stays NaN.
+
+    The first, which the terms are divided by, is the mean over the ranks, since gradients are averaged over them.
+    """
+    if ranks.given is None:
+        return sums.clamp(min=1)
+    sums, size = ranks.total(sums)
+    sums = sums.clamp(min=1)
+    sums.view(-1)[0] /= size
+    return sums

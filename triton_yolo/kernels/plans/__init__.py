@@ -1,0 +1,1 @@
+"""Sizes, workspaces and launches of the criteria and assigners."""

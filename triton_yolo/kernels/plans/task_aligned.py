@@ -1,0 +1,164 @@
+"""Launches of task-aligned assignment, to arbitrary points or as a part of YOLO11's criterion."""
+
+from typing import Any
+
+import torch
+import triton
+
+from ..._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
+from ..arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
+from ..decode import decode_sizes
+from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..pairs import Rule
+from ..reduce import TOTAL_SIZES
+from ..rows import (
+    Pack,
+    claim_sizes,
+    row_sizes,
+)
+from ..targets import packed_rows
+from ..task_aligned import (
+    Result,
+    _background_kernel,
+    _task_aligned_claim_kernel,
+    _task_aligned_contest_kernel,
+    _task_aligned_score_kernel,
+    _yolo11_prepare_kernel,
+    _yolo11_sum_kernel,
+)
+from ..topk import list_sizes
+
+
+class _Matching:
+    """The launches that match rows with anchors which are background yet."""
+
+    def __init__(
+        self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int
+    ) -> None:
+        rule = Rule(
+            assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
+            compute_type(dtype),
+        )  # fmt: skip
+        self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 2)
+        claimed = list_sizes(assigner.topk, num_anchors)
+        self.num_claims = claimed["K"]
+        tiles = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
+        self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **claimed, **claim_sizes(N, num_anchors, 32, 8))
+        self.contests = [
+            Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
+            for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
+        ]
+        self.score = Launch(
+            _task_aligned_score_kernel, CLAIMS=self.num_claims, **list_sizes(assigner.topk2 or 0, num_anchors), **tiles
+        )
+        self.launches = self.claim, *self.contests, self.score
+
+    def fixed(self, batch_size: int, num_anchors: int) -> Buffers:
+        cells = batch_size * num_anchors
+        return {"best": (torch.int64, cells), "contested": (torch.int32, cells), "num_contested": (torch.int32, batch_size)}
+
+    def by_row(self, dtype: torch.dtype) -> Buffers:
+        return {"claims": (torch.int32, self.num_claims), "row_sum": (dtype, 1), "row_count": (torch.int32, 1)}
+
+    def __call__(
+        self,
+        run: Run,
+        result: Result,
+        state: State,
+        boxes: Tensor3,
+        scores: Tensor3,
+        points: Points | None,
+        rows: Rows,
+        grid: Grid,
+    ) -> None:
+        stream, num_rows, claims = run.stream, run.num_rows, run.buffers.claims
+        programs = cdiv(num_rows, self.block_g), 1, 1
+        self.claim(stream, programs, claims, state, boxes, scores, points, rows, grid, num_rows)
+        for contest in self.contests:
+            contest(stream, programs, state, boxes, points, rows, grid, num_rows)
+        self.score(stream, programs, result, state, claims, boxes, scores, rows, grid, num_rows)
+
+
+def state_of(run: Run, target_row: Any) -> State:
+    """The state that an assignment keeps in its target rows and its workspace."""
+    return new(State, (target_row, run.buffers.best, new(Anchors, (run.buffers.contested, run.buffers.num_contested))))
+
+
+class TaskAlignedPlan(Plan):
+    """Assignment to arbitrary points."""
+
+    def __init__(self, x: TaskAlignedAssign, out: TaskAlignedAssignment, num_rows: int) -> None:
+        batch_size, num_anchors, num_classes = x.scores.shape
+        dtype = out.target_score.dtype
+        block = min(triton.next_power_of_2(num_anchors), 2**14) if INTERPRETED else 1024
+        self.programs = cdiv(num_anchors, block), batch_size, 1
+        self.clear = Launch(
+            _background_kernel, 4, PACK=Pack(num_classes, False, False, 128), DTYPE=compute_type(dtype), BLOCK_A=block
+        )
+        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows)
+        fixed, by_row = self.matching.fixed(batch_size, num_anchors), self.matching.by_row(dtype)
+        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype)}), self.clear, *self.matching.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address, buffers = run.x, run.address, run.buffers
+        grid = Grid((1, 1), x.scores.shape[1])
+        row = address(run.out.target_row)
+        result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
+        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
+        targets = targets_of(address, x.targets)
+        self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
+        if run.num_rows:
+            boxes, scores, points = tensor3(address, x.boxes), tensor3(address, x.scores), points_of(address, x.points, None)
+            self.matching(run, result, state, boxes, scores, points, rows, grid)
+
+
+def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
+    out = x.allocate()
+    if out.target_row.numel():
+        run(TaskAlignedPlan, x, out, x.targets[0].shape[0])
+    return out
+
+
+class YOLO11Assigning:
+    """The launches of YOLO11's assignment, from raw predictions."""
+
+    def __init__(self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_normaliser: bool) -> None:
+        batch_size, num_anchors, num_classes = x.pred_scores.shape
+        kind = compute_type(dtype)
+        block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
+        self.programs = cdiv(num_anchors, block), batch_size, 1
+        self.num_poisons = self.programs[0] * batch_size
+        self.prepare = Launch(
+            _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
+            PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
+        )  # fmt: skip
+        self.matching = _Matching(x.assigner, dtype, num_anchors, x.levels.strides, num_rows)
+        self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_normaliser, DTYPE=kind, **TOTAL_SIZES)
+        self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
+        if num_rows and self.num_poisons:
+            self.launches += self.matching.launches
+        self.grid = Grid(x.levels.feat_shapes, num_anchors)
+        self.size = x.levels.image_size
+        self.fixed = {
+            "boxes": (dtype, 4 * batch_size * num_anchors), "poison": (dtype, self.num_poisons),
+            **self.matching.fixed(batch_size, num_anchors),
+        }  # fmt: skip
+        self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
+
+    def __call__(
+        self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows
+    ) -> None:
+        stream, buffers, grid = run.stream, run.buffers, self.grid
+        # One coordinate after another: a warp reads neighbours of each at once.
+        boxes = new(Tensor3, (buffers.boxes, 4 * grid.A, 1, grid.A))
+        result, state = new(Result, (row, score, buffers.row_sum, buffers.row_count)), state_of(run, row)
+        batch_size, targets = self.programs[1], targets_of(run.address, run.x.targets)
+        num_rows = run.num_rows if self.num_poisons else 0
+        if self.num_poisons:
+            self.prepare(
+                stream, self.programs, boxes, result, state, buffers.poison, dist, rows, targets, grid, *self.size,
+                num_rows, batch_size,
+            )  # fmt: skip
+        if num_rows:
+            self.matching(run, result, state, boxes, scores, None, rows, grid)
+        self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)
