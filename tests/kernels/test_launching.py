@@ -168,10 +168,10 @@ def assert_apart(buffers: list[tuple[int, int]], memory: list[Tensor]) -> None:
 
 
 def check(driver: Recorder, function: Callable[[Any], Any], *inputs: Any) -> None:
-    """Run inputs one after another, whatever is bound by then, and beside each what Triton launches for it."""
+    """Run inputs one after another, whatever is bound by then; beside each a plan of its own, launched by Triton."""
     for x in inputs:
         runs = [run(driver, function, x) for _ in range(2)]
-        with watched():
+        with watched(), mock.patch.object(launch, "_plans", {}):
             own = run(driver, function, x)
         assert own.launches
         assert not own.is_bound
@@ -291,25 +291,26 @@ def x_assignment_of(x: of.YOLOX) -> of.YOLOXAssign:
 
 
 @pytest.mark.parametrize("changes", YOLO11_SETTINGS, ids=str)
-def test_any_size_and_setting_of_yolo11(driver, changes):
-    """After everything is bound for others that differ in one thing."""
-    base, x = yolo11(), yolo11(**changes)
-    check(driver, kernels.yolo11_criterion, base, x, base)
-    check(driver, kernels.yolo11_assign, *map(assignment_of, (base, x, base)))
-    if x.pred_dist.numel():
-        given = [given_yolo11(y) for y in (base, x, base)]
-        check(driver, kernels.yolo11_loss, *given)
-        check(driver, kernels.yolo11_loss_backward, *[operations.gradient_of(y, y.allocate()) for y in given])
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_any_size_and_setting_of_yolo11(driver, changes, comes_first):
+    """Before, or after everything is bound for others that differ in one thing."""
+    inputs = [yolo11(**changes), yolo11(), yolo11(**changes)][comes_first ^ 1 :]
+    check(driver, kernels.yolo11_criterion, *inputs)
+    check(driver, kernels.yolo11_assign, *map(assignment_of, inputs))
+    given = list(map(given_yolo11, inputs))
+    check(driver, kernels.yolo11_loss, *given)
+    check(driver, kernels.yolo11_loss_backward, *[operations.gradient_of(x, x.allocate()) for x in given])
 
 
 @pytest.mark.parametrize("changes", YOLOX_SETTINGS, ids=str)
-def test_any_size_and_setting_of_yolox(driver, changes):
-    base, x = yolox(), yolox(**changes)
-    check(driver, kernels.yolox_criterion, base, x, base)
-    check(driver, kernels.yolox_assign, *map(x_assignment_of, (base, x, base)))
-    given = [given_yolox(y) for y in (base, x, base)]
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_any_size_and_setting_of_yolox(driver, changes, comes_first):
+    inputs = [yolox(**changes), yolox(), yolox(**changes)][comes_first ^ 1 :]
+    check(driver, kernels.yolox_criterion, *inputs)
+    check(driver, kernels.yolox_assign, *map(x_assignment_of, inputs))
+    given = list(map(given_yolox, inputs))
     check(driver, kernels.yolox_loss, *given)
-    check(driver, kernels.yolox_loss_backward, *[operations.gradient_of(y, y.allocate()) for y in given])
+    check(driver, kernels.yolox_loss_backward, *[operations.gradient_of(x, x.allocate()) for x in given])
 
 
 def given_yolo11(x: of.YOLO11) -> of.YOLO11Loss:
