@@ -6,11 +6,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import reference
 import triton_yolo as ty
-from tests.flat import ops
-from triton_yolo import Targets
+from triton_yolo import Targets, _ops
+from triton_yolo import _signatures as of
 
 from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
 from .competitors import OURS, Step, Target, padded
@@ -63,20 +64,28 @@ def _losses_of_assignment(module: ModuleType, system: str, case: Case, target: T
         assign, criterion = getattr(reference, f"{system}_assign"), getattr(reference, f"{system}_loss")
         options["assignment"] = assign(*preds, case.feat_shapes, rows, **options)
         return Step(lambda: criterion(*preds, case.feat_shapes, rows, **options).loss, leaves, target.device, least)
-    gt = Targets.from_yolo(rows, case.imgsz)
-    levels = ([side for shape in case.feat_shapes for side in shape], [float(stride) for stride in STRIDES])
+    loss, given = (_yolo11_loss if system == "yolo11" else _yolox_loss)(preds, list(Targets.from_yolo(rows, case.imgsz)), case)
+    return Step(lambda: loss(given).loss, leaves, target.device, least)
+
+
+def _yolo11_loss(preds: tuple[Tensor, ...], targets: list[Tensor], case: Case) -> tuple[Any, of.YOLO11Loss]:
+    x = of.YOLO11Assign(*preds, targets, _levels(case), case.reg_max, of.TaskAligned(10, None, 0.5, 6.0, 0.0, 1e-9))
     with torch.no_grad():
-        if system == "yolo11":
-            assign = (gt.image_index, gt.labels, gt.boxes_xyxy, *levels, case.reg_max, 10, None, 0.5, 6.0, 0.0)
-            target_row, target_score, sums, _ = ops.yolo11_assign(*preds, *assign)
-            assignment = target_row, target_score, sums.clamp(min=1)
-            tail = (gt.labels, gt.boxes_xyxy, None, *levels, case.reg_max, [7.5, 0.5, 1.5])
-            return Step(lambda: ops.yolo11_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
-        x_rows = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh)
-        target_row, matched_iou, counts = ops.yolox_assign(*preds, *x_rows, *levels, "center", 1.5)
-        assignment = target_row, matched_iou, counts[0].clamp(min=1).to(matched_iou.dtype)
-    tail = (gt.labels, gt.boxes_xywh, *levels, "iou", 5.0, torch.zeros((), device=target.device))
-    return Step(lambda: ops.yolox_loss(*preds, *assignment, *tail)[0], leaves, target.device, least)
+        row, score, sums, _, *gt = _ops.yolo11_assign(x)
+    given = of.YOLO11Loss(*preds, row, score, sums.clamp(min=1), *gt, None, x.levels, case.reg_max, (7.5, 0.5, 1.5))
+    return _ops.yolo11_loss, given
+
+
+def _yolox_loss(preds: tuple[Tensor, ...], targets: list[Tensor], case: Case) -> tuple[Any, of.YOLOXLoss]:
+    x = of.YOLOXAssign(*preds, targets, _levels(case), of.SimOTA("center", 1.5))
+    with torch.no_grad():
+        row, iou, counts, *gt = _ops.yolox_assign(x)
+    normaliser, no_l1 = counts[0].clamp(min=1).to(iou.dtype), torch.zeros((), device=iou.device)
+    return _ops.yolox_loss, of.YOLOXLoss(*preds, row, iou, normaliser, *gt, no_l1, x.levels, "iou", 5.0)
+
+
+def _levels(case: Case) -> of.Levels:
+    return of.Levels(tuple(side for shape in case.feat_shapes for side in shape), tuple(map(float, STRIDES)))
 
 
 def _both(build: Callable[..., Step], *args: str) -> dict[str, Callable[[Case, Target], Step]]:

@@ -1,14 +1,25 @@
-"""CIoU as its gradient sees it: the trade-off weight is a constant there, and changes in a difference quotient."""
+"""Inputs of gradients; and CIoU as its gradient sees it: the trade-off weight is a constant there, and changes in a quotient."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import reference
+from triton_yolo import _signatures as of
+from triton_yolo._signatures import YOLO11Loss
 
 EPS = 1e-7
+
+
+def gradient_of(x: Any, out: Any, grad: Tensor | None = None) -> Any:
+    """The inputs of the gradient of an operation's first output, which are its inputs and outputs by their names."""
+    kind = getattr(of, f"{type(x).__name__}Backward")
+    grad = torch.ones_like(out[0]) if grad is None else grad
+    known = {**x._asdict(), **out._asdict(), "grad": grad, "backend": ""}
+    return kind(**{name: known[name] for name in kind._fields})
 
 
 def weight_and_v(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,19 +40,17 @@ def held_weight(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return correction
 
 
-def held_weight_of_loss(
-    dist: Tensor, target_row: Tensor, target_score: Tensor, normaliser: Tensor, gt_boxes: Tensor,
-    shapes: Sequence[int], strides: Sequence[float], reg_max: int, box_gain: float,
-) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """The same for the YOLO11 loss as a function of ``dist``, for a given assignment."""
+def held_weight_of_loss(x: YOLO11Loss) -> Callable[[Tensor], Tensor]:
+    """The same for the YOLO11 loss as a function of ``pred_dist``, for a given assignment."""
+    shapes, strides = x.levels
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
-    points, point_strides = reference.make_anchors(pairs, strides, dtype=dist.dtype, device=dist.device)
-    is_pos = target_row >= 0
-    target = gt_boxes.to(dist.dtype)[target_row[is_pos].long()] / point_strides.expand_as(is_pos)[is_pos][:, None]
+    points, point_strides = reference.make_anchors(pairs, strides, dtype=x.pred_dist.dtype, device=x.pred_dist.device)
+    is_pos = x.target_row >= 0
+    target = x.gt_boxes.to(x.pred_dist.dtype)[x.target_row[is_pos].long()] / point_strides.expand_as(is_pos)[is_pos][:, None]
 
     def boxes(dist: Tensor) -> Tensor:
-        return reference.decode_dfl(dist.detach(), points, reg_max=reg_max)[is_pos]
+        return reference.decode_dfl(dist.detach(), points, reg_max=x.reg_max)[is_pos]
 
-    correction = held_weight(boxes(dist), target)
-    scale = box_gain * normaliser[1] / normaliser[0]
-    return lambda dist: -(correction(boxes(dist), target) * target_score[is_pos]).sum() * scale
+    correction = held_weight(boxes(x.pred_dist), target)
+    scale = x.gains[0] * x.normaliser[1] / x.normaliser[0]
+    return lambda dist: -(correction(boxes(dist), target) * x.target_score[is_pos]).sum() * scale

@@ -15,8 +15,9 @@ import triton_yolo as ty
 from tests import strategies as strat
 from tests.compare import TOLERANCE, assert_close, is_assignment_decided
 from tests.conftest import DEVICE
-from tests.flat import ops
 from tests.test_assigners import is_simota_decided
+from triton_yolo import _ops
+from triton_yolo._signatures import Levels, SimOTA, YOLOXAssign
 
 
 def yolo11(case: strat.YOLO11Case) -> ty.YOLO11Loss:
@@ -272,13 +273,13 @@ def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part(by, bad,
 @pytest.mark.parametrize("channel", [0, 3, 4, 6])
 def test_a_broken_image_of_yolox_does_not_disturb_the_assignment_of_another(bad, channel):
     _, preds, shapes, rows = small_yolox()
-    gt, flat = ty.Targets.from_yolo(rows, 32), [side for shape in shapes for side in shape]
-    args = (gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, flat, [8.0, 16.0], "center", 1.5)
-    clean, _, _ = ops.yolox_assign(preds, *args)
+    levels = Levels(tuple(side for shape in shapes for side in shape), (8.0, 16.0))
+    x = YOLOXAssign(preds, [rows], levels, SimOTA("center", 1.5))
+    clean = _ops.yolox_assign(x)
     preds[1, :, channel] = bad
-    broken, _, counts = ops.yolox_assign(preds, *args)
-    assert torch.equal(broken[0], clean[0])
-    assert counts[2] == 1
+    broken = _ops.yolox_assign(x)
+    assert torch.equal(broken.target_row[0], clean.target_row[0])
+    assert broken.counts[2] == 1
 
 
 @BY

@@ -7,180 +7,129 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import reference
 import triton_yolo as ty
-from tests import flat
+from tests import operations
 from tests.conftest import DEVICE
-from tests.flat import ops
 from tests.gradients import held_weight, held_weight_of_loss
+from tests.operations import INPUTS, OPERATIONS, same, tensors_of, with_tensors
 from tests.test_losses import small_yolo11, small_yolox
-from triton_yolo import _ops
-from triton_yolo import _signatures as of
+from triton_yolo import _backend, _ops
 
 F64 = torch.float64
+EVERY_OPERATION = pytest.mark.parametrize("name", INPUTS)
 
 
-def decode_args():
-    points, strides = ty.make_anchors([(4, 4), (2, 2)], (8, 16), device=DEVICE, dtype=F64)
-    return torch.randn(2, 20, 20, dtype=F64, device=DEVICE, requires_grad=True), points, strides, 5
+def test_every_operation_has_inputs():
+    assert set(INPUTS) == set(OPERATIONS)
 
 
-def box_args(kind):
-    torch.manual_seed(0)
-    low = torch.rand(2, 12, 2, dtype=F64, device=DEVICE)
-    a, b = torch.cat([low, low + 0.3 + torch.rand(2, 12, 2, dtype=F64, device=DEVICE)], -1)
-    return a.requires_grad_(), b.requires_grad_(), kind, 1e-7
-
-
-def gt_args():
-    criterion, _, _, shapes, rows = small_yolo11()
-    targets = ty.Targets.from_yolo(rows, (32, 32))
-    return criterion, [side for shape in shapes for side in shape], targets
-
-
-def yolo11_assign_args():
-    _, shapes, gt = gt_args()
-    _, dist, scores, _, _ = small_yolo11()
-    levels = (shapes, [8.0, 16.0])
-    return dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, 8, 10, 2, 0.5, 6.0, 0.0
-
-
-def yolo11_loss_args(reg_max=8, dtype=F64, weights=None):
-    _, shapes, gt = gt_args()
-    torch.manual_seed(0)
-    dist = torch.rand(2, 20, 4 * reg_max, dtype=dtype, device=DEVICE)
-    scores = torch.randn(2, 20, 3, dtype=dtype, device=DEVICE)
-    levels = (shapes, [8.0, 16.0])
-    target_row, target_score, sums, _ = ops.yolo11_assign(
-        dist, scores, gt.image_index, gt.labels, gt.boxes_xyxy, *levels, reg_max, 10, None, 0.5, 6.0, 0.0
-    )
-    assert (target_row >= 0).any()
-    return (
-        dist.requires_grad_(), scores.requires_grad_(), target_row, target_score, sums.clamp(min=1),
-        gt.labels, gt.boxes_xyxy, weights, *levels, reg_max, [7.5, 0.5, 1.5],
-    )  # fmt: skip
-
-
-def yolox_assign_args(dtype=torch.float32):
-    _, shapes, gt = gt_args()
-    _, preds, _, _ = small_yolox()
-    return preds.to(dtype), gt.image_index, gt.labels, gt.boxes_xyxy, gt.boxes_xywh, shapes, [8.0, 16.0], "center", 1.5
-
-
-def yolox_loss_args(iou_loss="iou", use_l1=True):
-    _, shapes, gt = gt_args()
-    args = yolox_assign_args(F64)
-    target_row, matched_iou, counts = ops.yolox_assign(*args)
-    assert counts[0] > 0
-    return (
-        args[0].requires_grad_(), target_row, matched_iou, counts[0].double(), gt.labels, gt.boxes_xywh,
-        shapes, [8.0, 16.0], iou_loss, 5.0, torch.tensor(float(use_l1), device=DEVICE),
-    )  # fmt: skip
-
-
-def padded_args():
-    points, strides = ty.make_anchors([(4, 4), (2, 2)], (8, 16), device=DEVICE)
-    points = points * strides[:, None]
-    boxes = torch.cat([points - 6, points + 7], -1).repeat(2, 1, 1)
-    gt = torch.tensor([[[2.0, 2, 20, 20], [8, 8, 30, 24]], [[0.0, 0, 9, 9], [0, 0, 0, 0]]], device=DEVICE)
-    return torch.rand(2, 20, 3, device=DEVICE), boxes, points, strides, torch.tensor([[0, 2], [1, 0]], device=DEVICE), gt
-
-
-def assign_args():
-    scores, boxes, points, _, labels, gt = padded_args()
-    image_index = torch.tensor([0, 0, 1, -1], device=DEVICE)
-    return scores, boxes, points, image_index, labels.reshape(-1), gt.reshape(-1, 4), 10, None, 1.0, 6.0, 0.0, 1e-9
-
-
-def simota_args():
-    scores, boxes, points, strides, labels, gt = padded_args()
-    image_index, gt = torch.tensor([0, 0, 1, -1], device=DEVICE), gt.reshape(-1, 4)
-    gt_xywh = reference.xyxy_to_xywh(gt)
-    return scores, scores[..., 0], boxes, points, strides, image_index, labels.reshape(-1), gt, gt_xywh, "center", 1.5
-
-
-def metric_args():
-    scores, boxes, points, _, labels, gt = padded_args()
-    mask = torch.tensor([[True, True], [True, False]], device=DEVICE)
-    return scores, boxes, points, labels, gt, mask, 1.0, 6.0, 0.0
-
-
-CASES = {
-    "unpack_rows": lambda: (small_yolo11()[-1], 64.0, 32.0),
-    "decode_dfl": decode_args,
-    "decode_yolox": lambda: decode_args()[:3],
-    "bbox_iou": lambda: box_args("ciou"),
-    "align_metric": metric_args,
-    "select_topk_candidates": lambda: (torch.rand(2, 3, 9, device=DEVICE), 4, None),
-    "task_aligned_assign": assign_args,
-    "yolo11_assign": yolo11_assign_args,
-    "yolo11_loss": yolo11_loss_args,
-    "simota_assign": simota_args,
-    "yolox_assign": yolox_assign_args,
-    "yolox_loss": yolox_loss_args,
-}
-
-
-def criterion_inputs(system, wants_grad=True):
-    """Inputs of a whole criterion, with raw rows."""
-    if system == "yolo11":
-        _, dist, scores, shapes, rows = small_yolo11()
-        levels = of.Levels(tuple(side for shape in shapes for side in shape), (8.0, 16.0))
-        rule = of.TaskAligned(10, None, 0.5, 6.0, 0.0, 1e-9)
-        return of.YOLO11(dist, scores, [rows], None, levels, 8, rule, (7.5, 0.5, 1.5), wants_grad)
-    _, preds, shapes, rows = small_yolox()
-    levels = of.Levels(tuple(side for shape in shapes for side in shape), (8.0, 16.0))
-    return of.YOLOX(preds, [rows], torch.ones((), device=DEVICE), levels, of.SimOTA("center", 1.5), "iou", 5.0, wants_grad)
-
-
-CRITERIA = {"yolo11_criterion": "yolo11", "yolox_criterion": "yolox"}
-
-
-def inputs_of(name):
-    return criterion_inputs(CRITERIA[name]) if name in CRITERIA else getattr(flat, name)(*CASES[name]())
-
-
-@pytest.mark.parametrize("name", [*CASES, *CRITERIA])
-def test_opcheck(name):
+@EVERY_OPERATION
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_opcheck(name, dtype):
+    operation, x = OPERATIONS[name], INPUTS[name](dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about itself
-        operation = getattr(_ops, name)
-        torch.library.opcheck(operation.operator, tuple(operation.flat(inputs_of(name))))
+        torch.library.opcheck(operation.operator, tuple(operation.flat(x)))
+
+
+@pytest.mark.parametrize("name", ["yolo11_criterion", "yolox_criterion"])
+def test_opcheck_without_gradients(name):
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)._replace(wants_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        torch.library.opcheck(operation.operator, tuple(operation.flat(x)))
+
+
+@EVERY_OPERATION
+def test_inputs_survive_the_operator(name):
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
+    again = operation.nested([list(value) if isinstance(value, tuple) else value for value in operation.flat(x)])
+    assert [(type(a), type(b)) for a, b in zip(again, x, strict=True) if type(a) is not type(b)] == []
+    assert all(a is b for a, b in zip(tensors_of(again), tensors_of(x), strict=True))
+    assert with_tensors(again, torch.numel) == with_tensors(x, torch.numel)
+
+
+@EVERY_OPERATION
+def test_fake_outputs_are_like_the_real_ones(name):
+    """Also of a device that is not here, where no value can be looked at."""
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
+    wanted = operation.run(x)
+    with FakeTensorMode():
+        fake = with_tensors(x, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
+        outputs = operation.run(fake)
+    for have, want in zip(outputs, wanted, strict=True):
+        assert (have.dtype, have.shape, have.stride()) == (want.dtype, want.shape, want.stride())
+        assert have.device.type == "cuda"
+
+
+@EVERY_OPERATION
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_without_gradients_change_no_bit(name, mode):
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
+    wanted = operation.run(x)
+    leaves = with_tensors(x, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+    with mode():
+        outputs = operation(leaves)
+    assert same(outputs, wanted)
+    assert not any(output.requires_grad for output in outputs)
+
+
+@EVERY_OPERATION
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_bit(name, dtype):
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
+    wanted = operation.run(x)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        assert same(operation.run(x), wanted)
+        assert same(operation.run_operator(operation.flat(x)), wanted)
+
+
+@EVERY_OPERATION
+def test_the_operator_gives_what_the_backend_gives(name):
+    operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
+    function = getattr(_backend.implementation(DEVICE), name)
+    wanted = function(x)
+    assert type(wanted) is operation.outputs
+    assert same(operation.run_operator(operation.flat(x)), wanted)
+    assert same(operation.run(x), wanted)
 
 
 @pytest.mark.parametrize("with_strides", [True, False])
 def test_gradcheck_decode_dfl(with_strides):
-    dist, points, strides, reg_max = decode_args()
-    assert torch.autograd.gradcheck(lambda d: ops.decode_dfl(d, points, strides if with_strides else None, reg_max), dist)
+    x = operations.decode_dfl(F64, has_strides=with_strides)
+    assert torch.autograd.gradcheck(lambda d: _ops.decode_dfl(x._replace(pred_dist=d)).boxes, x.pred_dist.requires_grad_())
 
 
 def test_gradcheck_decode_yolox():
-    preds, points, strides, _ = decode_args()
-    assert torch.autograd.gradcheck(lambda p: ops.decode_yolox(p, points, strides), preds)
+    x = operations.decode_yolox(F64)
+    assert torch.autograd.gradcheck(lambda p: _ops.decode_yolox(x._replace(preds=p)).boxes, x.preds.requires_grad_())
 
 
 @pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
 def test_gradcheck_bbox_iou(kind):
-    a, b, _, eps = box_args(kind)
-    correction = held_weight(a, b) if kind == "ciou" else lambda a, b: 0
-    assert torch.autograd.gradcheck(lambda a, b: ops.bbox_iou(a, b, kind, eps) + correction(a, b), (a, b))
+    x = operations.bbox_iou(F64, kind)
+    correction = held_weight(x.a, x.b) if kind == "ciou" else lambda a, b: 0
+    inputs = x.a.requires_grad_(), x.b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: _ops.bbox_iou(x._replace(a=a, b=b)).overlaps + correction(a, b), inputs)
 
 
 @pytest.mark.parametrize("reg_max", [1, 8])
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_gradcheck_yolo11_loss(reg_max, has_weights):
     weights = torch.tensor([1.0, 2.0, 0.5], device=DEVICE) if has_weights else None
-    dist, scores, *rest = yolo11_loss_args(reg_max, weights=weights)
-    row, score, normaliser, _, gt_boxes, _, *levels, gains = rest
-    correction = held_weight_of_loss(dist, row, score, normaliser, gt_boxes, *levels, gains[0])
-    assert torch.autograd.gradcheck(lambda d, s: ops.yolo11_loss(d, s, *rest)[0] + correction(d), (dist, scores))
+    x = operations.yolo11_loss(F64, reg_max, weights)
+    correction = held_weight_of_loss(x)
+    inputs = x.pred_dist.requires_grad_(), x.pred_scores.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda d, s: _ops.yolo11_loss(x._replace(pred_dist=d, pred_scores=s)).loss + correction(d), inputs
+    )
 
 
 @pytest.mark.parametrize("iou_loss", ["iou", "giou"])
 @pytest.mark.parametrize("use_l1", [True, False])
 def test_gradcheck_yolox_loss(iou_loss, use_l1):
-    preds, *rest = yolox_loss_args(iou_loss, use_l1)
-    assert torch.autograd.gradcheck(lambda p: ops.yolox_loss(p, *rest)[0], preds)
+    x = operations.yolox_loss(F64, iou_loss, use_l1=use_l1)
+    assert torch.autograd.gradcheck(lambda p: _ops.yolox_loss(x._replace(preds=p)).loss, x.preds.requires_grad_())
 
 
 class TinyDetector(torch.nn.Module):

@@ -7,10 +7,24 @@ import torch
 from torch import Tensor
 
 import triton_yolo as ty
+from triton_yolo._signatures import (
+    YOLO11,
+    YOLOX,
+    Levels,
+    SimOTA,
+    TaskAligned,
+    YOLO11Assign,
+    YOLO11Assignment,
+    YOLO11Loss,
+    YOLOXAssign,
+    YOLOXAssignment,
+    YOLOXLoss,
+)
 
 SHAPES, STRIDES = [(5, 4), (3, 2)], (8.0, 16.0)
-FLAT_SHAPES = [5, 4, 3, 2]
+LEVELS = Levels((5, 4, 3, 2), STRIDES)
 ANCHORS = 26
+GAINS = (7.5, 0.5, 1.5)
 
 
 class Case(NamedTuple):
@@ -19,6 +33,36 @@ class Case(NamedTuple):
     image_index: Tensor
     labels: Tensor
     gt_boxes: Tensor
+
+    @property
+    def targets(self) -> list[Tensor]:
+        low, high = self.gt_boxes.split(2, -1)
+        return [*self[2:], torch.cat([(low + high) / 2, high - low], -1)]
+
+    @property
+    def reg_max(self) -> int:
+        return self.dist.shape[2] // 4
+
+
+def assign(case: Case, *, topk: int = 10, topk2: int | None = None, min_box_side: float = 0.0) -> YOLO11Assign:
+    rule = TaskAligned(topk, topk2, 0.5, 6.0, min_box_side, 1e-9)
+    return YOLO11Assign(case.dist, case.scores, case.targets, LEVELS, case.reg_max, rule)
+
+
+def loss(
+    case: Case, assignment: YOLO11Assignment, *, normaliser: Tensor | None = None, weights: Tensor | None = None
+) -> YOLO11Loss:
+    """The loss of an assignment, normalised by its sums as they are."""
+    row, score, sums, _, labels, boxes = assignment
+    normaliser = sums if normaliser is None else normaliser
+    return YOLO11Loss(
+        case.dist, case.scores, row, score, normaliser, labels, boxes, weights, LEVELS, case.reg_max, GAINS
+    )  # fmt: skip
+
+
+def criterion(x: YOLO11Assign, *, weights: Tensor | None = None, wants_grad: bool = True) -> YOLO11:
+    """The whole criterion with that assignment."""
+    return YOLO11(x.pred_dist, x.pred_scores, x.targets, weights, x.levels, x.reg_max, x.assigner, GAINS, wants_grad)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -60,7 +104,7 @@ def points_and_boxes(case: Case, reg_max: int) -> tuple[Tensor, Tensor]:
 
 
 X_SHAPES, X_STRIDES = [(18, 16), (9, 8)], (8.0, 16.0)
-X_LEVELS = ([18, 16, 9, 8], X_STRIDES)
+X_LEVELS = Levels((18, 16, 9, 8), X_STRIDES)
 X_ANCHORS = 360
 
 
@@ -70,6 +114,32 @@ class YOLOXCase(NamedTuple):
     labels: Tensor
     gt_boxes: Tensor
     gt_xywh: Tensor
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return list(self[1:])
+
+
+def x_assign(case: YOLOXCase, candidates: str = "center", radius: float = 1.5) -> YOLOXAssign:
+    return YOLOXAssign(case.preds, case.targets, X_LEVELS, SimOTA(candidates, radius))
+
+
+def x_loss(
+    case: YOLOXCase, assignment: YOLOXAssignment, *, normaliser: float | None = None, iou_loss: str = "iou",
+    use_l1: bool = False,
+) -> YOLOXLoss:  # fmt: skip
+    """The loss of an assignment, normalised by its positives as they are."""
+    row, iou, counts, labels, boxes = assignment
+    divisor = counts[0].to(iou.dtype) if normaliser is None else iou.new_tensor(normaliser)
+    return YOLOXLoss(
+        case.preds, row, iou, divisor, labels, boxes, torch.tensor(float(use_l1)), X_LEVELS, iou_loss, 5.0
+    )  # fmt: skip
+
+
+def x_criterion(x: YOLOXAssign, *, iou_loss: str = "iou", use_l1: bool = False, wants_grad: bool = True) -> YOLOX:
+    """The whole criterion with that assignment."""
+    gain = torch.tensor(float(use_l1))
+    return YOLOX(x.preds, x.targets, gain, x.levels, x.assigner, iou_loss, 5.0, wants_grad)
 
 
 def make_yolox_case(seed: int, *, dtype=torch.float32, layout="first", num_classes=3, batch_size=2, num_rows=14) -> YOLOXCase:

@@ -5,26 +5,29 @@ import torch
 
 import triton_yolo as ty
 from tests.compare import assert_same
-from tests.flat import eager, kernels
 from tests.kernels.cases import (
     ANCHORS,
-    FLAT_SHAPES,
     SHAPES,
     STRIDES,
-    X_LEVELS,
     X_SHAPES,
     X_STRIDES,
+    assign,
     laid_out,
+    loss,
     make_case,
     make_yolox_case,
     points_and_boxes,
+    x_assign,
+    x_loss,
 )  # fmt: skip
+from tests.operations import gradient_of
+from triton_yolo import _signatures as of
+from triton_yolo import eager, kernels
 from triton_yolo.kernels import launch
 from triton_yolo.kernels.plans import simota, task_aligned
 
 LAYOUTS = ("first", "last", "split", "spread")
 DTYPES = (torch.float32, torch.float64, torch.float16)
-GAINS = (7.5, 0.5, 1.5)
 CENTER, PAPER = ("center", 1.5), ("box_and_center", 2.5)
 
 
@@ -37,8 +40,8 @@ def test_unpack_rows(dtype, num_rows):
     rows[:, :2] = (8 * rows[:, :2]).round()
     rows = rows.to(dtype)
     for laid in (rows, rows.T.contiguous().T):
-        have, want = kernels.unpack_rows(laid, 96.0, 64.0), eager.unpack_rows(rows, 96.0, 64.0)
-        assert_same(have, want, tolerance=0)
+        want = eager.unpack_rows(of.UnpackRows(rows, 96.0, 64.0))
+        assert_same(kernels.unpack_rows(of.UnpackRows(laid, 96.0, 64.0)), want, tolerance=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -49,11 +52,12 @@ def test_decode_dfl(layout, reg_max, dtype):
     case = make_case(0, dtype=dtype, layout=layout, reg_max=reg_max)
     points, strides = ty.make_anchors(SHAPES, STRIDES)
     for scale in (None, strides):
-        boxes = kernels.decode_dfl(case.dist, points, scale, reg_max)
-        assert_same([boxes], [eager.decode_dfl(case.dist, points, scale, reg_max)])
-        grad = torch.randn(2, 1, 4, dtype=boxes.dtype).expand_as(boxes)
-        expected = eager.decode_dfl_backward(grad, case.dist, scale, reg_max)
-        assert_same([kernels.decode_dfl_backward(grad, case.dist, scale, reg_max)], [expected])
+        x = of.DecodeDFL(case.dist, points, scale, reg_max)
+        out = kernels.decode_dfl(x)
+        assert_same(out, eager.decode_dfl(x))
+        grad = torch.randn(2, 1, 4, dtype=out.boxes.dtype).expand_as(out.boxes)
+        backward = gradient_of(x, out, grad)
+        assert_same(kernels.decode_dfl_backward(backward), eager.decode_dfl_backward(backward))
 
 
 @pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
@@ -67,10 +71,12 @@ def test_bbox_iou(kind, dtype, eps):
     boxes[4] = boxes[3, [2, 1, 2, 3]] + boxes.new_tensor([0.0, 0.0, 4.0, 0.0])  # side by side
     boxes[5] = boxes[3, [0, 3, 2, 3]] + boxes.new_tensor([0.0, 0.0, 0.0, 4.0])  # one above the other
     a, b = torch.broadcast_tensors(boxes[:, None], boxes.flip(0)[None])
-    assert_same([kernels.bbox_iou(a, b, kind, eps)], [eager.bbox_iou(a, b, kind, eps)])
+    x = of.BboxIoU(a, b, kind, eps)
+    out = kernels.bbox_iou(x)
+    assert_same(out, eager.bbox_iou(x))
     grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)
-    expected = eager.bbox_iou_backward(grad, a, b, kind, eps)
-    assert_same(kernels.bbox_iou_backward(grad, a, b, kind, eps), expected)
+    backward = gradient_of(x, out, grad)
+    assert_same(kernels.bbox_iou_backward(backward), eager.bbox_iou_backward(backward))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -79,31 +85,27 @@ def test_bbox_iou(kind, dtype, eps):
 @pytest.mark.usefixtures("meter")
 def test_yolo11(layout, dtype, reg_max, topk2, min_box_side):
     case = make_case(2, dtype=dtype, layout=layout, reg_max=reg_max)
-    levels = (FLAT_SHAPES, STRIDES, reg_max)
-    options = (10, topk2, 0.5, 6.0, min_box_side)
-    assignment = eager.yolo11_assign(*case, *levels, *options)
-    assert (assignment[0] >= 0).sum() > 3
-    assert_same(kernels.yolo11_assign(*case, *levels, *options), assignment)
+    x = assign(case, topk2=topk2, min_box_side=min_box_side)
+    assignment = eager.yolo11_assign(x)
+    assert assignment.num_fg > 3
+    assert_same(kernels.yolo11_assign(x), assignment)
 
-    target_row, target_score, *_ = assignment
-    normaliser = target_score.new_tensor([2.5, 3.0])
-    weights = torch.rand(3) if topk2 else None
-    args = (case.dist, case.scores, target_row, target_score, normaliser, case.labels, case.gt_boxes, weights, *levels, GAINS)
-    assert_same(kernels.yolo11_loss(*args), eager.yolo11_loss(*args))
-    grad = torch.tensor(1.5, dtype=target_score.dtype)
-    assert_same(kernels.yolo11_loss_backward(grad, *args), eager.yolo11_loss_backward(grad, *args))
+    normaliser = assignment.target_score.new_tensor([2.5, 3.0])
+    given = loss(case, assignment, normaliser=normaliser, weights=torch.rand(3) if topk2 else None)
+    out = eager.yolo11_loss(given)
+    assert_same(kernels.yolo11_loss(given), out)
+    backward = gradient_of(given, out, torch.tensor(1.5, dtype=normaliser.dtype))
+    assert_same(kernels.yolo11_loss_backward(backward), eager.yolo11_loss_backward(backward))
 
 
 @pytest.mark.parametrize("num_classes", [40, 1203])
 @pytest.mark.usefixtures("meter")
 def test_classes_of_several_tiles(num_classes):
     case = make_case(4, num_classes=num_classes)
-    levels = (FLAT_SHAPES, STRIDES, 5)
-    target_row, target_score, sums, _ = eager.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
-    args = (case.dist, case.scores, target_row, target_score, sums, case.labels, case.gt_boxes, None, *levels, GAINS)
-    assert_same(kernels.yolo11_loss(*args), eager.yolo11_loss(*args))
-    x_args = (*make_yolox_case(4, num_classes=num_classes), *X_LEVELS, "center", 1.5)
-    assert_same(kernels.yolox_assign(*x_args), eager.yolox_assign(*x_args))
+    given = loss(case, eager.yolo11_assign(assign(case)))
+    assert_same(kernels.yolo11_loss(given), eager.yolo11_loss(given))
+    x = x_assign(make_yolox_case(4, num_classes=num_classes))
+    assert_same(kernels.yolox_assign(x), eager.yolox_assign(x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,21 +115,23 @@ def test_padded_stages(layout, dtype):
     case = make_case(3, dtype=dtype, layout=layout, num_rows=8)
     points, boxes = points_and_boxes(case, 5)
     boxes, scores = laid_out(boxes, layout), laid_out(case.scores.sigmoid(), layout)
-    options = (4, 2, 1.0, 6.0, 16.0)
-    row_args = (scores, boxes, points, case.image_index, case.labels, case.gt_boxes, *options, 1e-9)
-    assert_same(kernels.task_aligned_assign(*row_args), eager.task_aligned_assign(*row_args))
+    rule = of.TaskAligned(4, 2, 1.0, 6.0, 16.0, 1e-9)
+    x = of.TaskAlignedAssign(scores, boxes, points, case.targets, rule)
+    assert_same(kernels.task_aligned_assign(x), eager.task_aligned_assign(x))
     mask = torch.rand(2, 4) > 0.3
-    args = (scores, boxes, points, case.labels.view(2, 4), case.gt_boxes.view(2, 4, 4), mask, *options[2:])
-    metric, overlaps = eager.align_metric(*args)
-    assert_same(kernels.align_metric(*args), (metric, overlaps))
-    metric = laid_out(metric.to(dtype), layout)
+    targets = list(ty.Targets.from_padded(case.labels.view(2, 4), case.gt_boxes.view(2, 4, 4), mask))
+    metric = of.AlignMetric(scores, boxes, points, targets, 4, rule.alpha, rule.beta, rule.min_box_side)
+    expected = eager.align_metric(metric)
+    assert_same(kernels.align_metric(metric), expected)
+    laid = laid_out(expected.metric.to(dtype), layout)
     for topk, mask_gt in ((3, mask), (2 * ANCHORS, None)):
-        expected = eager.select_topk_candidates(metric, topk, mask_gt)
-        assert_same([kernels.select_topk_candidates(metric, topk, mask_gt)], [expected])
+        chosen = of.SelectTopk(laid, topk, mask_gt)
+        assert_same(kernels.select_topk_candidates(chosen), eager.select_topk_candidates(chosen))
 
 
 def use_tiles(monkeypatch, module, rows, parts, anchors):
-    """Tiles of so many rows and anchors; lists of ``parts`` of them."""
+    """Tiles of so many rows and anchors; lists of ``parts`` of them. Plans are made for the sizes of their time."""
+    monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
     monkeypatch.setattr(module, "claim_sizes", lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
@@ -139,8 +143,8 @@ def use_tiles(monkeypatch, module, rows, parts, anchors):
 def test_tile_sizes_leave_no_trace_in_the_assignment(sizes, dtype, monkeypatch):
     case = make_case(4, dtype=dtype)
     use_tiles(monkeypatch, task_aligned, *sizes)
-    args = (*case, FLAT_SHAPES, STRIDES, 5, 4, 2, 0.5, 6.0, 0.0)
-    assert_same(kernels.yolo11_assign(*args), eager.yolo11_assign(*args))
+    x = assign(case, topk=4, topk2=2)
+    assert_same(kernels.yolo11_assign(x), eager.yolo11_assign(x))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2])
@@ -150,17 +154,16 @@ def test_few_rows(num_rows, topk):
     case = make_case(5, num_rows=2)
     case = case._replace(image_index=torch.tensor([1, 0])[:num_rows], labels=case.labels[:num_rows],
                          gt_boxes=case.gt_boxes[:num_rows])  # fmt: skip
-    args = (*case, FLAT_SHAPES, STRIDES, 5, topk, None, 0.5, 6.0, 0.0)
-    assert_same(kernels.yolo11_assign(*args), eager.yolo11_assign(*args))
+    x = assign(case, topk=topk)
+    assert_same(kernels.yolo11_assign(x), eager.yolo11_assign(x))
 
 
 @pytest.mark.usefixtures("shipped_sizes")
 def test_results_repeat_to_the_bit():
-    case = make_case(6)
-    args = (*case, FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
-    first = kernels.yolo11_assign(*args)
+    x = assign(make_case(6))
+    first = kernels.yolo11_assign(x)
     torch.full((1000,), torch.nan)
-    for have, want in zip(kernels.yolo11_assign(*args), first, strict=True):
+    for have, want in zip(kernels.yolo11_assign(x), first, strict=True):
         assert torch.equal(have, want)
 
 
@@ -173,10 +176,11 @@ def test_results_repeat_to_the_bit():
 def test_decode_yolox(layout, dtype):
     preds = make_yolox_case(0, dtype=dtype, layout=layout, num_classes=21).preds
     points, strides = ty.make_anchors(X_SHAPES, X_STRIDES)
-    boxes = kernels.decode_yolox(preds, points, strides)
-    assert_same([boxes], [eager.decode_yolox(preds, points, strides)])
-    grad = torch.randn(2, 1, 4, dtype=boxes.dtype).expand_as(boxes)
-    assert_same([kernels.decode_yolox_backward(grad, preds, strides)], [eager.decode_yolox_backward(grad, preds, strides)])
+    x = of.DecodeYOLOX(preds, points, strides)
+    out = kernels.decode_yolox(x)
+    assert_same(out, eager.decode_yolox(x))
+    backward = gradient_of(x, out, torch.randn(2, 1, 4, dtype=out.boxes.dtype).expand_as(out.boxes))
+    assert_same(kernels.decode_yolox_backward(backward), eager.decode_yolox_backward(backward))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -185,24 +189,15 @@ def test_decode_yolox(layout, dtype):
 @pytest.mark.usefixtures("meter")
 def test_yolox(layout, dtype, mode, iou_loss, use_l1):
     case = make_yolox_case(1, dtype=dtype, layout=layout, num_classes=3 if use_l1 else 37)
-    assignment = eager.yolox_assign(*case, *X_LEVELS, *mode)
-    assert assignment[2][0] > 10
-    assert_same(kernels.yolox_assign(*case, *X_LEVELS, *mode), assignment)
-    normaliser = assignment[1].new_tensor(2.5)
-    args = (
-        case.preds,
-        *assignment[:2],
-        normaliser,
-        case.labels,
-        case.gt_xywh,
-        *X_LEVELS,
-        iou_loss,
-        5.0,
-        torch.tensor(float(use_l1)),
-    )
-    assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
-    grad = torch.tensor(1.5, dtype=assignment[1].dtype)
-    assert_same([kernels.yolox_loss_backward(grad, *args)], [eager.yolox_loss_backward(grad, *args)])
+    x = x_assign(case, *mode)
+    assignment = eager.yolox_assign(x)
+    assert assignment.counts[0] > 10
+    assert_same(kernels.yolox_assign(x), assignment)
+    given = x_loss(case, assignment, normaliser=2.5, iou_loss=iou_loss, use_l1=use_l1)
+    out = eager.yolox_loss(given)
+    assert_same(kernels.yolox_loss(given), out)
+    backward = gradient_of(given, out, torch.tensor(1.5, dtype=out.loss.dtype))
+    assert_same(kernels.yolox_loss_backward(backward), eager.yolox_loss_backward(backward))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -212,12 +207,13 @@ def test_yolox(layout, dtype, mode, iou_loss, use_l1):
 def test_simota_with_points_in_any_order(layout, dtype, mode):
     case = make_yolox_case(2, dtype=dtype, layout=layout)
     points, strides = ty.make_anchors(X_SHAPES, X_STRIDES)
-    boxes = eager.decode_yolox(case.preds, points, strides)
+    boxes = eager.decode_yolox(of.DecodeYOLOX(case.preds, points, strides)).boxes
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     points, strides = laid_out((points * strides[:, None] + 0.25)[None, order], layout)[0], strides[order]
     logits = laid_out(case.preds[:, order, 5:], layout)
-    args = (logits, case.preds[:, order, 4], laid_out(boxes[:, order].to(dtype), layout), points, strides, *case[1:], *mode)
-    assert_same(kernels.simota_assign(*args), eager.simota_assign(*args))
+    boxes = laid_out(boxes[:, order].to(dtype), layout)
+    x = of.SimOTAAssign(logits, case.preds[:, order, 4], boxes, points, strides, case.targets, of.SimOTA(*mode))
+    assert_same(kernels.simota_assign(x), eager.simota_assign(x))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 32), (4, 1, 64), (16, 1, 512), (1, 4, 16)])
@@ -227,8 +223,8 @@ def test_simota_with_points_in_any_order(layout, dtype, mode):
 def test_tile_sizes_leave_no_trace_in_yolox_assignment(sizes, dtype, mode, monkeypatch):
     case = make_yolox_case(3, dtype=dtype)
     use_tiles(monkeypatch, simota, *sizes)
-    args = (*case, *X_LEVELS, *mode)
-    assert_same(kernels.yolox_assign(*args), eager.yolox_assign(*args))
+    x = x_assign(case, *mode)
+    assert_same(kernels.yolox_assign(x), eager.yolox_assign(x))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2])
@@ -237,19 +233,20 @@ def test_few_rows_of_yolox(num_rows):
     case = make_yolox_case(4)
     case = case._replace(image_index=torch.tensor([1, 0])[:num_rows], labels=case.labels[:num_rows],
                          gt_boxes=case.gt_boxes[4:][:num_rows], gt_xywh=case.gt_xywh[4:][:num_rows])  # fmt: skip
-    args = (*case, *X_LEVELS, *CENTER)
-    want = eager.yolox_assign(*args)
-    assert_same(kernels.yolox_assign(*args), want)
-    args = (case.preds, *want[:2], torch.tensor(2.5), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
-    assert_same(kernels.yolox_loss(*args), eager.yolox_loss(*args))
-    assert_same([kernels.yolox_loss_backward(torch.ones(()), *args)], [eager.yolox_loss_backward(torch.ones(()), *args)])
+    x = x_assign(case)
+    want = eager.yolox_assign(x)
+    assert_same(kernels.yolox_assign(x), want)
+    given = x_loss(case, want, normaliser=2.5, use_l1=True)
+    out = eager.yolox_loss(given)
+    assert_same(kernels.yolox_loss(given), out)
+    backward = gradient_of(given, out)
+    assert_same(kernels.yolox_loss_backward(backward), eager.yolox_loss_backward(backward))
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_yolox_with_more_boxes_than_anchors():
-    case = make_yolox_case(5, num_rows=400)
-    args = (*case, *X_LEVELS, *CENTER)
-    assert_same(kernels.yolox_assign(*args), eager.yolox_assign(*args))
+    x = x_assign(make_yolox_case(5, num_rows=400))
+    assert_same(kernels.yolox_assign(x), eager.yolox_assign(x))
 
 
 @pytest.mark.usefixtures("shipped_sizes")
@@ -257,19 +254,10 @@ def test_yolox_results_repeat_to_the_bit():
     case = make_yolox_case(6)
 
     def run():
-        assignment = kernels.yolox_assign(*case, *X_LEVELS, *CENTER)
-        args = (
-            case.preds,
-            *assignment[:2],
-            torch.tensor(2.5),
-            case.labels,
-            case.gt_xywh,
-            *X_LEVELS,
-            "iou",
-            5.0,
-            torch.ones(()),
-        )
-        return *assignment, *kernels.yolox_loss(*args), kernels.yolox_loss_backward(torch.ones(()), *args)
+        assignment = kernels.yolox_assign(x_assign(case))
+        given = x_loss(case, assignment, normaliser=2.5, use_l1=True)
+        out = kernels.yolox_loss(given)
+        return *assignment, *out, *kernels.yolox_loss_backward(gradient_of(given, out))
 
     first = run()
     torch.full((1000,), torch.nan)

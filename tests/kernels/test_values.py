@@ -7,10 +7,21 @@ import triton.language as tl
 
 import triton_yolo as ty
 from tests.compare import OF_A_FUNCTION
-from tests.flat import eager, kernels
 from tests.kernels import cases
-from tests.kernels.cases import FLAT_SHAPES, STRIDES, X_LEVELS, far_memory, laid_out, make_case, make_yolox_case
+from tests.kernels.cases import (
+    assign,
+    far_memory,
+    laid_out,
+    loss,
+    make_case,
+    make_yolox_case,
+    x_assign,
+    x_loss,
+)  # fmt: skip
+from tests.operations import gradient_of, same
 from tests.tools.meter import Meter
+from triton_yolo import eager, kernels
+from triton_yolo._signatures import DecodeYOLOX, SelectTopk
 from triton_yolo.kernels.boxes import log_not
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -19,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 def test_float64_metrics_are_compared_in_float64():
     metric = torch.full((1, 2, 6), 0.5, dtype=torch.float64)
     metric[0, 0] += torch.tensor([0, 1, 3, 2, 3, 1]) * 2.0**-50
-    selected = kernels.select_topk_candidates(metric, 2, None)[0]
+    selected = kernels.select_topk_candidates(SelectTopk(metric, 2, None)).selected[0]
     assert selected[0].tolist() == [False, False, True, False, True, False]
     assert selected[1].tolist() == [True, True, False, False, False, False]
 
@@ -28,7 +39,8 @@ def test_float64_metrics_are_compared_in_float64():
 def test_a_better_one_displaces_the_last_of_equals(dtype, shipped_sizes):
     metric = torch.zeros(1, 1, 1100, dtype=dtype)
     metric[..., [3, 40, 41, 500]], metric[..., 1000] = 0.5, 0.75  # in another tile
-    assert kernels.select_topk_candidates(metric, 3, None).nonzero()[:, 2].tolist() == [3, 40, 1000]
+    selected = kernels.select_topk_candidates(SelectTopk(metric, 3, None)).selected
+    assert selected.nonzero()[:, 2].tolist() == [3, 40, 1000]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -36,7 +48,7 @@ def test_equal_overlaps_go_to_the_lower_row_whatever_the_order(dtype):
     case = make_case(0, dtype=dtype, num_rows=6)
     boxes = case.gt_boxes.new_tensor([4.0, 4.0, 30.0, 36.0]).expand(6, 4).contiguous()
     case = case._replace(image_index=torch.tensor([1, 0, 1, 0, 1, 0]), labels=torch.zeros(6, dtype=torch.int64), gt_boxes=boxes)
-    target_row, *_ = kernels.yolo11_assign(*case, FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
+    target_row = kernels.yolo11_assign(assign(case)).target_row
     assert set(target_row[0].tolist()) == {-1, 1}
     assert set(target_row[1].tolist()) == {-1, 0}
 
@@ -48,10 +60,10 @@ def test_contested_anchor_goes_to_the_higher_overlap_in_either_order(dtype):
     case = case._replace(image_index=torch.tensor([0, 0]), labels=torch.tensor([1, 1]))
     found = []
     for order in ([0, 1], [1, 0]):
-        args = (*case[:4], boxes[order], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
-        have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
-        assert torch.equal(have[0], want[0])
-        found.append(torch.where(have[0] < 0, -1, torch.tensor([*order, -1])[have[0].long()]))
+        x = assign(case._replace(gt_boxes=boxes[order]))
+        target_row = kernels.yolo11_assign(x).target_row
+        assert torch.equal(target_row, eager.yolo11_assign(x).target_row)
+        found.append(torch.where(target_row < 0, -1, torch.tensor([*order, -1])[target_row.long()]))
     assert torch.equal(*found)
     assert set(found[0].unique().tolist()) == {-1, 0, 1}
 
@@ -66,33 +78,31 @@ def test_small_boxes_among_many_that_want_the_same_anchors(dtype, topk2):
     boxes = torch.cat([large, torch.cat([corners, corners + 10], 1)]).to(dtype)
     case = make_case(0, dtype=dtype, reg_max=1, num_classes=1, num_rows=16)
     case = case._replace(dist=case.dist.abs() / 4 + 0.5, image_index=torch.zeros(16, dtype=torch.int64), gt_boxes=boxes)
-    args = (*case, FLAT_SHAPES, STRIDES, 1, 10, topk2, 0.5, 6.0, 0.0)
-    have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
-    assert torch.equal(have[0], want[0])
-    assert have[3] == want[3]
-    torch.testing.assert_close(have[1:3], want[1:3])
-    assert {12, 13, 14, 15} <= set(want[0].unique().tolist())
+    x = assign(case, topk2=topk2)
+    have, want = kernels.yolo11_assign(x), eager.yolo11_assign(x)
+    assert torch.equal(have.target_row, want.target_row)
+    assert have.num_fg == want.num_fg
+    torch.testing.assert_close(have.target_score, want.target_score)
+    torch.testing.assert_close(have.sums, want.sums)
+    assert {12, 13, 14, 15} <= set(want.target_row.unique().tolist())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", ["dist", "scores"])
 def test_no_number_stays_at_its_anchor(value, which):
     case = make_case(1)
-    args = (FLAT_SHAPES, STRIDES, 5, 3, None, 0.5, 6.0, 0.0)
-    clean = kernels.yolo11_assign(*case, *args)
-    background = (clean[0][0] < 0).nonzero()[0, 0]
+    clean = kernels.yolo11_assign(assign(case, topk=3))
+    background = (clean.target_row[0] < 0).nonzero()[0, 0]
     getattr(case, which)[0, background, 0] = value
-    have = kernels.yolo11_assign(*case, *args)
-    want = eager.yolo11_assign(*case, *args)
-    assert torch.equal(have[0], want[0])
-    assert have[2].isnan().tolist() == [which == "dist", False]
-    tail = (case.labels, case.gt_boxes, None, *args[:3], (7.5, 0.5, 1.5))
-    loss, terms, normaliser = kernels.yolo11_loss(case.dist, case.scores, *have[:3], *tail)
-    assert loss.isnan()
-    assert terms.isnan().all()
-    assert normaliser[0].isnan()
-    grads = kernels.yolo11_loss_backward(torch.ones(()), case.dist, case.scores, *have[:2], normaliser, *tail)
-    assert all(grad.isnan().all() for grad in grads)
+    have, want = kernels.yolo11_assign(assign(case, topk=3)), eager.yolo11_assign(assign(case, topk=3))
+    assert torch.equal(have.target_row, want.target_row)
+    assert have.sums.isnan().tolist() == [which == "dist", False]
+    x = loss(case, have)
+    out = kernels.yolo11_loss(x)
+    assert out.loss.isnan()
+    assert out.terms.isnan().all()
+    assert out.held[0].isnan()
+    assert all(grad.isnan().all() for grad in kernels.yolo11_loss_backward(gradient_of(x, out)))
 
 
 def test_short_sides_are_widened_for_the_candidate_test():
@@ -101,22 +111,20 @@ def test_short_sides_are_widened_for_the_candidate_test():
     case = case._replace(dist=case.dist.abs() + 0.5, image_index=torch.tensor([0]), gt_boxes=boxes)
     found = []
     for min_box_side in (0.0, 8.0, 16.0):
-        args = (*case, FLAT_SHAPES, STRIDES, 1, 10, None, 0.5, 6.0, min_box_side)
-        have, want = kernels.yolo11_assign(*args), eager.yolo11_assign(*args)
-        assert torch.equal(have[0], want[0])
-        found.append(int(have[3]))
+        x = assign(case, min_box_side=min_box_side)
+        have, want = kernels.yolo11_assign(x), eager.yolo11_assign(x)
+        assert torch.equal(have.target_row, want.target_row)
+        found.append(int(have.num_fg))
     assert found[0] < found[2]
 
 
 def test_infinite_logit_of_a_positive_shows_in_the_loss():
     case = make_case(1)
-    levels = (FLAT_SHAPES, STRIDES, 5)
-    row, score, sums, _ = kernels.yolo11_assign(*case, *levels, 10, None, 0.5, 6.0, 0.0)
+    assignment = kernels.yolo11_assign(assign(case))
+    row, score, *_ = assignment
     image, anchor = ((row >= 0) & (score > 0)).nonzero()[0]
     case.scores[image, anchor, case.labels[row[image, anchor]]] = -torch.inf
-    tail = (sums, case.labels, case.gt_boxes, None, *levels, (7.5, 0.5, 1.5))
-    _, terms, _ = kernels.yolo11_loss(case.dist, case.scores, row, score, *tail)
-    assert terms.isnan().all()
+    assert kernels.yolo11_loss(loss(case, assignment)).terms.isnan().all()
 
 
 def test_addresses_past_two_to_the_31():
@@ -129,22 +137,16 @@ def test_addresses_past_two_to_the_31():
         return far[start:].as_strided(x.shape, (2**31, 1, stride_c)).copy_(x)
 
     dist, scores = spread(case.dist, 0), spread(case.scores, 2**19)
-    args = (*case[2:], FLAT_SHAPES, STRIDES, 5, 10, None, 0.5, 6.0, 0.0)
-    near = (laid_out(case.dist, "last"), laid_out(case.scores, "last"))
-    assignment = kernels.yolo11_assign(*near, *args)
-    tail = (*assignment[:3], *case[3:], None, *args[3:6], (7.5, 0.5, 1.5))
-    loss = kernels.yolo11_loss(*near, *tail)
+    far_case = case._replace(dist=dist, scores=scores)
+    case = case._replace(dist=laid_out(case.dist, "last"), scores=laid_out(case.scores, "last"))
+    assignment = kernels.yolo11_assign(assign(case))
+    x, far_x = loss(case, assignment), loss(far_case, assignment)
+    out = kernels.yolo11_loss(x)
     with Meter():  # an address that wrapped around must not end the process
-        for have, want in zip(kernels.yolo11_assign(dist, scores, *args), assignment, strict=True):
-            assert torch.equal(have, want)
-        torch.testing.assert_close(kernels.yolo11_loss(dist, scores, *tail), loss)
-        grad = torch.ones(())
-        grads = zip(
-            kernels.yolo11_loss_backward(grad, dist, scores, *tail),
-            kernels.yolo11_loss_backward(grad, *near, *tail),
-            strict=True,
-        )
-        assert all(torch.equal(have, want) for have, want in grads)
+        assert same(kernels.yolo11_assign(assign(far_case)), assignment)
+        torch.testing.assert_close(kernels.yolo11_loss(far_x), out)
+        backward, far_backward = gradient_of(x, out), gradient_of(far_x, out)
+        assert same(kernels.yolo11_loss_backward(far_backward), kernels.yolo11_loss_backward(backward))
 
 
 # ---- YOLOX
@@ -182,10 +184,10 @@ def test_contested_anchor_goes_to_the_cheaper_row_in_either_order(dtype):
     case = overlapping_pair(dtype)
     found = []
     for order in ([0, 1], [1, 0]):
-        args = (*case[:3], case.gt_boxes[order], case.gt_xywh[order], *X_LEVELS, "center", 2.5)
-        have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
-        assert torch.equal(have[0], want[0])
-        found.append(torch.where(have[0] < 0, -1, torch.tensor([*order, -1])[have[0].long()]))
+        x = x_assign(case._replace(gt_boxes=case.gt_boxes[order], gt_xywh=case.gt_xywh[order]), radius=2.5)
+        target_row = kernels.yolox_assign(x).target_row
+        assert torch.equal(target_row, eager.yolox_assign(x).target_row)
+        found.append(torch.where(target_row < 0, -1, torch.tensor([*order, -1])[target_row.long()]))
     assert torch.equal(*found)
     assert set(found[0].unique().tolist()) == {-1, 0, 1}
 
@@ -197,10 +199,9 @@ def test_equal_costs_go_to_the_lower_row_and_anchor(dtype):
     corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
     case.preds[..., 2:4] = -60.0  # boxes of no size: no IoU, so that k is 1 and all costs are equal
     case = case._replace(image_index=torch.zeros(3).long(), labels=torch.zeros(3).long(), gt_boxes=corners, gt_xywh=boxes)
-    have = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
-    want = eager.yolox_assign(*case, *X_LEVELS, "center", 1.5)
-    assert torch.equal(have[0], want[0])
-    assert set(have[0].unique().tolist()) == {-1, 0, 1}
+    target_row = kernels.yolox_assign(x_assign(case)).target_row
+    assert torch.equal(target_row, eager.yolox_assign(x_assign(case)).target_row)
+    assert set(target_row.unique().tolist()) == {-1, 0, 1}
 
 
 def test_an_anchor_can_go_to_a_row_that_did_not_claim_it():
@@ -212,9 +213,9 @@ def test_an_anchor_can_go_to_a_row_that_did_not_claim_it():
     case.preds[0, best_of_row_0, 5] = 4.0
     labels = torch.tensor([0, 1, 1])
     case = case._replace(image_index=torch.zeros(3).long(), labels=labels, gt_boxes=corners, gt_xywh=boxes)
-    args = (*case, *X_LEVELS, "center", 1.5)
-    target_row, _, counts = kernels.yolox_assign(*args)
-    assert torch.equal(target_row, eager.yolox_assign(*args)[0])
+    x = x_assign(case)
+    target_row, _, counts, *_ = kernels.yolox_assign(x)
+    assert torch.equal(target_row, eager.yolox_assign(x).target_row)
     assert (target_row[0, liked_by_all], target_row[0, best_of_row_0], counts[0]) == (0, 0, 2)
 
 
@@ -222,18 +223,16 @@ def test_an_anchor_can_go_to_a_row_that_did_not_claim_it():
 @pytest.mark.parametrize("channel", [0, 2, 4, 6])
 def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
     case = make_yolox_case(1)
-    args = (*X_LEVELS, "center", 1.5)
-    clean = kernels.yolox_assign(*case, *args)
-    (image, anchor) = (clean[0] >= 0).nonzero()[3]
+    clean = kernels.yolox_assign(x_assign(case))
+    (image, anchor) = (clean.target_row >= 0).nonzero()[3]
     case.preds[image, anchor, channel] = value
     case.preds[image, 300:302, channel] = value
-    have, want = kernels.yolox_assign(*case, *args), eager.yolox_assign(*case, *args)
-    assert torch.equal(have[0], want[0])
-    assert torch.equal(have[2], want[2])
-    assert have[2][2] == 1
-    assert torch.equal(have[0][1 - image], clean[0][1 - image])
-    args = (case.preds, *have[:2], torch.tensor(torch.nan), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.zeros(()))
-    loss, terms = kernels.yolox_loss(*args)
+    have, want = kernels.yolox_assign(x_assign(case)), eager.yolox_assign(x_assign(case))
+    assert torch.equal(have.target_row, want.target_row)
+    assert torch.equal(have.counts, want.counts)
+    assert have.counts[2] == 1
+    assert torch.equal(have.target_row[1 - image], clean.target_row[1 - image])
+    loss, terms = kernels.yolox_loss(x_loss(case, have, normaliser=torch.nan))
     assert loss.isnan()
     assert terms.isnan().all()
 
@@ -244,11 +243,10 @@ def test_no_number_of_yolox_stays_at_its_anchor(value, channel):
 def test_no_number_of_yolox_shows_where_it_takes_part(value, channel, anchor, takes_part):
     case = overlapping_pair(torch.float32)
     case.preds[0, anchor, channel] = value
-    args = (*case, *X_LEVELS, "center", 1.5)
-    have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
-    assert torch.equal(have[0], want[0])
-    assert have[2].tolist() == want[2].tolist()
-    assert have[2][2] == takes_part
+    have, want = kernels.yolox_assign(x_assign(case)), eager.yolox_assign(x_assign(case))
+    assert torch.equal(have.target_row, want.target_row)
+    assert have.counts.tolist() == want.counts.tolist()
+    assert have.counts[2] == takes_part
 
 
 @pytest.mark.parametrize("is_right_class", [True, False])
@@ -260,13 +258,13 @@ def test_logarithms_of_the_cost_are_clamped(is_right_class):
     at = 7 * 16 + 7
     case.preds[0, at, 6:] = -20.0
     case.preds[0, at, 5 if is_right_class else 6] = -400.0 if is_right_class else 400.0
-    target_row, *_ = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    target_row = kernels.yolox_assign(x_assign(case)).target_row
     assert (target_row >= 0).nonzero().tolist() == [[0, at]]
     case.preds[0, at, 5:] = 14.0
-    assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+    assert kernels.yolox_assign(x_assign(case)).target_row[0, at] == -1
     case.preds[..., 5:], case.preds[..., 6] = -20.0, 14.0
     case.preds[0, at, 6] = 400.0  # 100 against 14
-    assert kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)[0][0, at] == -1
+    assert kernels.yolox_assign(x_assign(case)).target_row[0, at] == -1
 
 
 def test_small_probabilities_of_several_tiles_add_up(shipped_sizes):
@@ -276,7 +274,7 @@ def test_small_probabilities_of_several_tiles_add_up(shipped_sizes):
     case.preds[..., 2:4], case.preds[..., 4], case.preds[..., 5:] = -60.0, 20.0, -20.0  # no IoU: classes decide, and k is 1
     case.preds[..., 5], at = -1.541, 7 * 16 + 7
     case.preds[0, at, 5:37:8] = -4.226
-    target_row, *_ = kernels.yolox_assign(*case, *X_LEVELS, "center", 1.5)
+    target_row = kernels.yolox_assign(x_assign(case)).target_row
     assert (target_row >= 0).nonzero().tolist() == [[0, at]]
 
 
@@ -287,7 +285,7 @@ def test_anchors_in_the_box_take_part_in_the_paper_mode():
     box = case.gt_xywh[0]
     case.preds[..., :2] = (box[:2] / strides[:, None] - points + 0.5)[None]
     case.preds[..., 2:4] = (box[2:] / strides[:, None]).log()[None]
-    counts = [kernels.yolox_assign(*case, *X_LEVELS, mode, 0.6)[2][0].item() for mode in ("center", "box_and_center")]
+    counts = [kernels.yolox_assign(x_assign(case, mode, 0.6)).counts[0].item() for mode in ("center", "box_and_center")]
     assert counts == [2, 10]
 
 
@@ -295,12 +293,12 @@ def test_anchors_in_the_box_take_part_in_the_paper_mode():
 def test_boxes_of_yolox_without_bounds_or_size(size):
     case = make_yolox_case(2)
     case.preds[:, ::2, 2:4] = size
-    args = (*case, *X_LEVELS, "center", 1.5)
-    have, want = kernels.yolox_assign(*args), eager.yolox_assign(*args)
-    assert torch.equal(have[0], want[0])
-    loss_args = (case.preds, *want[:2], want[2][0].float(), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.zeros(()))
-    torch.testing.assert_close(kernels.yolox_loss(*loss_args), eager.yolox_loss(*loss_args))
-    have, want = (f(torch.ones(()), *loss_args) for f in (kernels.yolox_loss_backward, eager.yolox_loss_backward))
+    assignment = eager.yolox_assign(x_assign(case))
+    assert torch.equal(kernels.yolox_assign(x_assign(case)).target_row, assignment.target_row)
+    x = x_loss(case, assignment)
+    out = eager.yolox_loss(x)
+    torch.testing.assert_close(kernels.yolox_loss(x), out)
+    have, want = (f(gradient_of(x, out)).grad_preds for f in (kernels.yolox_loss_backward, eager.yolox_loss_backward))
     assert want.isfinite().all()
     torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
 
@@ -310,14 +308,13 @@ def test_addresses_of_yolox_past_two_to_the_31():
     far = far_memory()
     stride_c = 2**31 // (case.preds.shape[2] - 1) + 64
     preds = far.as_strided(case.preds.shape, (2**31, 1, stride_c)).copy_(case.preds)
-    near = laid_out(case.preds, "last")
-    assignment = kernels.yolox_assign(near, *case[1:], *X_LEVELS, "center", 1.5)
-    tail = (*assignment[:2], assignment[2][0].float(), case.labels, case.gt_xywh, *X_LEVELS, "iou", 5.0, torch.ones(()))
-    points, strides = torch.rand(preds.shape[1], 2), torch.rand(preds.shape[1])
+    far_case, case = case._replace(preds=preds), case._replace(preds=laid_out(case.preds, "last"))
+    assignment = kernels.yolox_assign(x_assign(case))
+    x, far_x = x_loss(case, assignment, use_l1=True), x_loss(far_case, assignment, use_l1=True)
+    out = kernels.yolox_loss(x)
+    decode = DecodeYOLOX(case.preds, torch.rand(preds.shape[1], 2), torch.rand(preds.shape[1]))
     with Meter():  # an address that wrapped around must not end the process
-        for have, want in zip(kernels.yolox_assign(preds, *case[1:], *X_LEVELS, "center", 1.5), assignment, strict=True):
-            assert torch.equal(have, want)
-        torch.testing.assert_close(kernels.yolox_loss(preds, *tail), kernels.yolox_loss(near, *tail))
-        grad = torch.ones(())
-        assert torch.equal(kernels.yolox_loss_backward(grad, preds, *tail), kernels.yolox_loss_backward(grad, near, *tail))
-        assert torch.equal(kernels.decode_yolox(preds, points, strides), kernels.decode_yolox(near, points, strides))
+        assert same(kernels.yolox_assign(x_assign(far_case)), assignment)
+        torch.testing.assert_close(kernels.yolox_loss(far_x), out)
+        assert same(kernels.yolox_loss_backward(gradient_of(far_x, out)), kernels.yolox_loss_backward(gradient_of(x, out)))
+        assert same(kernels.decode_yolox(decode._replace(preds=preds)), kernels.decode_yolox(decode))

@@ -1,169 +1,169 @@
-"""Every operator on meta tensors, as a training launches it: COCO at 640 px, in the head's own layout or not."""
+"""Every operation on meta tensors, as a training launches it: COCO at 640 px, in the head's own layout or not."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from tests.gradients import gradient_of
+from triton_yolo import _ops
+from triton_yolo import _signatures as of
+from triton_yolo._operation import Operation
+from triton_yolo._precision import working_dtype
 
 TARGETS = (*(f"cuda:{arch}" for arch in (75, 80, 86, 89, 90, 100, 120)), "hip:gfx90a", "hip:gfx942")
 DTYPES = ("float16", "bfloat16", "float32")
 
-BATCH, SHAPES, STRIDES, CLASSES, REG_MAX, ROWS, SLOTS = 16, (80, 80, 40, 40, 20, 20), (8.0, 16.0, 32.0), 80, 16, 112, 20
-ANCHORS = 8400
+BATCH, CLASSES, REG_MAX, ROWS, SLOTS, ANCHORS = 16, 80, 16, 112, 20, 8400
+LEVELS = of.Levels((80, 80, 40, 40, 20, 20), (8.0, 16.0, 32.0))
+TASK_ALIGNED, SIMOTA = of.TaskAligned(10, None, 0.5, 6.0, 0.0, 1e-9), of.SimOTA("center", 1.5)
+GAINS = (7.5, 0.5, 1.5)
 
 Operator = tuple[Callable[[torch.dtype, str], Any], tuple[str, ...]]
 LAYOUTS = ("channel-first", "channel-last")
+FIRST, LAST = (LAYOUTS[:1], LAYOUTS[1:])
+
+_NAMES = {value.inputs: value.name for value in vars(_ops).values() if isinstance(value, Operation)}
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _preds(dtype: torch.dtype, layout: str, channels: int) -> torch.Tensor:
+def _preds(dtype: torch.dtype, layout: str, channels: int) -> Tensor:
     if layout == "channel-last":
         return _empty(BATCH, ANCHORS, channels, dtype=dtype)
     return _empty(BATCH, channels, ANCHORS, dtype=dtype).transpose(1, 2)
 
 
-def _decode(reg_max: int, has_strides: bool) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
-
-        dist, strides = _preds(dtype, layout, 4 * reg_max), _empty(ANCHORS) if has_strides else None
-        boxes = kernels.decode_dfl(dist, _empty(ANCHORS, 2), strides, reg_max)
-        kernels.decode_dfl_backward(boxes, dist, strides, reg_max)
-
-    return operator
+def _rows(count: int = ROWS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return list(of.new_ground_truth([_empty(count, 6, dtype=dtype)], working_dtype(dtype)))
 
 
-def _bbox_iou(kind: str) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
-
-        a, b = _empty(4096, 4, dtype=dtype), _empty(4096, 4, dtype=dtype)
-        kernels.bbox_iou_backward(kernels.bbox_iou(a, b, kind, 1e-7), a, b, kind, 1e-7)
-
-    return operator
+def _points() -> tuple[Tensor, Tensor]:
+    return _empty(ANCHORS, 2), _empty(ANCHORS)
 
 
-def _rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty(count, dtype=torch.int64), _empty(count, dtype=torch.int64), _empty(count, 4)
+def _decode_dfl(dtype: torch.dtype, layout: str, *, reg_max: int = REG_MAX, has_strides: bool = False) -> of.DecodeDFL:
+    points, strides = _points()
+    return of.DecodeDFL(_preds(dtype, layout, 4 * reg_max), points, strides if has_strides else None, reg_max)
 
 
-def _unpack_rows(dtype: torch.dtype, layout: str) -> None:
-    from tests.flat import kernels
-
-    kernels.unpack_rows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
+def _decode_yolox(dtype: torch.dtype, layout: str) -> of.DecodeYOLOX:
+    return of.DecodeYOLOX(_preds(dtype, layout, 5 + CLASSES), *_points())
 
 
-def _assign(topk2: int | None, min_box_side: float) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
-
-        kernels.yolo11_assign(
-            _preds(dtype, layout, 4 * REG_MAX), _preds(dtype, layout, CLASSES), *_rows(ROWS), SHAPES, STRIDES, REG_MAX,
-            10, topk2, 0.5, 6.0, min_box_side,
-        )  # fmt: skip
-
-    return operator
+def _bbox_iou(dtype: torch.dtype, layout: str, *, kind: str) -> of.BboxIoU:
+    return of.BboxIoU(_empty(4096, 4, dtype=dtype), _empty(4096, 4, dtype=dtype), kind, 1e-7)
 
 
-def _loss(reg_max: int, num_classes: int, has_weights: bool) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
-
-        dist, scores = _preds(dtype, layout, 4 * reg_max), _preds(dtype, layout, num_classes)
-        working = torch.float64 if dtype == torch.float64 else torch.float32
-        target_row, target_score = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
-        one, normaliser, (_, labels, boxes) = _empty(dtype=working), _empty(2, dtype=working), _rows(ROWS)
-        tail = (labels, boxes, _empty(num_classes) if has_weights else None, SHAPES, STRIDES, reg_max, (7.5, 0.5, 1.5))
-        kernels.yolo11_loss(dist, scores, target_row, target_score, normaliser, *tail)
-        kernels.yolo11_loss_backward(one, dist, scores, target_row, target_score, normaliser, *tail)
-
-    return operator
+def _unpack_rows(dtype: torch.dtype, layout: str) -> of.UnpackRows:
+    return of.UnpackRows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
 
 
-def _task_aligned_assign(dtype: torch.dtype, layout: str) -> None:
-    from tests.flat import kernels
-
-    boxes, points = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2)
-    kernels.task_aligned_assign(
-        _preds(dtype, layout, CLASSES), boxes, points, *_rows(BATCH * SLOTS), 13, None, 1.0, 6.0, 0.0, 1e-9
-    )
+def _align_metric(dtype: torch.dtype, layout: str) -> of.AlignMetric:
+    scores, boxes = _preds(dtype, layout, CLASSES), _preds(dtype, layout, 4)
+    return of.AlignMetric(scores, boxes, _points()[0], _rows(BATCH * SLOTS), SLOTS, 1.0, 6.0, 0.0)
 
 
-def _stages(dtype: torch.dtype, layout: str) -> None:
-    from tests.flat import kernels
-
-    _, labels, gt_boxes = _rows(BATCH * SLOTS)
-    boxes, points, mask = _empty(BATCH, ANCHORS, 4, dtype=dtype), _empty(ANCHORS, 2), _empty(BATCH, SLOTS, dtype=torch.bool)
-    labels, gt_boxes = labels.view(BATCH, SLOTS), gt_boxes.view(BATCH, SLOTS, 4)
-    scores = _preds(dtype, layout, CLASSES)
-    metric, _ = kernels.align_metric(scores, boxes, points, labels, gt_boxes, mask, 1.0, 6.0, 0.0)
-    kernels.select_topk_candidates(metric.to(dtype), 13, mask)
+def _select_topk(dtype: torch.dtype, layout: str) -> of.SelectTopk:
+    return of.SelectTopk(_empty(BATCH, SLOTS, ANCHORS, dtype=dtype), 13, _empty(BATCH, SLOTS, dtype=torch.bool))
 
 
-def _decode_yolox(dtype: torch.dtype, layout: str) -> None:
-    from tests.flat import kernels
-
-    preds, points, strides = _preds(dtype, layout, 5 + CLASSES), _empty(ANCHORS, 2), _empty(ANCHORS)
-    kernels.decode_yolox_backward(kernels.decode_yolox(preds, points, strides), preds, strides)
-
-
-def _simota_assign(dtype: torch.dtype, layout: str) -> None:
-    from tests.flat import kernels
-
-    scores, objectness, boxes = _preds(dtype, layout, CLASSES), _empty(BATCH, ANCHORS, dtype=dtype), _preds(dtype, layout, 4)
-    rows = (*_rows(BATCH * SLOTS), _empty(BATCH * SLOTS, 4))
-    kernels.simota_assign(scores, objectness, boxes, _empty(ANCHORS, 2), _empty(ANCHORS), *rows, "center", 1.5)
+def _task_aligned_assign(dtype: torch.dtype, layout: str) -> of.TaskAlignedAssign:
+    scores, boxes = _preds(dtype, layout, CLASSES), _preds(dtype, layout, 4)
+    rule = of.TaskAligned(13, None, 1.0, 6.0, 0.0, 1e-9)
+    return of.TaskAlignedAssign(scores, boxes, _points()[0], _rows(BATCH * SLOTS), rule)
 
 
-def _yolox_assign(candidates: str, radius: float) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
-
-        working = torch.float64 if dtype == torch.float64 else torch.float32
-        rows = (*(_empty(ROWS, dtype=torch.int64) for _ in range(2)), *(_empty(ROWS, 4, dtype=working) for _ in range(2)))
-        kernels.yolox_assign(_preds(dtype, layout, 5 + CLASSES), *rows, SHAPES, STRIDES, candidates, radius)
-
-    return operator
+def _yolo11_assign(
+    dtype: torch.dtype, layout: str, *, reg_max: int = REG_MAX, num_classes: int = CLASSES, rule: of.TaskAligned = TASK_ALIGNED
+) -> of.YOLO11Assign:
+    preds = _preds(dtype, layout, 4 * reg_max), _preds(dtype, layout, num_classes)
+    return of.YOLO11Assign(*preds, _rows(dtype=dtype), LEVELS, reg_max, rule)
 
 
-def _yolox_loss(num_classes: int, iou_loss: str) -> Callable[[torch.dtype, str], Any]:
-    def operator(dtype: torch.dtype, layout: str) -> None:
-        from tests.flat import kernels
+def _yolo11_loss(dtype: torch.dtype, layout: str, *, has_weights: bool = False, **sizes: int) -> of.YOLO11Loss:
+    x = _yolo11_assign(dtype, layout, **sizes)
+    row, score, sums, _, *gt = x.allocate()
+    weights = _empty(x.pred_scores.shape[2]) if has_weights else None
+    return of.YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums, *gt, weights, LEVELS, x.reg_max, GAINS)
 
-        working = torch.float64 if dtype == torch.float64 else torch.float32
-        preds, one = _preds(dtype, layout, 5 + num_classes), _empty(dtype=working)
-        target_row, matched_iou = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(BATCH, ANCHORS, dtype=working)
-        gt = (_empty(ROWS, dtype=torch.int64), _empty(ROWS, 4, dtype=working))
-        args = (preds, target_row, matched_iou, one, *gt, SHAPES, STRIDES, iou_loss, 5.0, _empty())
-        kernels.yolox_loss(*args)
-        kernels.yolox_loss_backward(one, *args)
 
-    return operator
+def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of.YOLO11:
+    x = _yolo11_assign(dtype, layout)
+    return of.YOLO11(
+        x.pred_dist, x.pred_scores, [_empty(ROWS, 6)], None, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad
+    )  # fmt: skip
+
+
+def _simota_assign(dtype: torch.dtype, layout: str) -> of.SimOTAAssign:
+    preds = _preds(dtype, layout, CLASSES), _empty(BATCH, ANCHORS, dtype=dtype), _preds(dtype, layout, 4)
+    return of.SimOTAAssign(*preds, *_points(), _rows(BATCH * SLOTS), SIMOTA)
+
+
+def _yolox_assign(
+    dtype: torch.dtype, layout: str, *, num_classes: int = CLASSES, rule: of.SimOTA = SIMOTA
+) -> of.YOLOXAssign:
+    return of.YOLOXAssign(_preds(dtype, layout, 5 + num_classes), _rows(dtype=dtype), LEVELS, rule)
+
+
+def _yolox_loss(dtype: torch.dtype, layout: str, *, num_classes: int = CLASSES, iou_loss: str = "iou") -> of.YOLOXLoss:
+    x = _yolox_assign(dtype, layout, num_classes=num_classes)
+    row, iou, _, *gt = x.allocate()
+    return of.YOLOXLoss(x.preds, row, iou, _empty(dtype=iou.dtype), *gt, _empty(), LEVELS, iou_loss, 5.0)
+
+
+def _yolox_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of.YOLOX:
+    x = _yolox_assign(dtype, layout)
+    return of.YOLOX(x.preds, [_empty(ROWS, 6)], _empty(), LEVELS, SIMOTA, "iou", 5.0, wants_grad)
+
+
+def _launch(make: Callable[..., Any], dtype: torch.dtype, layout: str, *, has_gradient: bool, **options: Any) -> None:
+    from triton_yolo import kernels
+
+    x = make(dtype, layout, **options)
+    out = getattr(kernels, _NAMES[type(x)])(x)
+    if has_gradient:
+        backward = gradient_of(x, out)
+        getattr(kernels, _NAMES[type(backward)])(backward)
+
+
+def _operator(make: Callable[..., Any], layouts: tuple[str, ...] = LAYOUTS, **options: Any) -> Operator:
+    return partial(_launch, make, has_gradient=False, **options), layouts
+
+
+def _with_gradient(make: Callable[..., Any], layouts: tuple[str, ...] = LAYOUTS, **options: Any) -> Operator:
+    return partial(_launch, make, has_gradient=True, **options), layouts
 
 
 OPERATORS: dict[str, Operator] = {
-    "decode_dfl": (_decode(16, has_strides=True), LAYOUTS),
-    "decode_dfl, R=7": (_decode(7, has_strides=False), LAYOUTS[:1]),
-    "decode_dfl, R=32": (_decode(32, has_strides=False), LAYOUTS[:1]),
-    "decode_dfl, R=1": (_decode(1, has_strides=False), LAYOUTS[:1]),
-    **{f"bbox_iou, {kind}": (_bbox_iou(kind), LAYOUTS[-1:]) for kind in ("iou", "giou", "diou", "ciou")},
-    "unpack_rows": (_unpack_rows, LAYOUTS[:1]),
-    "yolo11_assign": (_assign(topk2=None, min_box_side=0.0), LAYOUTS),
-    "yolo11_assign, topk2": (_assign(topk2=1, min_box_side=16.0), LAYOUTS[:1]),
-    "yolo11_loss": (_loss(16, CLASSES, has_weights=False), LAYOUTS),
-    "yolo11_loss, weights": (_loss(16, CLASSES, has_weights=True), LAYOUTS[:1]),
-    "yolo11_loss, R=1, C=1": (_loss(1, 1, has_weights=False), LAYOUTS[:1]),
-    "yolo11_loss, R=32": (_loss(32, 1203, has_weights=False), LAYOUTS[:1]),
-    "task_aligned_assign": (_task_aligned_assign, LAYOUTS[-1:]),
-    "align_metric, top-k": (_stages, LAYOUTS[-1:]),
-    "decode_yolox": (_decode_yolox, LAYOUTS),
-    "simota_assign": (_simota_assign, LAYOUTS[-1:]),
-    "yolox_assign": (_yolox_assign("center", 1.5), LAYOUTS),
-    "yolox_assign, box": (_yolox_assign("box_and_center", 2.5), LAYOUTS[:1]),
-    "yolox_loss": (_yolox_loss(CLASSES, "iou"), LAYOUTS),
-    "yolox_loss, GIoU": (_yolox_loss(CLASSES, "giou"), LAYOUTS[:1]),
-    "yolox_loss, C=1": (_yolox_loss(1, "iou"), LAYOUTS[:1]),
+    "decode_dfl": _with_gradient(_decode_dfl, has_strides=True),
+    "decode_dfl, R=7": _with_gradient(_decode_dfl, FIRST, reg_max=7),
+    "decode_dfl, R=32": _with_gradient(_decode_dfl, FIRST, reg_max=32),
+    "decode_dfl, R=1": _with_gradient(_decode_dfl, FIRST, reg_max=1),
+    **{f"bbox_iou, {kind}": _with_gradient(_bbox_iou, LAST, kind=kind) for kind in ("iou", "giou", "diou", "ciou")},
+    "unpack_rows": _operator(_unpack_rows, FIRST),
+    "yolo11_assign": _operator(_yolo11_assign),
+    "yolo11_assign, topk2": _operator(_yolo11_assign, FIRST, rule=of.TaskAligned(10, 1, 0.5, 6.0, 16.0, 1e-9)),
+    "yolo11_loss": _with_gradient(_yolo11_loss),
+    "yolo11_loss, weights": _with_gradient(_yolo11_loss, FIRST, has_weights=True),
+    "yolo11_loss, R=1, C=1": _with_gradient(_yolo11_loss, FIRST, reg_max=1, num_classes=1),
+    "yolo11_loss, R=32": _with_gradient(_yolo11_loss, FIRST, reg_max=32, num_classes=1203),
+    "yolo11_criterion": _operator(_yolo11_criterion, wants_grad=True),
+    "yolo11_criterion, no gradient": _operator(_yolo11_criterion, FIRST, wants_grad=False),
+    "task_aligned_assign": _operator(_task_aligned_assign, LAST),
+    "align_metric": _operator(_align_metric, LAST),
+    "select_topk_candidates": _operator(_select_topk, LAST),
+    "decode_yolox": _with_gradient(_decode_yolox),
+    "simota_assign": _operator(_simota_assign, LAST),
+    "yolox_assign": _operator(_yolox_assign),
+    "yolox_assign, box": _operator(_yolox_assign, FIRST, rule=of.SimOTA("box_and_center", 2.5)),
+    "yolox_loss": _with_gradient(_yolox_loss),
+    "yolox_loss, GIoU": _with_gradient(_yolox_loss, FIRST, iou_loss="giou"),
+    "yolox_loss, C=1": _with_gradient(_yolox_loss, FIRST, num_classes=1),
+    "yolox_criterion": _operator(_yolox_criterion, wants_grad=True),
+    "yolox_criterion, no gradient": _operator(_yolox_criterion, FIRST, wants_grad=False),
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._precision import working
-from .._signatures import GroundTruth, Levels, UnpackRows
+from .._signatures import GroundTruth, Levels, UnpackRows, new_ground_truth
 
 
 def unpack_rows(x: UnpackRows) -> GroundTruth:
@@ -17,9 +17,9 @@ def unpack_rows(x: UnpackRows) -> GroundTruth:
 
 
 def ground_truth(targets: list[Tensor], levels: Levels, dtype: torch.dtype) -> GroundTruth:
-    """Targets as operations take them, boxes in this type."""
+    """Targets as operations take them, boxes in this type. A copy: what an operation puts out must not be what it was given."""
     if len(targets) == 1:
         height, width = levels.image_size
         return unpack_rows(UnpackRows(targets[0].to(dtype), width, height))
-    image_index, labels, xyxy, xywh = targets
-    return GroundTruth(image_index, labels, xyxy.to(dtype), xywh.to(dtype))
+    copies = new_ground_truth(targets, dtype)
+    return GroundTruth(*[copy.copy_(x) for copy, x in zip(copies, targets, strict=True)])
