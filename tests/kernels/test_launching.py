@@ -21,10 +21,10 @@ from torch import Tensor
 from triton import knobs
 
 from bench.host_step import NullDriver
-from tests.tools.target import active
 from tests import operations
 from tests.conftest import DEVICE
 from tests.operations import INPUTS, tensors_of, with_tensors
+from tests.tools.target import active
 from triton_yolo import _signatures as of
 from triton_yolo import kernels
 from triton_yolo.kernels import launch

@@ -104,9 +104,7 @@ def _simota_assign(dtype: torch.dtype, layout: str) -> of.SimOTAAssign:
     return of.SimOTAAssign(*preds, *_points(), _rows(BATCH * SLOTS), SIMOTA)
 
 
-def _yolox_assign(
-    dtype: torch.dtype, layout: str, *, num_classes: int = CLASSES, rule: of.SimOTA = SIMOTA
-) -> of.YOLOXAssign:
+def _yolox_assign(dtype: torch.dtype, layout: str, *, num_classes: int = CLASSES, rule: of.SimOTA = SIMOTA) -> of.YOLOXAssign:
     return of.YOLOXAssign(_preds(dtype, layout, 5 + num_classes), _rows(dtype=dtype), LEVELS, rule)
 
 
