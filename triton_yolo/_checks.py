@@ -19,7 +19,7 @@ from ._signatures import Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE_UP_TO = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that these types cannot tell apart
+_WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
 
 def require(condition: bool, argument: str, must: str, got: object) -> None:
@@ -148,35 +148,46 @@ def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
 
 def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor) -> None:
     """Check the four fields of ``Targets``."""
-    num_rows = targets[0].shape[:1] if isinstance(targets[0], Tensor) else ("N",)
+    num_rows: int | str = "N"
     for place, (name, x) in enumerate(zip(names, targets, strict=True)):
-        tensor(f"targets.{name}", x, (*num_rows, 4) if place > 1 else num_rows or ("N",), like=like, is_float=place > 1)
+        tensor(f"targets.{name}", x, (num_rows, 4) if place > 1 else (num_rows,), like=like, is_float=False)
         if place < 2 and x.dtype != torch.int64:
             raise TypeError(f"targets.{name} must be int64, got {x.dtype}")
+        if place > 1 and x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"targets.{name} must be float32 or float64, got {x.dtype}")
+        num_rows = x.shape[0]
 
 
-def exact_rows(argument: str, rows: Tensor, batch_size: int, num_classes: int) -> None:
-    """Check that the type of raw rows can tell apart all images and classes."""
-    limit = _WHOLE_UP_TO.get(rows.dtype)
-    if limit is not None and (batch_size > limit + 1 or num_classes > limit + 1):
+def exact(argument: str, x: Tensor, batch_size: int, num_classes: int) -> None:
+    """Check that the type of indices and labels can tell apart all images and classes."""
+    limit = _WHOLE_BELOW.get(x.dtype)
+    if limit is not None and (batch_size > limit or num_classes > limit):
         raise ValueError(
-            f"{argument} must be of a wider type than {rows.dtype}, which holds whole numbers up to {limit} exactly, "
+            f"{argument} must be of a wider type than {x.dtype}, which rounds whole numbers from {limit} on, "
             f"for {batch_size} images and {num_classes} classes"
         )
+
+
+def whole_values(argument: str, what: str, values: Tensor) -> None:
+    """Check indices or labels of any type, on the CPU."""
+    if not values.is_floating_point():
+        return
+    broken = values[(values != values.round()) | ~values.isfinite()]  # NaN is not equal to itself
+    require(broken.numel() == 0, argument, f"have whole {what}", broken[:5].tolist())
+    limit = _WHOLE_BELOW.get(values.dtype)
+    if limit is not None and values.numel():
+        largest = values.max().item()
+        require(largest < limit, argument, f"have {what} below {limit}, where {values.dtype} begins to round", largest)
 
 
 def raw_rows(argument: str, rows: Tensor) -> None:
     """Check the values of rows (N, 6) in the YOLO convention, on the CPU; elsewhere that would synchronise."""
     if rows.device.type != "cpu" or len(rows) == 0:
         return
-    numbers_, boxes = rows[:, :2], rows[:, 2:]
-    broken = numbers_[(numbers_ != numbers_.round()) | ~numbers_.isfinite()]  # NaN is not equal to itself
-    require(broken.numel() == 0, argument, "have whole image indices and labels", broken[:5].tolist())
-    limit = _WHOLE_UP_TO.get(rows.dtype)
-    if limit is not None:
-        largest = numbers_.max().item()
-        require(largest <= limit, argument, f"have image indices and labels up to {limit} in {rows.dtype}", largest)
-    largest_boxes = boxes[rows[:, 0] >= 0].abs().amax(1)
+    is_row = rows[:, 0] >= 0
+    whole_values(argument, "image indices", rows[:, 0])
+    whole_values(argument, "labels", rows[is_row, 1])
+    largest_boxes = rows[is_row, 2:].abs().amax(1)
     if (largest_boxes > 10).sum() * 2 > len(largest_boxes):
         warn(
             f"{argument} have boxes up to {largest_boxes.max():.6g} images wide or away: rows are normalised to 0-1 of the "

@@ -177,5 +177,6 @@ def padded_targets(
     _checks.tensor(names[2], points, (num_anchors, 2), like=scores)
     _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", 4), like=scores)
     labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
+    _checks.exact("gt_labels", labels, 0, scores.shape[2])
     mask = _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
     return list(Targets._of_slots(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()
