@@ -53,17 +53,19 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
 
 
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive."""
+    """A finite number that is not negative, or positive. One of a tensor of one counts."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    is_good = math.isfinite(value) and (value > 0 if is_positive else value >= 0)
-    require(is_good, argument, f"be finite and {'positive' if is_positive else 'not negative'}", value)
+    if not ((0 < value if is_positive else 0 <= value) and value < math.inf):  # comparisons are all that a graph knows
+        raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
     return float(value)
 
 
 def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     """Positive numbers, one a level."""
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
         raise TypeError(f"{argument} must be a sequence, got {values!r}")
     return tuple(real(argument, value, is_positive=True) for value in values)
 
@@ -74,10 +76,13 @@ def image_size(argument: str, value: Any) -> tuple[float, float]:
         raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
     if isinstance(value, Tensor) or hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        return value, value  # type: ignore[return-value]
-    require(isinstance(value, Sequence) and len(value) == 2, argument, "be (height, width) or one number", value)
-    return value[0], value[1]
+    sides = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    require(len(sides) == 2, argument, "be (height, width) or one number", value)
+    return _side(argument, sides[0]), _side(argument, sides[1])
+
+
+def _side(argument: str, value: Any) -> float:
+    return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else real(argument, value, is_positive=True)
 
 
 # ---- tensors
@@ -102,6 +107,12 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
 
+def boxes(argument: str, x: Tensor, like: Tensor | None = None) -> None:
+    """Check boxes (..., 4)."""
+    rank = x.dim() if isinstance(x, Tensor) else 1
+    tensor(argument, x, (*["..."] * (rank - 1), 4), like=like)
+
+
 def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
     """Check one value a ground-truth slot, (B, G) or (B, G, 1) as ``like`` (B, G, ...) has them, and return (B, G)."""
     shape = like.shape[:2]
@@ -120,7 +131,7 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     flat: list[int] = []
     total = 0
     for shape in shapes:
-        if len(shape) != 2:
+        if not isinstance(shape, Iterable) or len(shape) != 2:
             _bad_levels("hold positive (h, w)", shapes)
         height, width = shape
         if height < 1 or width < 1:
