@@ -19,7 +19,7 @@ from ._signatures import Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE_UP_TO = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that these types cannot tell apart
+_WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
 
 def require(condition: bool, argument: str, must: str, got: object) -> None:
@@ -53,17 +53,19 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
 
 
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive."""
+    """A finite number that is not negative, or positive. One of a tensor of one counts."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    is_good = math.isfinite(value) and (value > 0 if is_positive else value >= 0)
-    require(is_good, argument, f"be finite and {'positive' if is_positive else 'not negative'}", value)
+    if not ((0 < value if is_positive else 0 <= value) and value < math.inf):  # comparisons are all that a graph knows
+        raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
     return float(value)
 
 
 def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     """Positive numbers, one a level."""
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
         raise TypeError(f"{argument} must be a sequence, got {values!r}")
     return tuple(real(argument, value, is_positive=True) for value in values)
 
@@ -74,10 +76,13 @@ def image_size(argument: str, value: Any) -> tuple[float, float]:
         raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
     if isinstance(value, Tensor) or hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        return value, value  # type: ignore[return-value]
-    require(isinstance(value, Sequence) and len(value) == 2, argument, "be (height, width) or one number", value)
-    return value[0], value[1]
+    sides = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    require(len(sides) == 2, argument, "be (height, width) or one number", value)
+    return _side(argument, sides[0]), _side(argument, sides[1])
+
+
+def _side(argument: str, value: Any) -> float:
+    return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else real(argument, value, is_positive=True)
 
 
 # ---- tensors
@@ -102,6 +107,12 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
 
+def boxes(argument: str, x: Tensor, like: Tensor | None = None) -> None:
+    """Check boxes (..., 4)."""
+    rank = x.dim() if isinstance(x, Tensor) else 1
+    tensor(argument, x, (*["..."] * (rank - 1), 4), like=like)
+
+
 def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
     """Check one value a ground-truth slot, (B, G) or (B, G, 1) as ``like`` (B, G, ...) has them, and return (B, G)."""
     shape = like.shape[:2]
@@ -120,7 +131,7 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     flat: list[int] = []
     total = 0
     for shape in shapes:
-        if len(shape) != 2:
+        if not isinstance(shape, Iterable) or len(shape) != 2:
             _bad_levels("hold positive (h, w)", shapes)
         height, width = shape
         if height < 1 or width < 1:
@@ -148,35 +159,46 @@ def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
 
 def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor) -> None:
     """Check the four fields of ``Targets``."""
-    num_rows = targets[0].shape[:1] if isinstance(targets[0], Tensor) else ("N",)
+    num_rows: int | str = "N"
     for place, (name, x) in enumerate(zip(names, targets, strict=True)):
-        tensor(f"targets.{name}", x, (*num_rows, 4) if place > 1 else num_rows or ("N",), like=like, is_float=place > 1)
+        tensor(f"targets.{name}", x, (num_rows, 4) if place > 1 else (num_rows,), like=like, is_float=False)
         if place < 2 and x.dtype != torch.int64:
             raise TypeError(f"targets.{name} must be int64, got {x.dtype}")
+        if place > 1 and x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"targets.{name} must be float32 or float64, got {x.dtype}")
+        num_rows = x.shape[0]
 
 
-def exact_rows(argument: str, rows: Tensor, batch_size: int, num_classes: int) -> None:
-    """Check that the type of raw rows can tell apart all images and classes."""
-    limit = _WHOLE_UP_TO.get(rows.dtype)
-    if limit is not None and (batch_size > limit + 1 or num_classes > limit + 1):
+def exact(argument: str, x: Tensor, batch_size: int, num_classes: int) -> None:
+    """Check that the type of indices and labels can tell apart all images and classes."""
+    limit = _WHOLE_BELOW.get(x.dtype)
+    if limit is not None and (batch_size > limit or num_classes > limit):
         raise ValueError(
-            f"{argument} must be of a wider type than {rows.dtype}, which holds whole numbers up to {limit} exactly, "
+            f"{argument} must be of a wider type than {x.dtype}, which rounds whole numbers from {limit} on, "
             f"for {batch_size} images and {num_classes} classes"
         )
+
+
+def whole_values(argument: str, what: str, values: Tensor) -> None:
+    """Check indices or labels of any type, on the CPU."""
+    if not values.is_floating_point():
+        return
+    broken = values[(values != values.round()) | ~values.isfinite()]  # NaN is not equal to itself
+    require(broken.numel() == 0, argument, f"have whole {what}", broken[:5].tolist())
+    limit = _WHOLE_BELOW.get(values.dtype)
+    if limit is not None and values.numel():
+        largest = values.max().item()
+        require(largest < limit, argument, f"have {what} below {limit}, where {values.dtype} begins to round", largest)
 
 
 def raw_rows(argument: str, rows: Tensor) -> None:
     """Check the values of rows (N, 6) in the YOLO convention, on the CPU; elsewhere that would synchronise."""
     if rows.device.type != "cpu" or len(rows) == 0:
         return
-    numbers_, boxes = rows[:, :2], rows[:, 2:]
-    broken = numbers_[(numbers_ != numbers_.round()) | ~numbers_.isfinite()]  # NaN is not equal to itself
-    require(broken.numel() == 0, argument, "have whole image indices and labels", broken[:5].tolist())
-    limit = _WHOLE_UP_TO.get(rows.dtype)
-    if limit is not None:
-        largest = numbers_.max().item()
-        require(largest <= limit, argument, f"have image indices and labels up to {limit} in {rows.dtype}", largest)
-    largest_boxes = boxes[rows[:, 0] >= 0].abs().amax(1)
+    is_row = rows[:, 0] >= 0
+    whole_values(argument, "image indices", rows[:, 0])
+    whole_values(argument, "labels", rows[is_row, 1])
+    largest_boxes = rows[is_row, 2:].abs().amax(1)
     if (largest_boxes > 10).sum() * 2 > len(largest_boxes):
         warn(
             f"{argument} have boxes up to {largest_boxes.max():.6g} images wide or away: rows are normalised to 0-1 of the "

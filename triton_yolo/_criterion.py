@@ -46,7 +46,7 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0) -> li
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
     _checks.tensor("targets", targets, ("N", 6), like=preds)
     if targets.dtype not in (torch.float32, torch.float64):
-        _checks.exact_rows("targets", targets, preds.shape[0], preds.shape[2] - num_others)
+        _checks.exact("targets", targets, preds.shape[0], preds.shape[2] - num_others)
     return [targets.detach()]
 
 

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import _backend
 from ._precision import working
@@ -66,7 +66,8 @@ class Operation(Generic[Outputs]):
             self._differentiable = _GradientsInside(self)
 
     def __call__(self, x: Any) -> Outputs:
-        if self._differentiable is None or not torch.is_grad_enabled():
+        # Tangents of forward-mode differentiation travel without the grad mode too.
+        if self._differentiable is None or not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             return self.outputs._make(self.run(x))
         result = self._differentiable(x)
         return self.outputs(*result, *[None] * (len(self.outputs._fields) - len(result)))  # gradients that are kept
@@ -150,9 +151,12 @@ class _Differentiable:
     ) -> None:
         self._operation = operation
 
-        @once_differentiable
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            return (None,) * len(operation.names) if grad is None else give_back(ctx, grad)
+            if grad is None:
+                return (None,) * len(operation.names)
+            with torch.no_grad():
+                grads = give_back(ctx, grad)
+            return _differentiated_once(grads, grad, *ctx.saved_tensors)
 
         class Plain(torch.autograd.Function):
             @staticmethod
@@ -180,7 +184,7 @@ class _Differentiable:
             ctx.lengths = [len(inputs[place]) if kind == list[Tensor] else None for place, kind in enumerate(operation.kinds)]
 
         def give_back_lists(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-            grads = give_back(ctx, grad)
+            grads = backward(ctx, grad)
             return tuple([x if n is None else [None] * n for x, n in zip(grads, ctx.lengths, strict=True)])
 
         # Graphs have the operator, with the same gradient.
@@ -193,6 +197,31 @@ class _Differentiable:
             return self._operation.run_operator(flat)
         function = self._functional if torch._C._are_functorch_transforms_active() else self._plain
         return function.apply(*flat)  # type: ignore[no-any-return]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients by which nothing can be differentiated again: an error in place of a derivative of 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple([None if x is None else x.view_as(x) for x in tensors[:count]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("the gradients of triton_yolo's operations can't be differentiated again (double backward)")
+
+
+def _differentiated_once(grads: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same gradients, in the graph of what they depend on if there is one (``create_graph=True``)."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(grads)
+    return _Once.apply(len(grads), *grads, *sources)  # type: ignore[no-any-return]
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -236,12 +265,12 @@ class _GradientsInside(_Differentiable):
         places = [operation.names.index(name) for name in wanted]
 
         def remember(ctx: Any, flat: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*output[first:])
+            ctx.save_for_backward(*output[first:], *[flat[place] for place in places])
             _only_first_has_gradient(ctx, output)
 
         def give_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             result: list[Tensor | None] = [None] * len(operation.names)
-            for place, x in zip(places, ctx.saved_tensors, strict=True):
+            for place, x in zip(places, ctx.saved_tensors, strict=False):  # the inputs follow
                 result[place] = (working(x) * grad).to(x.dtype)
             return tuple(result)
 
@@ -262,22 +291,13 @@ class _GradientsInside(_Differentiable):
             def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
                 if grad is None:
                     return (None,) * (1 + len(wanted))
-                if torch.is_grad_enabled():
-                    return _undifferentiable(ctx, grad)
-                return (None, *InPlace.grads_of(ctx, grad))
-
-            @staticmethod
-            def grads_of(ctx: Any, grad: Tensor) -> Sequence[Tensor]:
                 grads, ctx.grads = ctx.grads, None
-                if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
-                    leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
-                    grads = operation.run(ctx.rest._replace(**leaves))[first:]
-                _scale(grads, grad, ctx.backend)
-                return grads
-
-        @once_differentiable
-        def _undifferentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return (None, *InPlace.grads_of(ctx, grad))
+                with torch.no_grad():
+                    if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
+                        leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
+                        grads = operation.run(ctx.rest._replace(**leaves))[first:]
+                    _scale(grads, grad, ctx.backend)
+                return (None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
 
         InPlace.__name__ = InPlace.__qualname__ = operation.name
         fields = [operation.inputs._fields.index(name) for name in wanted]

@@ -13,7 +13,7 @@ def _check_rows(x: of.UnpackRows) -> None:
     _checks.raw_rows("rows", x.rows)
 
 
-def _check_padded(x: of.TaskAlignedAssign | of.SimOTAAssign) -> None:
+def _check_padded(x: of.AlignMetric | of.TaskAlignedAssign | of.SimOTAAssign) -> None:
     batch_size, _, num_classes = x[0].shape
     _checks.targets(x.targets, batch_size, num_classes, ("gt_labels", "gt_labels"))
 
@@ -36,7 +36,7 @@ _bbox_iou_backward: Operation[of.GradBoxes] = Operation("bbox_iou_backward", of.
 decode_dfl: Operation[of.Boxes] = Operation("decode_dfl", of.DecodeDFL, gradient=_decode_dfl_backward)
 decode_yolox: Operation[of.Boxes] = Operation("decode_yolox", of.DecodeYOLOX, gradient=_decode_yolox_backward)
 bbox_iou: Operation[of.Overlaps] = Operation("bbox_iou", of.BboxIoU, gradient=_bbox_iou_backward)
-align_metric: Operation[of.Metrics] = Operation("align_metric", of.AlignMetric)
+align_metric: Operation[of.Metrics] = Operation("align_metric", of.AlignMetric, check=_check_padded)
 select_topk_candidates: Operation[of.Selected] = Operation("select_topk_candidates", of.SelectTopk)
 
 task_aligned_assign: Operation[of.TaskAlignedAssignment] = Operation(

@@ -1,6 +1,6 @@
 """Criteria for training loops: assignment and loss in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,12 +113,19 @@ class YOLO11Loss(Criterion):
         self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
         if class_weights is not None:
             _checks.tensor("class_weights", class_weights, (self.num_classes,))
+            _checks.require(not class_weights.is_meta, "class_weights", "have values", "a tensor on meta")
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self._given_weights = class_weights
+        self._last_weights = class_weights  # with values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
+        if self.class_weights is not None and not self.class_weights.is_meta:
+            self._last_weights = self.class_weights
+        return super()._apply(fn, recurse)
 
     def reset_parameters(self) -> None:
-        if self.class_weights is not None and not self.class_weights.is_meta:
-            self.class_weights.copy_(self._given_weights)
+        if self._last_weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
+            with torch.no_grad():
+                self.class_weights.copy_(self._last_weights)
 
     def forward(
         self,
@@ -231,7 +238,7 @@ class YOLOXLoss(Criterion):
         iou_loss: ``"iou"`` (1 - IoU^2) or ``"giou"`` (1 - GIoU).
         iou_gain: weight of the box term.
         use_l1: whether the L1 term is on. The attribute may be changed at any time, also of a compiled criterion.
-            On an accelerator move the criterion there (``.to(device)``), or the switch is copied at every step.
+            On an accelerator move the criterion there (``.to(device)``), or the switch is written there at every step.
         process_group: see ``YOLO11Loss``.
 
     Raises:
@@ -292,7 +299,7 @@ class YOLOXLoss(Criterion):
         levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
         rows, l1_gain = rows_of(targets, preds, 5), self._l1_gain
         if l1_gain.device != preds.device:
-            l1_gain = l1_gain.to(preds.device, non_blocking=True)
+            l1_gain = torch.full((), float(self._use_l1), dtype=torch.float32, device=preds.device)
         options = levels, self.iou_loss, self.iou_gain
         wants_grad = torch.is_grad_enabled() and preds.requires_grad
         if self._ranks.given is None and not (preds.dtype == torch.float16 and wants_grad):

@@ -88,8 +88,8 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     """
     _checks.one_of("kind", kind, _KINDS)
     eps = _checks.real("eps", eps)
-    _checks.tensor("a", a, (*["..."] * (a.dim() - 1), 4))
-    _checks.tensor("b", b, (*["..."] * (b.dim() - 1), 4), like=a)
+    _checks.boxes("a", a)
+    _checks.boxes("b", b, like=a)
     try:
         a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:
@@ -130,7 +130,7 @@ def align_metric(
         Metric and overlaps, both (B, G, A), float32 (float64 for float64).
 
     Raises:
-        ValueError: sizes or devices do not agree.
+        ValueError: sizes or devices do not agree; on the CPU also for a label out of range (elsewhere it is ignored).
         TypeError: an argument that must be a float tensor is not.
     """
     targets, _ = padded_targets(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
@@ -177,5 +177,6 @@ def padded_targets(
     _checks.tensor(names[2], points, (num_anchors, 2), like=scores)
     _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", 4), like=scores)
     labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
+    _checks.exact("gt_labels", labels, 0, scores.shape[2])
     mask = _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
     return list(Targets._of_slots(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()

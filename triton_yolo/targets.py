@@ -37,8 +37,8 @@ class Targets(NamedTuple):
         """Take rows (N, 6) of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image.
 
         Args:
-            rows: any float type; computed in float32 (float64 for float64). float16 holds image indices and classes up to
-                2,048, bfloat16 up to 256, and both round boxes: rows are best kept in float32.
+            rows: any float type; computed in float32 (float64 for float64). float16 holds image indices and classes below
+                2,048, bfloat16 below 256, and both round boxes: rows are best kept in float32.
             imgsz: (height, width) of the image in pixels, or one number for both.
 
         Raises:
@@ -102,7 +102,7 @@ class Targets(NamedTuple):
         counts = [len(target["boxes"]) for target in targets]
         image_index = torch.cat([torch.full((n,), image, device=device) for image, n in enumerate(counts)])
         labels, boxes = torch.cat([t["labels"] for t in targets]), torch.cat([working(t["boxes"]) for t in targets])
-        _check_values("labels", "boxes", labels, boxes, image_index >= 0)
+        _check_values("labels of targets", "boxes of targets", labels, boxes, image_index >= 0)
         return cls._from_xyxy(image_index, labels, boxes)
 
     @classmethod
@@ -150,9 +150,7 @@ def _check_values(
     """Look at the values of ground truth on the CPU, but for a graph."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
         return
-    if labels.is_floating_point():
-        broken = labels[is_box & (labels != labels.round())]
-        _checks.require(broken.numel() == 0, labels_name, "be whole numbers", broken[:5].tolist())
+    _checks.whole_values(labels_name, "labels", labels[is_box])
     low, high = boxes.split(2, -1)
     has_sides = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
     _checks.pixel_boxes(boxes_name, boxes[is_box & has_sides])
