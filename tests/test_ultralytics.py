@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import logging
 import os
 import pickle
 import shutil
@@ -21,6 +20,7 @@ import triton_yolo as ty
 from bench import peers
 from tests import compare
 from triton_yolo.integrations import ultralytics as integration
+from triton_yolo.integrations._patching import kept
 
 pytestmark = pytest.mark.peers
 ROOT = Path(__file__).parent.parent
@@ -44,9 +44,11 @@ def contained():
 
 
 @pytest.fixture(autouse=True)
-def unpatched():
-    yield
-    integration.unpatch()
+def stays():
+    """What keeps Ultralytics' own computation."""
+    with adapters.what_stays("ultralytics") as lines:
+        yield lines
+        integration.unpatch()
 
 
 @functools.cache
@@ -244,35 +246,25 @@ def test_plain_assigner_of_other_criteria(task, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
-def test_other_assigners_stay_and_say_so_once(task, monkeypatch):
+def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
     monkeypatch.setattr(integration, "TaskAlignedAssigner", None)
-    integration._say_what_stays.cache_clear()
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("ultralytics")
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        model = task_model(task)
-        torch.manual_seed(0)  # YOLO26's pose has a random flow
-        compare_steps(model, task_batch(task), is_ours=False)
-        compare_steps(model, task_batch(task), is_ours=False)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    assert len([line for line in lines if "keeps Ultralytics' own" in line]) == 1
-    assert f"triton_yolo {ty.__version__}: computes the losses of Ultralytics' detectors from now on" in lines
+    model = task_model(task)
+    torch.manual_seed(0)  # YOLO26's pose has a random flow
+    compare_steps(model, task_batch(task), is_ours=False)
+    compare_steps(model, task_batch(task), is_ours=False)
+    assert f"triton_yolo {ty.__version__}: computes the losses of Ultralytics' detectors from now on" in stays
+    assert ["keeps the computation of ultralytics: its class is another" in line for line in stays].count(True) == 1
+    stays.clear()
 
 
-def test_visual_prompts_keep_single_terms():
+def test_visual_prompts_keep_single_terms(stays):
     from ultralytics.utils.loss import TVPDetectLoss
 
     with integration.patched():
         criterion = TVPDetectLoss(make_model("yolo11n")).vp_criterion
         preds, batch = make_model("yolo11n")(make_batch()["img"]), make_batch()
         assert criterion(preds, batch)[0].shape == (3,)
+    assert "v8DetectionLoss keeps the computation of ultralytics: it is part of a TVPDetectLoss" in stays.pop()
 
 
 def methods() -> list[Callable]:
@@ -322,16 +314,10 @@ def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
 
 
 def test_another_loss_is_an_error(monkeypatch):
-    from ultralytics.utils.loss import BboxLoss
-
-    stock = BboxLoss.forward
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
-
-    def forward(*args):
-        return tuple(1.01 * x for x in stock(*args))
-
-    forward.__module__ = BboxLoss.__module__  # that of another version
-    monkeypatch.setattr(BboxLoss, "forward", forward)
+    ours = integration.YOLO11Loss
+    monkeypatch.setattr(integration, "YOLO11Loss", lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
+    kept.cache_clear()
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")
     with warns, pytest.raises(RuntimeError, match=r"8\.5\.2 is not .* its loss is another"):

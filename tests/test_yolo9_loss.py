@@ -1,6 +1,7 @@
 """LibreYOLO's YOLOv9 with `patch()`: the same losses, gradients and training steps as its own, on boxes of every size."""
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.cases import STRIDES, Case, has_coco, make_case, yolo11_preds
+from tests import adapters
 from tests.compare import OF_A_STEP, TOLERANCE, assert_close
-from triton_yolo.integrations import _yolo9_loss
 
 pytestmark = pytest.mark.peers
 DATA = Path(os.environ["TRITON_YOLO_DATA"]) if "TRITON_YOLO_DATA" in os.environ else None
@@ -53,9 +54,11 @@ def peer():
 
 
 @pytest.fixture(autouse=True)
-def unpatched(peer):
-    yield
-    peer.integration.unpatch()
+def stays(peer):
+    """What keeps the stock computation."""
+    with adapters.what_stays("libreyolo") as lines:
+        yield lines
+        peer.integration.unpatch()
 
 
 def sized_case(sides: str) -> Case:
@@ -150,14 +153,24 @@ def test_settings_of_the_criterion(peer):
     compare(peer, criterion_of(peer, case, strides=(4, 8, 16)), maps_of(case._replace(imgsz=640)), targets_of(case))
 
 
-@pytest.mark.parametrize("factor", [3, 1e-3])
-def test_normaliser_of_the_criterion(peer, factor):
-    """Under DDP it is the average over the ranks, which may be less than 1."""
+@pytest.mark.parametrize("others", [0, 100])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_normaliser_of_two_ranks(peer, monkeypatch, others, is_empty):
+    """It is the average over the ranks, which is less than 1 where they have few boxes; ``others`` is that of another rank."""
+    adapters.pretend_two_ranks(monkeypatch, others)
     case = make_case("lognormal", batch_size=2, imgsz=320, num_classes=5)
-    criterion = criterion_of(peer, case)
-    normaliser = criterion._global_cls_norm
-    criterion._global_cls_norm = lambda target_scores: factor * normaliser(target_scores)
-    compare(peer, criterion, maps_of(case), targets_of(case))
+    compare(peer, criterion_of(peer, case), maps_of(case), targets_of(case)[:, : 0 if is_empty else None])
+
+
+def test_no_boxes_on_two_ranks_by_hand(peer, monkeypatch):
+    """21 anchors of 2 classes at logit 0 cost ln 2 each, divided by 1/2, in both images: 0.5 * 21 * 2 * 2 ln 2 * 2 / 2."""
+    adapters.pretend_two_ranks(monkeypatch, 0)
+    case = Case(torch.zeros(0, 6), 2, 32, 2)
+    maps = [torch.zeros(2, 66, side, side) for side in (4, 2, 1)]
+    with peer.integration.patched():
+        out, grad = losses_and_grads(criterion_of(peer, case), maps, torch.zeros(2, 0, 5))
+    assert_close(out["total_loss"], torch.tensor(0.5 * 2 * 21 * 2 * 2 * math.log(2)), "loss")
+    assert_close(grad[:, 64:], torch.full((2, 2, 21), 0.5 * 2 * 0.5), "gradient")  # gain * sigmoid(0) / (1/2)
 
 
 def test_end_to_end_criterion(peer):
@@ -265,16 +278,17 @@ def test_patch_and_unpatch(peer):
 
 
 @pytest.mark.parametrize("what", ["criterion", "term"])
-def test_another_loss_keeps_it(peer, what):
+def test_another_loss_keeps_it(peer, what, stays):
     case = make_case("lognormal", batch_size=2, imgsz=320, num_classes=5)
     criterion = criterion_of(peer, case)
     owner, name = (criterion, "YOLO9Loss") if what == "criterion" else (criterion.box_loss, "BoxLoss")
     owner.__class__ = type("Changed", (getattr(peer.loss, name),), {})
     expected = losses_and_grads(criterion, maps_of(case), targets_of(case))[0]["total_loss"]
-    _yolo9_loss._warn_once.cache_clear()
-    with peer.integration.patched(), pytest.warns(UserWarning, match="changes YOLOv9's loss and keeps the stock one"):
-        loss = losses_and_grads(criterion, maps_of(case), targets_of(case))[0]["total_loss"]
-    assert torch.equal(loss, expected)
+    with peer.integration.patched():
+        for _ in range(2):
+            loss = losses_and_grads(criterion, maps_of(case), targets_of(case))[0]["total_loss"]
+            assert torch.equal(loss, expected)
+    assert ("its class is another" if what == "criterion" else "box_loss is a Changed") in stays.pop()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import peers
+from tests import adapters
 from tests.compare import assert_close
 from triton_yolo.integrations import _yolox_head
 from triton_yolo.integrations._patching import kept
@@ -77,9 +78,11 @@ def peer(request):
 
 
 @pytest.fixture(autouse=True)
-def unpatched(peer):
-    yield
-    peer.integration.unpatch()
+def stays(peer):
+    """What keeps the stock computation."""
+    with adapters.what_stays(peer.head.__module__.partition(".")[0]) as lines:
+        yield lines
+        peer.integration.unpatch()
 
 
 def make_batch(seed: int = 0, empty: str = "") -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,20 +240,25 @@ def test_patch_and_unpatch(peer):
     assert (peer.head.get_losses, peer.head.get_output_and_grid) == stock
 
 
-def test_a_head_with_its_own_assignment_keeps_it(peer):
+def test_a_head_with_its_own_assignment_keeps_it(peer, stays):
     class Head(peer.head):
         def get_assignments(self, *args, **kwargs):
             return super().get_assignments(*args, **kwargs)
 
     model = peer.make_model()
-    expected = step(model, *make_batch())[0]["total_loss"]
     model.head.__class__ = Head
-    _yolox_head._warn_once.cache_clear()
+    compare_exactly(peer, model)
+    assert "Head.get_assignments was replaced" in stays.pop()
+
+
+def compare_exactly(peer: Peer, model: torch.nn.Module) -> None:
+    """Two steps patched are the stock ones to the bit."""
+    expected, expected_grad = step(model, *make_batch())
     with peer.integration.patched():
-        with pytest.warns(UserWarning, match="Head changes YOLOX's assignment"):
-            loss = step(model, *make_batch())[0]["total_loss"]
-        assert step(model, *make_batch())[0]["num_fg"] > 0
-    assert torch.equal(loss, expected)
+        for _ in range(2):
+            output, grad = step(model, *make_batch())
+            assert torch.equal(output["total_loss"], expected["total_loss"])
+            assert torch.equal(grad, expected_grad)
 
 
 class Doubled(torch.nn.BCEWithLogitsLoss):
@@ -259,7 +267,7 @@ class Doubled(torch.nn.BCEWithLogitsLoss):
 
 
 @pytest.mark.parametrize("name", ["bcewithlog_loss", "l1_loss", "iou_loss"])
-def test_a_head_with_a_loss_of_its_own_keeps_it(peer, name):
+def test_a_head_with_a_loss_of_its_own_keeps_it(peer, name, stays):
     model = peer.make_model()
     model.head.use_l1 = True
     plain = step(model, *make_batch())[0]["total_loss"]
@@ -267,12 +275,33 @@ def test_a_head_with_a_loss_of_its_own_keeps_it(peer, name):
         model.head.bcewithlog_loss = Doubled(reduction="none")
     else:
         getattr(model.head, name).register_forward_hook(lambda module, inputs, output: 2 * output)
-    expected = step(model, *make_batch())[0]["total_loss"]
-    _yolox_head._warn_once.cache_clear()
-    with peer.integration.patched(), pytest.warns(UserWarning, match=f"{name} .* the stock loss stays"):
-        loss = step(model, *make_batch())[0]["total_loss"]
-    assert torch.equal(loss, expected)
-    assert loss > plain
+    assert step(model, *make_batch())[0]["total_loss"] > plain
+    compare_exactly(peer, model)
+    assert ("bcewithlog_loss is a Doubled" if name == "bcewithlog_loss" else f"{name} has hooks") in stays.pop()
+
+
+def test_a_head_decodes_in_its_own_way(peer, stays):
+    class Head(peer.head):
+        def get_output_and_grid(self, output, k, stride, dtype):
+            return stock(self, output, k, stride, dtype)
+
+    model, stock = peer.make_model(), peer.head.get_output_and_grid
+    model.head.__class__ = Head
+    compare_exactly(peer, model)
+    assert "somebody else decoded its outputs" in stays.pop()
+
+
+@pytest.mark.parametrize("others", [0, 1000])
+@pytest.mark.parametrize("empty", ["one", "all"])
+def test_two_ranks(peer, monkeypatch, others, empty):
+    """LibreYOLO divides by the mean number of positives; ``others`` is that of another rank. YOLOX by its own."""
+    adapters.pretend_two_ranks(monkeypatch, others)
+    model, batch = peer.make_model(), make_batch(empty=empty)
+    stock, grad = step(model, *batch)
+    with peer.integration.patched():
+        ours, our_grad = step(model, *batch)
+    assert_close(ours["total_loss"], stock["total_loss"], "loss", 1e-4)
+    assert (our_grad - grad).abs().max() <= 1e-4 * grad.abs().max()
 
 
 @pytest.mark.parametrize("name", ["get_losses", "get_output_and_grid"])
@@ -288,5 +317,7 @@ def test_changed_head_is_an_error(peer):
     with peer.integration.patched(), pytest.raises((RuntimeError, AttributeError), match="use_l1"):
         model(*make_batch())
     head = peer.make_model().head
-    with peer.integration.patched(), pytest.raises(RuntimeError, match="decoded 0 anchors, its loss has 84"):
+    peer.integration.patch()
+    head.get_output_and_grid(torch.zeros(1, 8, 8, 8), 0, 8, "torch.FloatTensor")
+    with pytest.raises(RuntimeError, match="decoded 64 anchors, its loss has 84"):
         peers.yolox_losses(head, torch.zeros(1, 84, 8), [(8, 8), (4, 4), (2, 2)], torch.zeros(1, 2, 5))

@@ -5,17 +5,16 @@ The assignment stays with its own matcher, whose candidates are not those of ``Y
 
 import functools
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import YOLO11Loss, YOLO11LossOutput
 from ..targets import Targets
 from ._patching import Replacement, kept, require, unexpected
-from ._stock import BCE, Stock
+from ._stock import BCE, Stock, is_elementwise, say_what_stays
 
 _SUBJECT = "LibreYOLO's YOLOv9"
 _EXPECTED = (
@@ -24,7 +23,16 @@ _EXPECTED = (
     ("Vec2Box", "__call__", ("predicts",)),
     ("BoxMatcher", "__call__", ("target", "predict", "return_indices")),
 )
-_TERMS = {"cls_loss": "BCELoss", "box_loss": "BoxLoss", "dfl_loss": "DFLoss"}  # attribute of the criterion -> its class
+_MODULE = "libreyolo.models.yolo9.loss"
+_MEMBERS = {
+    "cls_loss": (f"{_MODULE}.BCELoss",),
+    "cls_loss.bce": (BCE,),
+    "box_loss": (f"{_MODULE}.BoxLoss",),
+    "dfl_loss": (f"{_MODULE}.DFLoss",),
+    "matcher": (f"{_MODULE}.BoxMatcher",),
+    "vec2box": (f"{_MODULE}.Vec2Box",),
+}
+_ALIASES = {"calculate_iou": "compute_iou"}
 
 
 def replacements(module: Any, tested: str) -> list[Replacement]:
@@ -41,29 +49,24 @@ def replacements(module: Any, tested: str) -> list[Replacement]:
         method = vars(getattr(module, owner, object)).get(name)
         found = tuple(inspect.signature(method).parameters) if inspect.isfunction(method) else None
         require(_SUBJECT, tested, found == ("self", *inputs), f"{owner}.{name} takes {found}, expected {('self', *inputs)}")
-    for name in _TERMS.values():
+    for name in ("BCELoss", "BoxLoss", "DFLoss"):
         require(_SUBJECT, tested, hasattr(module, name), f"{name} is gone")
     return [(module.YOLO9Loss, "__call__", _criterion_call(module, tested))]
 
 
 def _criterion_call(module: Any, tested: str) -> Any:
     owner = module.YOLO9Loss
-    stock, parts = owner.__call__, [owner, *(getattr(module, name) for name in _TERMS.values())]
-    inner = {f"cls_loss.{name}": BCE for name, x in vars(module.BCELoss())["_modules"].items()}
-    members = {name: (getattr(module, kind), {}) for name, kind in _TERMS.items()} | inner
-    computation = Stock(
-        parts, members, [(owner, name) for name in ("__call__", "_global_cls_norm", "_init_vec2box", "update_anchors")]
-    )
+    stock, computation = owner.__call__, Stock(owner, "__call__", _MEMBERS, _settings, aliases=_ALIASES)
 
     @functools.wraps(stock)
     def call(self: Any, predictions: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
         try:
-            changed = type(self).__name__ if type(self) is not owner else computation.difference(self)
-            if changed:
-                _warn_once(changed)
+            difference = computation.difference(self)
+            if difference:
+                say_what_stays("libreyolo", type(self).__name__, difference)
                 return stock(self, predictions, targets)
             width, height = self.vec2box.image_size
-            settings = self.num_classes, self.strides, self.reg_max, (self.box_weight, self.cls_weight, self.dfl_weight)
+            settings = self.num_classes, tuple(self.strides), self.reg_max, _gains(self)
             matcher = self.matcher
         except AttributeError as error:
             raise unexpected(_SUBJECT, tested, f"the criterion's settings have changed: {error}") from error
@@ -80,9 +83,7 @@ def _criterion_call(module: Any, tested: str) -> Any:
 
         preds = torch.cat([level.flatten(2) for level in predictions], 2).transpose(1, 2)
         pred_dist, pred_scores = preds.split([4 * reg_max, num_classes], 2)
-        box_gain, cls_gain, dfl_gain = gains
-        gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
-        criterion = kept(YOLO11Loss, preds.device, num_classes, strides=tuple(strides), reg_max=reg_max, **gains)
+        criterion = kept(YOLO11Loss, preds.device, num_classes, strides=strides, reg_max=reg_max, **gains)
         labels, gt_boxes = targets.flatten(0, 1).split([1, 4], 1)
         image_index = torch.arange(batch_size, device=indices.device).repeat_interleave(num_gt)
         gt = Targets._from_xyxy(image_index, labels.squeeze(1).long(), gt_boxes)
@@ -93,11 +94,15 @@ def _criterion_call(module: Any, tested: str) -> Any:
     return call
 
 
+def _gains(criterion: Any) -> dict[str, float]:
+    return {"box_gain": criterion.box_weight, "cls_gain": criterion.cls_weight, "dfl_gain": criterion.dfl_weight}
+
+
+def _settings(criterion: Any, _: Any, bce: nn.Module, box_loss: Any, *others: Any) -> dict[str, bool]:
+    is_agreed = all(other.reg_max == criterion.reg_max for other in others)
+    return {"cls_loss.bce": is_elementwise(bce), "reg_max": is_agreed}
+
+
 def _named(total: Tensor, out: YOLO11LossOutput, num_fg: Tensor) -> dict[str, Tensor]:
     weighted = {"box_loss": out.box, "dfl_loss": out.dfl, "cls_loss": out.cls}
     return {"total_loss": total, **weighted, "box": out.box, "dfl": out.dfl, "cls": out.cls, "num_fg": num_fg}
-
-
-@functools.cache
-def _warn_once(name: str) -> None:
-    warnings.warn(f"{name} changes YOLOv9's loss and keeps the stock one", stacklevel=3)

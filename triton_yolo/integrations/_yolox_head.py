@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from ..losses import YOLOXLoss, YOLOXLossOutput
 from ..targets import Targets
 from ._patching import Replacement, kept, require, unexpected
-from ._stock import BCE, Stock
+from ._stock import BCE, Stock, is_elementwise, say_what_stays
 
 Result = Callable[[YOLOXLossOutput], Any]  # puts the output into the form that the head returns
+IsGlobal = Callable[[Any], bool]  # whether a head normalises over all ranks
 
 _LOSS_INPUTS = ("imgs", "x_shifts", "y_shifts", "expanded_strides", "labels", "outputs", "origin_preds", "dtype")
 _DECODER_INPUTS = ("output", "k", "stride", "dtype")
@@ -23,18 +23,23 @@ _MATCHING = {  # method of the head that decides about candidates -> which they 
     "get_geometry_constraint": ("center", 1.5),
     "get_in_boxes_info": ("box_and_center", 2.5),  # the paper's, in releases up to 0.3.0
 }
-_PARTS = (*_MATCHING, "get_assignments", "get_l1_target", "simota_matching", "dynamic_k_matching")  # of the stock loss
+_MEMBERS = {
+    "bcewithlog_loss": (BCE,),
+    "l1_loss": ("torch.nn.modules.loss.L1Loss",),
+    "iou_loss": ("yolox.models.losses.IouLoss", "yolox.models.losses.IOUloss", "libreyolo.models.yolox.loss.IoULoss"),
+}
 _SUBJECT = "this YOLOX head"
 _IOU_GAIN = 5.0  # built into the stock loss
 
 
-def replacements(head: Any, tested: str, result: Result) -> list[Replacement]:
+def replacements(head: Any, tested: str, result: Result, is_global: IsGlobal) -> list[Replacement]:
     """What to replace in a class of heads.
 
     Args:
         head: the class.
         tested: the packages and versions that errors name.
         result: see ``Result``.
+        is_global: see ``IsGlobal``.
 
     Raises:
         RuntimeError: the class is not as expected.
@@ -47,31 +52,37 @@ def replacements(head: Any, tested: str, result: Result) -> list[Replacement]:
     check(any(name in vars(head) for name in _MATCHING), f"the head has none of {', '.join(_MATCHING)}")
     # The loss starts from the raw output, which the head decodes level by level before it asks for its losses.
     raw: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
+    computation = Stock(head, "get_losses", _MEMBERS, _settings, is_open=True)
+    make = functools.partial(_criterion, tested=tested, is_global=is_global)
     return [
         (head, "get_output_and_grid", _remembering(head, raw)),
-        (head, "get_losses", _losses(head, raw, tested, result)),
+        (head, "get_losses", _losses(head, raw, computation, make, tested, result)),
     ]
 
 
+def _settings(_: Any, bcewithlog_loss: nn.Module, l1_loss: nn.Module, iou_loss: Any) -> dict[str, bool]:
+    return {
+        "bcewithlog_loss": is_elementwise(bcewithlog_loss),
+        "l1_loss": is_elementwise(l1_loss),
+        "iou_loss": is_elementwise(iou_loss) and iou_loss.loss_type in ("iou", "giou"),
+    }
+
+
 def _remembering(owner: Any, raw: WeakKeyDictionary) -> Any:
-    stock, parts = owner.get_output_and_grid, _parts(owner)
+    stock = owner.get_output_and_grid
 
     @functools.wraps(stock)
     def get_output_and_grid(self: Any, output: Tensor, k: int, stride: float, dtype: Any) -> Any:
-        if _parts(type(self)) == parts:
-            raw.setdefault(self, {})[k] = output
-            output = output.detach().clone()  # decoded in place, and nothing asks for the gradient of that
-        return stock(self, output, k, stride, dtype)
+        raw.setdefault(self, {})[k] = output
+        return stock(self, output.clone(), k, stride, dtype)  # it decodes in place
 
     return get_output_and_grid
 
 
-def _parts(head: Any) -> list[Any]:
-    return [getattr(head, name, None) for name in _PARTS]
-
-
-def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> Any:
-    stock, parts, computation = owner.get_losses, _parts(owner), _computation(owner)
+def _losses(
+    owner: Any, raw: WeakKeyDictionary, computation: Stock, make: Callable[..., YOLOXLoss], tested: str, result: Result
+) -> Any:
+    stock = owner.get_losses
 
     @functools.wraps(stock)
     def get_losses(
@@ -85,12 +96,11 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         origin_preds: Sequence[Tensor],
         dtype: Any,
     ) -> tuple[Any, ...]:
-        changed = type(self).__name__ if _parts(type(self)) != parts else computation.difference(self)
-        if changed:
-            _warn_once(changed)
-            raw.pop(self, None)
-            return stock(self, imgs, x_shifts, y_shifts, expanded_strides, labels, outputs, origin_preds, dtype)
         levels = raw.pop(self, {})
+        difference = computation.difference(self) or (None if levels else "somebody else decoded its outputs")
+        if difference:
+            say_what_stays(owner.__module__.partition(".")[0], type(self).__name__, difference)
+            return stock(self, imgs, x_shifts, y_shifts, expanded_strides, labels, outputs, origin_preds, dtype)
         maps = [levels[k] for k in sorted(levels)]
         shapes = [tuple(level.shape[-2:]) for level in maps]
         num_anchors = sum(height * width for height, width in shapes)
@@ -99,26 +109,12 @@ def _losses(owner: Any, raw: WeakKeyDictionary, tested: str, result: Result) -> 
         preds = torch.cat([level.flatten(2) for level in maps], 2).transpose(1, 2)
         labels = labels if labels.is_floating_point() else labels.float()
         targets = Targets.from_padded(labels[..., 0], labels[..., 1:5], box_format="xywh")
-        return result(_criterion(self, preds.device, tested)(preds, shapes, targets))
+        return result(make(self, preds.device)(preds, shapes, targets))
 
     return get_losses
 
 
-def _computation(owner: Any) -> Stock:
-    """The stock losses of a head."""
-    iou_loss = next(kind for name, kind in vars(inspect.getmodule(owner)).items() if name.lower() == "iouloss")
-    members = {
-        "bcewithlog_loss": BCE,
-        "l1_loss": (nn.L1Loss, {"reduction": "none"}),
-        "iou_loss": (iou_loss, {"reduction": "none"}),
-    }
-    # Drawing, initial weights and what decodes for inference are no part of the losses.
-    others = ("visualize_assign_result", "initialize_biases", "decode_outputs", "forward", "forward_train_maps")
-    replaced = [(owner, name) for name in ("get_losses", "get_output_and_grid", *others)]
-    return Stock([owner, iou_loss], members, replaced)
-
-
-def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
+def _criterion(head: Any, device: torch.device, tested: str, is_global: IsGlobal) -> YOLOXLoss:
     """Our criterion with the settings that the head has at this moment."""
     candidates, radius = next(mode for name, mode in _MATCHING.items() if hasattr(head, name))
     try:
@@ -132,11 +128,7 @@ def _criterion(head: Any, device: torch.device, tested: str) -> YOLOXLoss:
             iou_loss=head.iou_loss.loss_type,
             iou_gain=_IOU_GAIN,
             use_l1=head.use_l1,
+            process_group=is_global(head) or None,
         )
     except AttributeError as error:
         raise unexpected(_SUBJECT, tested, f"the head's settings have changed: {error}") from error
-
-
-@functools.cache
-def _warn_once(name: str) -> None:
-    warnings.warn(f"{name} changes YOLOX's assignment or loss: the stock loss stays", stacklevel=3)

@@ -22,7 +22,7 @@ from .._version import __version__
 from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
 from ._patching import Patch, Replacement, import_trainer, kept, require, unexpected
-from ._stock import BCE, Stock
+from ._stock import BCE, Stock, is_elementwise, say_what_stays
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["DetectionTrainer", "patch", "patched", "unpatch"]
 TESTED = ("8.4.190", "8.4.190")
 _EPS = 1e-9  # of the assigner; the criterion has it built in
-_KEEPS_STOCK = "_triton_yolo_keeps_stock"  # attribute of a criterion: the name of what owns it
+_KEEPS_STOCK = "_triton_yolo_keeps_stock"  # attribute of a criterion: why
+_MEMBERS = {
+    "bce": (BCE,),
+    "assigner": ("ultralytics.utils.tal.TaskAlignedAssigner",),
+    "bbox_loss": ("ultralytics.utils.loss.BboxLoss",),
+    "bbox_loss.dfl_loss": ("ultralytics.utils.loss.DFLoss", "builtins.NoneType"),  # one bin does without
+}
 
 
 def patch() -> None:
@@ -38,7 +44,8 @@ def patch() -> None:
 
     Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, and
     the plain assigner inside the segmentation and pose criteria. What has an assigner of its own (oriented boxes, YOLO26's
-    segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts. The criterion returns a loss of shape
+    segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and whatever somebody has replaced a
+    part of: a member of the criterion, a class, a method or a function that they use. The criterion returns a loss of shape
     (1,), the sum of the (3,) terms of the stock one, and the same named items.
 
     Raises:
@@ -83,7 +90,7 @@ def _find() -> list[Replacement]:
         _require(hasattr(module, name), f"{module.__name__}.{name} is gone")
     criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
     replacements: list[Replacement] = [
-        (criterion, "loss", _criterion_loss(losses, assigner)),
+        (criterion, "loss", _criterion_loss(criterion)),
         (assigner, "forward", _assigner_forward(assigner)),
         (launcher, "generate_ddp_file", _ddp_file(launcher.generate_ddp_file)),
         (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
@@ -91,7 +98,8 @@ def _find() -> list[Replacement]:
     if not _as_numbers(TESTED[0]) <= _as_numbers(version) <= _as_numbers(TESTED[1]):
         warnings.warn(f"ultralytics {version} is untested, tested is {_tested()}; comparing the losses", stacklevel=4)
         _compare_losses(replacements[0][2])
-    _say("computes the losses of Ultralytics' detectors from now on")
+    say = logging.getLogger("ultralytics").info
+    say(f"triton_yolo {__version__}: computes the losses of Ultralytics' detectors from now on")
     return replacements
 
 
@@ -106,24 +114,16 @@ def _modules() -> tuple[str, Any, Any, Any]:
     return package.__version__, losses, assigners, launcher
 
 
-def _criterion_loss(losses: Any, assigner: Any) -> Any:
-    owner = losses.v8DetectionLoss
-    stock, box_loss = owner.loss, losses.BboxLoss
-    members = {"bce": BCE, "assigner": (assigner, {}), "bbox_loss": (box_loss, {}), "bbox_loss.dfl_loss": _dfl(losses)}
-    replaced = [(owner, "loss"), (assigner, "forward")]
-    computation = Stock([owner, box_loss, losses.DFLoss, assigner], members, replaced)
+def _criterion_loss(owner: Any) -> Any:
+    stock, computation = owner.loss, Stock(owner, "loss", _MEMBERS, _settings)
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            is_stock = type(self) is owner and not vars(self).get(_KEEPS_STOCK)
-            changed = computation.difference(self) if is_stock else vars(self).get(_KEEPS_STOCK) or type(self).__name__
-        except AttributeError as error:
-            raise unexpected(*_subject(), f"the criterion's settings or inputs have changed: {error}") from error
-        if changed:
-            _say_what_stays(changed)
-            return stock(self, preds, batch)
-        try:
+            difference = vars(self).get(_KEEPS_STOCK) or computation.difference(self)
+            if difference:
+                say_what_stays("ultralytics", type(self).__name__, difference)
+                return stock(self, preds, batch)
             if isinstance(self.hyp, dict):
                 raise TypeError(
                     "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
@@ -141,15 +141,19 @@ def _criterion_loss(losses: Any, assigner: Any) -> Any:
     return loss
 
 
-def _dfl(losses: Any) -> Any:
-    """The DFL term, which one bin does without."""
-    return (losses.DFLoss, type(None)), {}
+def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
+    reg_max = criterion.reg_max
+    return {
+        "bce": is_elementwise(bce),
+        "use_dfl": criterion.use_dfl == (reg_max > 1),
+        "bbox_loss.dfl_loss": (1 if dfl_loss is None else dfl_loss.reg_max) == reg_max,
+        "assigner": assigner.eps == _EPS,
+    }
 
 
 def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
     """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
     assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
-    _require(assigner.eps == _EPS, f"the assigner's eps is {assigner.eps}, expected {_EPS}")
     return kept(
         _weighted,
         device,
@@ -173,13 +177,13 @@ def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
 
 
 def _assigner_forward(owner: Any) -> Any:
-    stock, computation = owner.forward, Stock([owner], replaced=[(owner, "forward")])
+    stock, computation = owner.forward, Stock(owner, "forward", {}, lambda assigner: {})
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-        changed = type(self).__name__ if type(self) is not owner else computation.difference(self)
-        if changed:
-            _say_what_stays(changed)
+        difference = computation.difference(self)
+        if difference:
+            say_what_stays("ultralytics", type(self).__name__, difference)
             return stock(self, *args, **kwargs)
         try:
             settings = self.topk, self.num_classes, self.alpha, self.beta, self.eps, _topk2(self), self.stride_val
@@ -198,7 +202,7 @@ def _prompt_criterion_init(owner: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         _require(hasattr(self, "vp_criterion"), f"{owner.__name__} has no vp_criterion")
-        setattr(self.vp_criterion, _KEEPS_STOCK, type(self).__name__)
+        setattr(self.vp_criterion, _KEEPS_STOCK, f"it is part of a {type(self).__name__}")
 
     return init
 
@@ -222,16 +226,6 @@ def _ddp_file(stock: Any) -> Any:
         return path
 
     return generate_ddp_file
-
-
-@functools.cache
-def _say_what_stays(name: str) -> None:
-    """Once for each name."""
-    _say(f"{name} keeps Ultralytics' own computation")
-
-
-def _say(what: str) -> None:
-    logging.getLogger("ultralytics").info(f"triton_yolo {__version__}: {what}")
 
 
 @torch.inference_mode(False)

@@ -16,8 +16,8 @@ def patch() -> None:
 
     ``get_losses`` returns six values as before, all 0-d tensors, only the first with a gradient: the loss and its parts IoU
     (with its gain), objectness, class and L1, and positive anchors per box. It reads ``use_l1`` at every call; labels are
-    padded (B, G, 5) rows of class, cx, cy, w, h in pixels, of any float type. A head whose class changes the assignment keeps
-    the stock loss, with a warning.
+    padded (B, G, 5) rows of class, cx, cy, w, h in pixels, of any float type. A head of which
+    somebody has replaced a part that the losses use, in its class or in the object, keeps the stock loss, which is logged once.
 
     Raises:
         ImportError: ``yolox`` is not installed.
@@ -29,7 +29,7 @@ def patch() -> None:
 def _find() -> list[Replacement]:
     (module,) = import_trainer("yolox", "yolox.models.yolo_head")
     head = getattr(module, "YOLOXHead", None) or getattr(module, "YoloxHead", None)
-    return _yolox_head.replacements(head, TESTED, tuple)
+    return _yolox_head.replacements(head, TESTED, tuple, is_global=lambda head: False)
 
 
 _PATCH = Patch(_find)
