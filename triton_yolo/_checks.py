@@ -6,6 +6,7 @@ constant of it in a compiled graph.
 
 import math
 import numbers
+import operator
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,9 @@ from ._signatures import Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE_UP_TO = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that these types cannot tell apart
+_SIZES = (int, torch.SymInt)
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
+_WHOLE_UP_TO = {torch.float16: 2048, torch.bfloat16: 256}  # beyond, these types skip whole numbers
 
 
 def require(condition: bool, argument: str, must: str, got: object) -> None:
@@ -65,19 +68,30 @@ def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     """Positive numbers, one a level."""
     if not isinstance(values, Iterable):
         raise TypeError(f"{argument} must be a sequence, got {values!r}")
-    return tuple(real(argument, value, is_positive=True) for value in values)
+    result = tuple(real(argument, value, is_positive=True) for value in values)
+    require(len(result) > 0, argument, "have one number a level", result)
+    return result
 
 
 def image_size(argument: str, value: Any) -> tuple[float, float]:
     """Height and width from one number or two, of any kind that the host knows."""
+    value = _on_host(argument, value)
+    if not isinstance(value, Sequence):
+        value = value, value
+    require(not isinstance(value, str) and len(value) == 2, argument, "be (height, width) or one number", value)
+    height, width = _on_host(argument, value[0]), _on_host(argument, value[1])
+    for side in (height, width):
+        if not isinstance(side, _NUMBERS) or isinstance(side, bool):
+            raise TypeError(f"{argument} must be (height, width) or one number, got {side!r}")
+        if not 0 < side < math.inf:
+            raise ValueError(f"{argument} must be finite and positive, got {side}")
+    return height, width
+
+
+def _on_host(argument: str, value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
-    if isinstance(value, Tensor) or hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        return value, value  # type: ignore[return-value]
-    require(isinstance(value, Sequence) and len(value) == 2, argument, "be (height, width) or one number", value)
-    return value[0], value[1]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 # ---- tensors
@@ -120,9 +134,12 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     flat: list[int] = []
     total = 0
     for shape in shapes:
-        if len(shape) != 2:
+        try:
+            height, width = shape
+        except (TypeError, ValueError):
             _bad_levels("hold positive (h, w)", shapes)
-        height, width = shape
+        if not (isinstance(height, _SIZES) and isinstance(width, _SIZES)):
+            height, width = _whole_sides(height, width, shapes)
         if height < 1 or width < 1:
             _bad_levels("hold positive (h, w)", shapes)
         flat += (height, width)
@@ -136,6 +153,14 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     if num_anchors is not None and total != num_anchors:
         _bad_levels(f"have as many cells as the predictions have anchors ({num_anchors}), not {total}", shapes)
     return Levels(tuple(flat), strides)
+
+
+def _whole_sides(height: Any, width: Any, shapes: Sequence[Any]) -> tuple[int, int]:
+    """Sides of NumPy's or of a tensor."""
+    try:
+        return operator.index(height), operator.index(width)
+    except TypeError:
+        _bad_levels("hold whole (h, w)", shapes)
 
 
 def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
@@ -165,12 +190,19 @@ def exact_rows(argument: str, rows: Tensor, batch_size: int, num_classes: int) -
         )
 
 
+def is_whole(x: Tensor) -> Tensor:
+    """Whether numbers are whole, as NaN and infinity are not."""
+    return (x == x.round()) & x.isfinite()
+
+
 def raw_rows(argument: str, rows: Tensor) -> None:
     """Check the values of rows (N, 6) in the YOLO convention, on the CPU; elsewhere that would synchronise."""
     if rows.device.type != "cpu" or len(rows) == 0:
         return
     numbers_, boxes = rows[:, :2], rows[:, 2:]
-    broken = numbers_[(numbers_ != numbers_.round()) | ~numbers_.isfinite()]  # NaN is not equal to itself
+    is_broken = ~is_whole(numbers_)
+    is_broken[:, 1] &= ~(numbers_[:, 0] < 0)  # the label of padding is nobody's business
+    broken = numbers_[is_broken]
     require(broken.numel() == 0, argument, "have whole image indices and labels", broken[:5].tolist())
     limit = _WHOLE_UP_TO.get(rows.dtype)
     if limit is not None:
@@ -213,6 +245,7 @@ def targets(rows: Sequence[Tensor], batch_size: int, num_classes: int, names: tu
         return
     if len(rows) == 1:
         raw_rows(names[0], rows[0])
-        rows_in_range(rows[0][:, 0], rows[0][:, 1], batch_size, num_classes, names)
+        image_index, labels = rows[0][:, :2].double().unbind(1)  # a narrow type would round what they are compared with
+        rows_in_range(image_index, labels, batch_size, num_classes, names)
     else:
         rows_in_range(rows[0], rows[1], batch_size, num_classes, names)

@@ -1,6 +1,6 @@
 """Criteria for training loops: assignment and loss in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,8 @@ class YOLO11Loss(Criterion):
         min_box_side: sides shorter than this count as this long when candidates are sought, in pixels.
         class_weights: (C,) weight of every class in the classification term.
         process_group: if given, the loss is normalised over its ranks, so that gradients averaged over them, as
-            DistributedDataParallel does, equal those of one process on the whole batch.
+            DistributedDataParallel does, equal those of one process on the whole batch. True stands for all ranks, which are
+            looked up at every step. A copy of the criterion shares the group; a pickle drops it, and says so at use.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -114,11 +115,20 @@ class YOLO11Loss(Criterion):
         if class_weights is not None:
             _checks.tensor("class_weights", class_weights, (self.num_classes,))
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self._given_weights = class_weights
+        self._known_weights = class_weights
+        self._remember_weights()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
+        self._remember_weights()
+        return super()._apply(fn, recurse)
+
+    def _remember_weights(self) -> None:
+        if self.class_weights is not None and not self.class_weights.is_meta:
+            self._known_weights = self.class_weights.clone()
 
     def reset_parameters(self) -> None:
         if self.class_weights is not None and not self.class_weights.is_meta:
-            self.class_weights.copy_(self._given_weights)
+            self.class_weights.copy_(self._known_weights)
 
     def forward(
         self,

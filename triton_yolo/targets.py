@@ -151,7 +151,7 @@ def _check_values(
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
         return
     if labels.is_floating_point():
-        broken = labels[is_box & (labels != labels.round())]
+        broken = labels[is_box & ~_checks.is_whole(labels)]
         _checks.require(broken.numel() == 0, labels_name, "be whole numbers", broken[:5].tolist())
     low, high = boxes.split(2, -1)
     has_sides = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
