@@ -47,8 +47,9 @@ def table():
         (with_classes(YOLO11), dict.fromkeys(["alpha", "beta", "box_gain", "cls_gain", "dfl_gain", "min_box_side"], REAL)),
         (
             with_classes(YOLO11),
-            {"class_weights": [[1.0, 1, 1], torch.ones(2), torch.ones(3).long()], "process_group": [2, "x"]},
+            {"class_weights": [[1.0, 1, 1], torch.ones(2), torch.ones(3).long()]},
         ),
+        (with_classes(YOLO11), {"process_group": [2, "x"]}),
         (YOLOX, {"num_classes": WHOLE}),
         (with_classes(YOLOX), {"strides": STRIDES, "center_radius": POSITIVE, "iou_gain": REAL, "process_group": [2, "x"]}),
         (with_classes(YOLOX), {"candidates": ["box", None], "iou_loss": ["ciou", None]}),

@@ -59,7 +59,7 @@ def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
     """A finite number that is not negative, or positive."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    is_good = math.isfinite(value) and (value > 0 if is_positive else value >= 0)
+    is_good = (value > 0 if is_positive else value >= 0) and value < math.inf  # a graph may hold the number as a symbol
     require(is_good, argument, f"be finite and {'positive' if is_positive else 'not negative'}", value)
     return float(value)
 
@@ -91,7 +91,7 @@ def image_size(argument: str, value: Any) -> tuple[float, float]:
 def _on_host(argument: str, value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
-    return value.tolist() if hasattr(value, "tolist") else value
+    return value.tolist() if not isinstance(value, _NUMBERS) and hasattr(value, "tolist") else value
 
 
 # ---- tensors

@@ -116,6 +116,18 @@ class Operation(Generic[Outputs]):
         return _unpacked(self.nested(flat).allocate())
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative an error, also by the inputs alone, where it would be 0 without a word."""
+    guarded = once_differentiable(backward)
+
+    def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not _is_traced():  # somebody asked for a graph of this
+            grads = tuple([None if grad is None else grad.detach().requires_grad_() for grad in grads])
+        return guarded(ctx, *grads)
+
+    return wrapped
+
+
 def _unpacked(outputs: tuple[Any, ...]) -> Any:
     """As an operator returns them: one output stands alone."""
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -150,7 +162,7 @@ class _Differentiable:
     ) -> None:
         self._operation = operation
 
-        @once_differentiable
+        @_once_differentiable
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             return (None,) * len(operation.names) if grad is None else give_back(ctx, grad)
 
@@ -191,8 +203,14 @@ class _Differentiable:
         flat = self._operation.flat(x)
         if torch.compiler.is_compiling():
             return self._operation.run_operator(flat)
-        function = self._functional if torch._C._are_functorch_transforms_active() else self._plain
-        return function.apply(*flat)  # type: ignore[no-any-return]
+        level = torch._C._functorch.maybe_current_level()
+        if level is None:
+            return self._plain.apply(*flat)  # type: ignore[no-any-return]
+        if level > 1:
+            raise RuntimeError(
+                f"{self._operation.name} has one derivative, in reverse: torch.func's transforms of it do not nest"
+            )
+        return self._functional.apply(*flat)  # type: ignore[no-any-return]
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -275,7 +293,7 @@ class _GradientsInside(_Differentiable):
                 _scale(grads, grad, ctx.backend)
                 return grads
 
-        @once_differentiable
+        @_once_differentiable
         def _undifferentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             return (None, *InPlace.grads_of(ctx, grad))
 
