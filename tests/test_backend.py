@@ -81,6 +81,24 @@ def test_a_choice_may_be_entered_again():
     assert _backend.current() == "auto"
 
 
+def test_one_object_serves_several_threads():
+    choice, seen = ty.backend("eager"), []
+
+    def use(wait, signal):
+        with choice:
+            signal.set()
+            wait.wait()
+            seen.append(_backend.current())
+
+    first, second = threading.Event(), threading.Event()
+    threads = [threading.Thread(target=use, args=pair) for pair in ((second, first), (first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["eager", "eager"]
+
+
 def test_choices_are_not_collected():
     for _ in range(1000):
         ty.backend("auto")

@@ -92,8 +92,9 @@ def test_copies_share_a_group_and_pickles_drop_it(system, world: dist.ProcessGro
         assert copied.process_group is world
         assert torch.equal(loss(copied), expected)
     loaded = pickle.loads(pickle.dumps(criterion))
-    with pytest.raises(RuntimeError, match="a process group is not part of a pickle: set process_group"):
-        loss(loaded)
+    for lost in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        with pytest.raises(RuntimeError, match="a process group is not part of a pickle: set process_group"):
+            loss(lost)
     loaded.process_group = world
     assert torch.equal(loss(loaded), expected)
     criterion.process_group = True

@@ -9,6 +9,7 @@ import torch
 import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_losses import small_yolo11, small_yolox
+from triton_yolo import _ops
 
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on the CPU only: elsewhere it would synchronise")
 CRITERIA = pytest.mark.parametrize("small", [small_yolo11, small_yolox])
@@ -144,6 +145,20 @@ def test_float16_labels_of_many_classes_are_refused_by_assigners():
         ValueError, match=r"gt_labels must be of a wider type than torch\.float16, which rounds whole numbers from 2048"
     ):
         ty.TaskAlignedAssigner(num_classes=2049)(*preds, labels.half(), boxes, mask)
+
+
+@CRITERIA
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("value", NOT_WHOLE)
+def test_rows_without_whole_numbers_are_nobodys_where_values_are_not_looked_at(small, column, value, monkeypatch):
+    for operation in (_ops.unpack_rows, _ops.yolo11_criterion, _ops.yolox_criterion):
+        monkeypatch.setattr(operation, "_check", None)  # as on a GPU
+    criterion, *preds, shapes, rows = small()
+    expected = criterion(*preds, shapes, rows[:0]).loss
+    row = torch.tensor([[0, 1, 0.5, 0.5, 0.7, 0.6]], device=DEVICE)
+    row[0, column] = value
+    assert torch.equal(criterion(*preds, shapes, row).loss, expected)
+    assert torch.equal(criterion(*preds, shapes, ty.Targets.from_yolo(row, 32)).loss, expected)
 
 
 PIXELS = torch.tensor([[[8.0, 8, 24, 24], [0, 0, 9, 5]]])

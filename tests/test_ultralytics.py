@@ -18,7 +18,7 @@ import torch
 
 import triton_yolo as ty
 from bench import peers
-from tests import compare
+from tests import adapters, compare
 from triton_yolo.integrations import ultralytics as integration
 from triton_yolo.integrations._patching import kept
 

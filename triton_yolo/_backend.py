@@ -3,7 +3,7 @@
 import functools
 import importlib
 import os
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def _checked(name: str, argument: str) -> str:
 
 _default = _checked(os.environ.get("TRITON_YOLO_BACKEND") or "auto", "TRITON_YOLO_BACKEND")
 _calls: list["backend"] = []  # of the process, the last one counts
-_block: ContextVar[str] = ContextVar("triton_yolo_backend")
+_blocks: ContextVar[tuple[str, ...]] = ContextVar("triton_yolo_backends", default=())
 
 
 class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabled`` is)
@@ -37,27 +37,29 @@ class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabl
 
     def __init__(self, name: str) -> None:
         self._name = _checked(name, "name")
-        self._tokens: list[Token[str]] = []
         del _calls[:-99]
         _calls.append(self)
 
     def __enter__(self) -> None:
         if self in _calls:  # it is a block, and nobody else's business
             _calls.remove(self)
-        self._tokens.append(_block.set(self._name))
+        _blocks.set((*_blocks.get(), self._name))
 
     def __exit__(self, *_: object) -> None:
-        _block.reset(self._tokens.pop())
+        _blocks.set(_blocks.get()[:-1])
 
 
 def current() -> str:
     """The backend that was chosen for this thread or task, or for the process."""
-    return _block.get(_calls[-1]._name if _calls else _default)
+    blocks = _blocks.get()
+    if blocks:
+        return blocks[-1]
+    return _calls[-1]._name if _calls else _default
 
 
 def implementation(device: torch.device, name: str = "") -> Any:
     """Return what has the operations for tensors on ``device`` as attributes: of the backend ``name``, or the current one."""
-    name = name or _block.get(_calls[-1]._name if _calls else _default)
+    name = name or current()
     if name == "eager" or (name == "auto" and device.type not in _TRITON_DEVICES):
         return _module("eager")
     if device.type == "cpu" and not _is_interpreted():

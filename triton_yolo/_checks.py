@@ -6,6 +6,7 @@ constant of it in a compiled graph.
 
 import math
 import numbers
+import operator
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from ._signatures import Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIZES = (int, torch.SymInt)
 _WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
 
@@ -67,7 +69,9 @@ def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     """Positive numbers, one a level."""
     if not isinstance(values, Iterable) or (isinstance(values, Tensor) and values.dim() == 0):
         raise TypeError(f"{argument} must be a sequence, got {values!r}")
-    return tuple(real(argument, value, is_positive=True) for value in values)
+    result = tuple(real(argument, value, is_positive=True) for value in values)
+    require(len(result) > 0, argument, "have one number a level", result)
+    return result
 
 
 def image_size(argument: str, value: Any) -> tuple[float, float]:
@@ -131,9 +135,12 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     flat: list[int] = []
     total = 0
     for shape in shapes:
-        if not isinstance(shape, Iterable) or len(shape) != 2:
+        try:
+            height, width = shape
+        except (TypeError, ValueError):
             _bad_levels("hold positive (h, w)", shapes)
-        height, width = shape
+        if not (isinstance(height, _SIZES) and isinstance(width, _SIZES)):
+            height, width = _whole_sides(height, width, shapes)
         if height < 1 or width < 1:
             _bad_levels("hold positive (h, w)", shapes)
         flat += (height, width)
@@ -147,6 +154,14 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
     if num_anchors is not None and total != num_anchors:
         _bad_levels(f"have as many cells as the predictions have anchors ({num_anchors}), not {total}", shapes)
     return Levels(tuple(flat), strides)
+
+
+def _whole_sides(height: Any, width: Any, shapes: Sequence[Any]) -> tuple[int, int]:
+    """Sides of NumPy's or of a tensor."""
+    try:
+        return operator.index(height), operator.index(width)
+    except TypeError:
+        _bad_levels("hold whole (h, w)", shapes)
 
 
 def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:

@@ -30,5 +30,5 @@ class Ranks:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        is_group = isinstance(self.given, dist.ProcessGroup)
-        return {"given": "lost" if is_group else self.given, "_is_lost": is_group}
+        is_lost = self._is_lost or isinstance(self.given, dist.ProcessGroup)
+        return {"given": "lost" if is_lost else self.given, "_is_lost": is_lost}
