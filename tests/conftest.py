@@ -1,7 +1,10 @@
 """Profiles of hypothesis, and which backend the suite runs on."""
 
 import os
+import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -32,3 +35,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def pytest_report_header() -> list[str]:
     backend = os.environ.get("TRITON_YOLO_BACKEND", "auto")
     return [f"torch {torch.__version__}, device {DEVICE}, backend {backend}, {settings.get_current_profile_name()} profile"]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that remembers nothing of other tests, as which sizes change."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        yield

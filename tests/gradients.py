@@ -1,4 +1,4 @@
-"""Inputs of gradients; and CIoU as its gradient sees it: its weight is a constant there, and changes in a difference quotient."""
+"""Inputs of gradients; and CIoU as its gradient sees it: its weight is a constant there, and changes in a quotient."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One compiled graph serves a whole training: other batch sizes, image sizes and numbers of boxes."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -11,17 +9,10 @@ import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_losses import small_yolo11, small_yolox
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STRIDES = (8, 16, 32)
 SIZES = [64 + 32 * (7 * number % 12) for number in range(12)]  # of square images, in pixels
 BATCHES = [(4, size) for size in SIZES] + [(3, SIZES[0])]  # number of images and their size; the last batch is a part
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch about itself
-        yield
 
 
 def shapes_of(size: int) -> list[tuple[int, int]]:

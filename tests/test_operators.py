@@ -173,6 +173,7 @@ def test_model_and_criterion_compile_as_one_graph(system):
         torch.testing.assert_close(p.grad, grad)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])
 def test_another_number_of_boxes_needs_no_new_compile(system):
     criterion, *preds, shapes, rows = small_yolo11() if system == "yolo11" else small_yolox()
@@ -184,6 +185,7 @@ def test_another_number_of_boxes_needs_no_new_compile(system):
     assert counter.frame_count == 2  # for the first number of boxes and for any
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_switching_l1_needs_no_new_compile():
     criterion, preds, shapes, rows = small_yolox()
     counter = CompileCounterWithBackend("aot_eager")

@@ -50,8 +50,9 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     """A whole number, at least ``least``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a whole number, got {value!r}")
-    require(value >= least, argument, f"be at least {least}", value)
-    return int(value)
+    number = int(value)
+    require(number >= least, argument, f"be at least {least}", number)
+    return number
 
 
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
@@ -60,9 +61,10 @@ def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
         value = value.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    if not ((0 < value if is_positive else 0 <= value) and value < math.inf):  # comparisons are all that a graph knows
+    number = float(value)
+    if not ((number > 0 if is_positive else number >= 0) and number < math.inf):  # comparisons are all that a graph knows
         raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
-    return float(value)
+    return number
 
 
 def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
@@ -86,7 +88,9 @@ def image_size(argument: str, value: Any) -> tuple[float, float]:
 
 
 def _side(argument: str, value: Any) -> float:
-    return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else real(argument, value, is_positive=True)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    return real(argument, value, is_positive=True)
 
 
 # ---- tensors
@@ -145,11 +149,11 @@ def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num
             _bad_levels("hold positive (h, w)", shapes)
         flat += (height, width)
         total = total + height * width
-    height, width = flat[0] * strides[0], flat[1] * strides[0]
+    image_height, image_width = flat[0] * strides[0], flat[1] * strides[0]
     for level in range(1, len(strides)):
         stride = strides[level]
         bound = stride if stride > strides[0] else strides[0]
-        if abs(flat[2 * level] * stride - height) > bound or abs(flat[2 * level + 1] * stride - width) > bound:
+        if abs(flat[2 * level] * stride - image_height) > bound or abs(flat[2 * level + 1] * stride - image_width) > bound:
             _bad_levels(f"be sizes of one image at strides {strides}, in their order, each (h, w)", shapes)
     if num_anchors is not None and total != num_anchors:
         _bad_levels(f"have as many cells as the predictions have anchors ({num_anchors}), not {total}", shapes)

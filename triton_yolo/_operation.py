@@ -176,7 +176,7 @@ class _Differentiable:
 
         for function in (Plain, Functional):
             function.__name__ = function.__qualname__ = operation.name
-            function.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+            function.backward = staticmethod(backward)  # type: ignore[method-assign]
         self._plain, self._functional = Plain, Functional
 
         def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -196,7 +196,7 @@ class _Differentiable:
         if torch.compiler.is_compiling():
             return self._operation.run_operator(flat)
         function = self._functional if torch._C._are_functorch_transforms_active() else self._plain
-        return function.apply(*flat)  # type: ignore[no-any-return]
+        return function.apply(*flat)
 
 
 class _Once(torch.autograd.Function):
@@ -221,7 +221,7 @@ def _differentiated_once(grads: Sequence[Tensor | None], *sources: Tensor | None
     """The same gradients, in the graph of what they depend on if there is one (``create_graph=True``)."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(grads)
-    return _Once.apply(len(grads), *grads, *sources)  # type: ignore[no-any-return]
+    return _Once.apply(len(grads), *grads, *sources)
 
 
 def _only_first_has_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
@@ -295,7 +295,8 @@ class _GradientsInside(_Differentiable):
                 with torch.no_grad():
                     if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
                         leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
-                        grads = operation.run(ctx.rest._replace(**leaves))[first:]
+                        with _backend.backend(ctx.backend):
+                            grads = operation.run(ctx.rest._replace(**leaves))[first:]
                     _scale(grads, grad, ctx.backend)
                 return (None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
 
@@ -307,7 +308,7 @@ class _GradientsInside(_Differentiable):
     def __call__(self, x: Any) -> tuple[Tensor, ...]:
         if _is_traced():
             return super().__call__(x)
-        return self._in_place.apply(x, *self._leaves(x))  # type: ignore[no-any-return]
+        return self._in_place.apply(x, *self._leaves(x))
 
 
 def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:

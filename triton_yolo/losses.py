@@ -160,14 +160,18 @@ class YOLO11Loss(Criterion):
         if self._ranks.given is None and not (is_half and wants_grad):
             options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad
             out = _ops.yolo11_criterion(YOLO11(pred_dist, pred_scores, rows, *options))
-            return YOLO11LossOutput(out.loss, *out.terms.unbind(), out.num_fg)
+            box, cls, dfl = out.terms.unbind()
+            return YOLO11LossOutput(out.loss, box, cls, dfl, out.num_fg)
         with torch.no_grad():
             assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
             row, score, sums, num_fg, labels, boxes = assigned
             normaliser = normaliser_of(sums, self._ranks)
-        options = labels, boxes, self.class_weights, levels, self.reg_max, self.gains
-        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, normaliser, *options))
-        return YOLO11LossOutput(loss, *terms.unbind(), num_fg)
+        given = pred_dist, pred_scores, row, score, normaliser, labels, boxes
+        loss, terms, _ = _ops.yolo11_loss(
+            signatures.YOLO11Loss(*given, self.class_weights, levels, self.reg_max, self.gains)
+        )  # fmt: skip
+        box, cls, dfl = terms.unbind()
+        return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
 
     def loss_of(
         self,
@@ -213,10 +217,13 @@ class YOLO11Loss(Criterion):
         is_fg = target_row >= 0
         row, score = target_row.int().contiguous(), target_score.detach().to(dtype).where(is_fg, 0).contiguous()
         scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
-        gt = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
-        options = *gt, self.class_weights, levels, self.reg_max, self.gains
-        loss, terms, _ = _ops.yolo11_loss(signatures.YOLO11Loss(pred_dist, pred_scores, row, score, scale, *options))
-        return YOLO11LossOutput(loss, *terms.unbind(), is_fg.sum())
+        labels, boxes = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
+        given = pred_dist, pred_scores, row, score, scale, labels, boxes
+        loss, terms, _ = _ops.yolo11_loss(
+            signatures.YOLO11Loss(*given, self.class_weights, levels, self.reg_max, self.gains)
+        )  # fmt: skip
+        box, cls, dfl = terms.unbind()
+        return YOLO11LossOutput(loss, box, cls, dfl, is_fg.sum())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
@@ -305,13 +312,15 @@ class YOLOXLoss(Criterion):
         if self._ranks.given is None and not (preds.dtype == torch.float16 and wants_grad):
             x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, wants_grad)
             out = _ops.yolox_criterion(x)
-            return YOLOXLossOutput(out.loss, *out.terms.unbind(), out.num_fg)
+            iou_term, obj, cls, l1 = out.terms.unbind()
+            return YOLOXLossOutput(out.loss, iou_term, obj, cls, l1, out.num_fg)
         with torch.no_grad():
             row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
             num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
             normaliser = normaliser_of(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
         loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
-        return YOLOXLossOutput(loss, *terms.unbind(), num_fg / num_gt.clamp(min=1))
+        iou_term, obj, cls, l1 = terms.unbind()
+        return YOLOXLossOutput(loss, iou_term, obj, cls, l1, num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"

@@ -114,13 +114,5 @@ def targets_of(address: Address, targets: list[Tensor]) -> RawRows | TargetRows:
     if len(targets) == 1:
         return new(RawRows, (address(targets[0]), *targets[0].stride()))
     image, label, xyxy, xywh = targets
-    return TargetRows(
-        address(image),
-        image.stride(0),
-        address(label),
-        label.stride(0),
-        address(xyxy),
-        *xyxy.stride(),
-        address(xywh),
-        *xywh.stride(),
-    )
+    corners, centres = (address(xyxy), *xyxy.stride()), (address(xywh), *xywh.stride())
+    return TargetRows._make((address(image), image.stride(0), address(label), label.stride(0), *corners, *centres))

@@ -79,7 +79,7 @@ class Workspace:
     def __init__(self, fixed: Buffers | None = None, by_row: Buffers | None = None) -> None:
         fixed, by_row = fixed or {}, by_row or {}
         self._fixed, self._by_row = list(fixed.values()), list(by_row.values())
-        self._buffers = namedtuple("Memory", [*fixed, *by_row])  # type: ignore[misc]
+        self._buffers: Any = namedtuple("Memory", [*fixed, *by_row])  # type: ignore[misc]
         *starts, self._end = accumulate((_aligned(n * dtype.itemsize) for dtype, n in self._fixed), initial=0)
         *row_starts, self._row_end = accumulate((n * dtype.itemsize for dtype, n in self._by_row), initial=0)
         self._places = [(start, 0) for start in starts] + [(self._end, start) for start in row_starts]

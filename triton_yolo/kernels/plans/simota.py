@@ -52,7 +52,7 @@ class Matching:
             BLOCK_C=block_c,
         )  # fmt: skip
         self.block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
-        tiles = {"RULE": rule, "num_warps": row_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
+        tiles: dict[str, Any] = {"RULE": rule, "num_warps": row_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
         self.member = Launch(_simota_member_kernel, **tiles)
         self.claim = Launch(_simota_claim_kernel, RULE=rule, **claim_sizes(num_rows, num_anchors, 128, 1))
         self.contests = [
@@ -98,7 +98,7 @@ class _SimOTAPlan(Plan):
 
     def __init__(self, x: SimOTAAssign, out: SimOTAAssignment, num_rows: int) -> None:
         grid, dtype = Grid((1, 1), x.cls_logits.shape[1]), out.matched_iou.dtype
-        shape = x.cls_logits.shape
+        shape = x.cls_logits.shape[0], x.cls_logits.shape[1], x.cls_logits.shape[2]
         self.match = Matching(x.assigner, shape, grid, None, False, x.cls_logits.stride(2), dtype, num_rows)
         by_row = {**self.match.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
         super().__init__(Workspace({**self.match.fixed, "counts": (torch.int64, 3)}, by_row), *self.match.launches)

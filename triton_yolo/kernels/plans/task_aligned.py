@@ -42,7 +42,7 @@ class _Matching:
         self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 2)
         claimed = list_sizes(assigner.topk, num_anchors)
         self.num_claims = claimed["K"]
-        tiles = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
+        tiles: dict[str, Any] = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
         self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **claimed, **claim_sizes(N, num_anchors, 32, 8))
         self.contests = [
             Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
