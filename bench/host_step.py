@@ -64,16 +64,25 @@ class NullDriver(DriverBase):
         raise NotImplementedError
 
 
+# Mocks would make calls of their own.
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _yes() -> bool:
+    return True
+
+
 @contextmanager
 def launching_nothing() -> Iterator[NullDriver]:
     """Run the kernels' backend on CPU tensors; what a GPU's tensors are not looked at for is not looked at."""
     driver = NullDriver()
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
-        patches.enter_context(mock.patch.object(_backend, "_is_interpreted", return_value=True))
+        patches.enter_context(mock.patch.object(_backend, "_is_interpreted", _yes))
         for name in ("rows_in_range", "normalised_rows", "targets"):
             if hasattr(_checks, name):
-                patches.enter_context(mock.patch.object(_checks, name, return_value=None))
+                patches.enter_context(mock.patch.object(_checks, name, _nothing))
         patches.enter_context(ty.backend("triton"))
         yield driver
 

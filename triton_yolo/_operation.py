@@ -276,6 +276,15 @@ class _GradientsInside(_Differentiable):
 
         super().__init__(operation, remember, give_back)
 
+        def grads_of(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
+                leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
+                with _backend.backend(ctx.backend):
+                    grads = operation.run(ctx.rest._replace(**leaves))[first:]
+            _scale(grads, grad, ctx.backend)
+            return grads
+
         class InPlace(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -291,14 +300,11 @@ class _GradientsInside(_Differentiable):
             def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
                 if grad is None:
                     return (None,) * (1 + len(wanted))
-                grads, ctx.grads = ctx.grads, None
-                with torch.no_grad():
-                    if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
-                        leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
-                        with _backend.backend(ctx.backend):
-                            grads = operation.run(ctx.rest._replace(**leaves))[first:]
-                    _scale(grads, grad, ctx.backend)
-                return (None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
+                if torch.is_grad_enabled():  # create_graph=True
+                    with torch.no_grad():
+                        grads = grads_of(ctx, grad)
+                    return (None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
+                return (None, *grads_of(ctx, grad))
 
         InPlace.__name__ = InPlace.__qualname__ = operation.name
         fields = [operation.inputs._fields.index(name) for name in wanted]
