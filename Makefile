@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
-.PHONY: train test kernels emulate lint types mutants kernel-mutants peers gpu clean
+.PHONY: train test kernels emulate lint types docs mutants kernel-mutants peers gpu clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
@@ -31,6 +31,9 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(RUN) -m mypy
 
+docs: $(VENV)/installed  ## Make the API reference of the docstrings; it needs no network.
+	$(RUN) docs/make_api.py docs/api
+
 mutants: $(VENV)/installed  ## Plant mistakes and see the tests fail.
 	$(PYTEST) -m mutants tests/test_mutants.py $(ARGS)
 
@@ -47,8 +50,8 @@ gpu:  ## On a machine with a CUDA GPU, with a Python that has torch, triton and 
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test,examples,bench]" ruff mypy
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[test,examples,bench,docs]" ruff mypy
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/api *.egg-info

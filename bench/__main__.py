@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with bccd/")
     _add_out(add)
     add.set_defaults(run=training.run)
-    add = commands.add_parser("plot", help="draw the plots, and write the tables of the README, from the saved results")
+    add = commands.add_parser("plot", help="draw the plots, and write the tables of README and docs, from the saved results")
     add.set_defaults(run=plot.run)
     return parser
 

@@ -1,4 +1,4 @@
-"""From the saved results: the tables of the README, and its plots, of float32 on a CPU."""
+"""From the saved results: the tables of the README and of docs/benchmarks.md, and plots, of float32 on a CPU."""
 
 import argparse
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 from . import results
 from .measure import spread
-from .tables import fill_all, heading_of
+from .tables import PAGES, fill_all, heading_of
 
-ROOT = Path(__file__).resolve().parents[1]
 _AXES = {
     "batch_size": "images a batch",
     "imgsz": "side of the image, pixels",
     "num_classes": "classes",
     "boxes an image": "boxes in one image",
 }
-README, PLOTS = ROOT / "README.md", Path(__file__).parent / "plots"
+PLOTS = Path(__file__).parent / "plots"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    README.write_text(fill_all(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill_all(page.read_text()))
     PLOTS.mkdir(exist_ok=True)
     both = [row for command in ("loss", "stages") for row in results.latest(command) if row.get("least_bytes")]
     for name, rows, draw in (

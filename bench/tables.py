@@ -1,12 +1,19 @@
-"""The tables of the README, from the saved results."""
+"""The tables of the README and of docs/benchmarks.md, from the saved results."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from . import results, train_step, training
-from .compare import HEADER, markdown
+from .compare import HEADER, markdown, milliseconds
+from .measure import spread
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PEERS = ("ultralytics", "pixeltable-yolox", "libreyolo")
+SAME = ("run", "machine", "what", "dtype", "batch_size", "boxes")
+NAMES = {"yolo11": "`YOLO11Loss`", "yolox": "`YOLOXLoss`"}
 Row = dict[str, Any]
 Line = Callable[[Row], str]
 
@@ -17,7 +24,7 @@ def fill_all(text: str) -> str:
         text = fill(text, command, table(results.latest(command), HEADER, markdown))
     for command, module in (("train-step", train_step), ("training", training)):
         text = fill(text, command, table(results.latest(command), module.HEADER, module.markdown))
-    return text
+    return fill(text, "summary", summary(results.latest("loss")))
 
 
 def fill(text: str, command: str, table: str) -> str:
@@ -26,6 +33,38 @@ def fill(text: str, command: str, table: str) -> str:
         return text
     start, end = f"<!-- bench {command} -->", f"<!-- end of bench {command} -->"
     return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def summary(rows: list[Row]) -> str:
+    """The criteria beside other projects', where both were timed on the same numbers."""
+    lines = [
+        "| criterion, float32 | measured on, commit | beside | its ms | our ms | times faster | times less memory |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for ours, other in _pairs(rows):
+        what = f"{NAMES[ours['what']]}, B={ours['batch_size']}"
+        where = f"{_device(ours)}, {ours['date']}, {ours['commit']}"
+        times = [milliseconds(_total(row)) for row in (other, ours)]
+        cells = [what, where, other["name"], *times, f"{other['x_time']:.1f}", f"{other['x_memory']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
+    """Our row and that of another project, timed in one run on the same numbers."""
+    for ours in rows:
+        for other in rows:
+            is_pair = _project(ours) == "triton_yolo" and _project(other) in PEERS and other["dtype"] == "float32"
+            if is_pair and other["x_time"] and all(other[key] == ours[key] for key in SAME):
+                yield ours, other
+
+
+def _project(row: Row) -> str:
+    return row["name"].partition(" ")[0]
+
+
+def _total(row: Row) -> float:
+    return spread([f + b for f, b in zip(row["forward"], row["backward"], strict=True)])[0]
 
 
 def table(rows: Iterable[Row], header: str, line: Line) -> str:
@@ -41,12 +80,13 @@ def table(rows: Iterable[Row], header: str, line: Line) -> str:
 
 
 def heading_of(row: dict[str, Any]) -> str:
-    machine = row["machine"]
-    device = (
-        machine.get("gpu") if row.get("device", "cpu").startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
-    )
-    heading = f"{device}, torch {machine['torch']}, {row['date']}, commit {row['commit']}"
+    heading = f"{_device(row)}, torch {row['machine']['torch']}, {row['date']}, commit {row['commit']}"
     if "boxes" not in row:
         return f"{heading}."
     sizes = f"B={row['batch_size']}, {row['imgsz']} px, C={row['num_classes']}, {row['num_boxes']} boxes ({row['boxes']})"
     return f"{heading}: {row['dtype']}, {sizes}."
+
+
+def _device(row: Row) -> str:
+    machine = row["machine"]
+    return machine["gpu"] if row.get("device", "cpu").startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"

@@ -146,6 +146,25 @@ def test_tables_replace_what_is_between_their_markers():
     assert tables.fill(text, "loss", "new") == filled
 
 
+def row_of(name: str, seconds: float, x_time: float | None, **changes) -> dict:
+    row = dict(run="a", machine={"cpu": "C", "threads": 2}, date="d", commit="c", what="yolo11", dtype="float32", batch_size=4)
+    times = dict(forward=[seconds], backward=[seconds], x_time=x_time, x_memory=2.0)
+    return {**row, "boxes": "coco", "name": name, **times, **changes}
+
+
+def test_the_summary_pairs_ours_with_other_projects_of_the_same_run():
+    ours, theirs = row_of("triton_yolo 1", 0.02, 1.0), row_of("ultralytics 8", 0.05, 2.5)
+    others = [
+        row_of("reference", 0.1, 5.0),
+        row_of("CUDA graph of triton_yolo", 0.01, 0.5),
+        row_of("libreyolo 1", 0, None),
+        row_of("ultralytics 8", 0.05, 2.5, run="b"),
+    ]
+    *_, line = tables.summary([ours, *others, theirs]).splitlines()
+    assert line == "| `YOLO11Loss`, B=4 | C, 2 threads, d, c | ultralytics 8 | 100.0 | 40.0 | 2.5 | 2.0 |"
+    assert tables.summary([ours, *others]) == ""
+
+
 def test_a_run_is_of_one_commit(monkeypatch):
     first = results.provenance()["commit"]
     monkeypatch.setattr(results, "_output", lambda *command: "what the first saved result made of the tree")
@@ -176,5 +195,5 @@ def test_nothing_of_the_tests_or_examples_is_imported():
 
 
 def test_every_plot_is_shown():
-    text = (BENCH.parent / "README.md").read_text()
+    text = (BENCH.parent / "docs" / "benchmarks.md").read_text()
     assert all(f"bench/plots/{file.name}" in text for file in (BENCH / "plots").iterdir())

@@ -1,24 +1,112 @@
-"""What the README shows works as it stands there."""
+"""What the README and the documentation show works as it stands there."""
 
+import doctest
+import os
+import pydoc
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+import pytest
+import torch
+
+import triton_yolo as ty
+from bench import peers
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(file.relative_to(ROOT)): file for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))}
+README = PAGES["README.md"].read_text()
+EXAMPLES = [name for name in ty.__all__ if callable(getattr(ty, name)) and not name.endswith(("Output", "Result"))]
+on_every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names: dict = {}
+def blocks(page: str, needs: str = "") -> list[str]:
+    """The python blocks of a page, or those marked as needing something: ``python peers``."""
+    fence = f"```python {needs}".strip()
+    return re.findall(rf"^{fence}\n(.*?)^```", PAGES[page].read_text(), re.M | re.S)
+
+
+@on_every_page
+def test_python_blocks_run_one_after_the_other(page):
+    names: dict[str, Any] = {}
+    for block in blocks(page):
         exec(block, names)
-        assert names["result"].loss.isfinite()
-        assert all(p.grad is not None for p in names["model"].parameters())
 
 
-def test_public_names_are_mentioned():
-    import triton_yolo as ty
+@pytest.mark.peers
+@on_every_page
+def test_blocks_with_trainers_run(page):
+    names: dict[str, Any] = {}
+    for block in blocks(page, "peers"):
+        with peers.contained():
+            exec(block, names)
 
-    for name in ("YOLO11Loss", "YOLOXLoss", "TaskAlignedAssigner", "SimOTAAssigner", "decode_dfl", "align_metric"):
-        assert name in ty.__all__
-        assert f"`{name}`" in README
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_every_page
+def test_blocks_with_a_gpu_run(page):
+    names: dict[str, Any] = {}
+    for block in blocks(page, "cuda"):
+        exec(block, names)
+
+
+def test_every_python_block_is_run():
+    for page, file in PAGES.items():
+        found = [block for needs in ("", "peers", "cuda") for block in blocks(page, needs)]
+        assert len(found) == len(re.findall(r"^ *```py", file.read_text(), re.M)), page
+
+
+def test_the_loop_of_the_readme_lowers_the_loss():
+    names: dict[str, Any] = {}
+    exec(blocks("README.md")[0], names)
+    assert names["losses"][-1] < names["losses"][0]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+@on_every_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page].read_text()):
+        path, _, anchor = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = PAGES[page].parent / path if path else PAGES[page]
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def anchors(text: str) -> Iterator[str]:
+    """As GitHub makes them of headings."""
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_docstring_runs(name):
+    value = getattr(ty, name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(value, name, globs={"torch": torch, "ty": ty})
+    assert test.examples
+    report: list[str] = []
+    failures = doctest.DocTestRunner().run(test, out=report.append)
+    assert not failures.failed, "".join(report)
+
+
+def test_help_begins_with_what_there_is():
+    first_page = pydoc.plain(pydoc.render_doc(ty)).partition("PACKAGE CONTENTS")[0]
+    assert all(name in first_page for name in ty.__all__)
+    assert len(first_page.splitlines()) < 60
+
+
+def test_the_api_reference_is_made_of_the_docstrings(tmp_path):
+    pytest.importorskip("pdoc")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run([sys.executable, "docs/make_api.py", str(tmp_path)], check=True, cwd=ROOT, env=environment)
+    page = (tmp_path / "triton_yolo.html").read_text()
+    assert all(f'id="{name}"' in page for name in ty.__all__)
+    for trainer in ("ultralytics", "yolox", "libreyolo"):
+        assert 'id="patch"' in (tmp_path / "triton_yolo" / "integrations" / f"{trainer}.html").read_text()

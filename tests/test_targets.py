@@ -217,3 +217,13 @@ def test_image_sizes_of_every_kind(imgsz):
     rows = torch.tensor([[0, 1, 0.5, 0.25, 0.25, 0.125]], device=DEVICE)
     for size in (imgsz, np.int64(64), np.float32(64), np.array([64, 64])):
         assert ty.Targets.from_yolo(rows, size).boxes_xywh.tolist() == [[32.0, 16.0, 16.0, 8.0]]
+
+
+def test_targets_move_to_another_device():
+    targets = one_box()
+    there = targets.to("meta")
+    assert isinstance(there, ty.Targets)
+    for before, after in zip(targets, there, strict=True):
+        assert (after.device.type, after.dtype, after.shape) == ("meta", before.dtype, before.shape)
+    back = targets.to("cpu").to(DEVICE)
+    assert all(torch.equal(before, after) for before, after in zip(targets, back, strict=True))

@@ -1,4 +1,29 @@
-"""Label assignment and losses of one-stage detectors, fused: YOLO11's task-aligned family and YOLOX's SimOTA."""
+"""Label assignment and losses of one-stage detectors, fused: YOLO11's task-aligned family and YOLOX's SimOTA.
+
+Criteria, from the raw output of a head and the ground truth to the loss with its gradient:
+
+- ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10 and 12; returns ``YOLO11LossOutput``.
+- ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
+- ``Targets``: ground truth in other forms than YOLO's rows.
+
+Assigners of padded ground truth:
+
+- ``TaskAlignedAssigner``: returns ``TaskAlignedResult``.
+- ``SimOTAAssigner``: returns ``SimOTAResult``.
+
+Their stages:
+
+- ``make_anchors``: anchor points of a feature pyramid.
+- ``decode_dfl``, ``decode_yolox``: boxes of raw predictions.
+- ``align_metric``, ``select_topk_candidates``: the candidates of task-aligned assignment.
+- ``bbox_iou``: IoU, GIoU, DIoU and CIoU with their gradients.
+
+``backend`` chooses between Triton kernels and sparse PyTorch; ``__version__`` is that of this package. Trainers that people use
+take one line of ``triton_yolo.integrations.ultralytics``, ``.yolox`` or ``.libreyolo``. Examples take for granted:
+
+    >>> import torch
+    >>> import triton_yolo as ty
+"""
 
 from ._backend import backend
 from ._version import __version__

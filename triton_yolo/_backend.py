@@ -33,6 +33,10 @@ class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabl
 
     Raises:
         ValueError: ``name`` is none of these.
+
+    Example:
+        >>> with ty.backend("eager"):
+        ...     overlap = ty.bbox_iou(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))
     """
 
     def __init__(self, name: str) -> None:

@@ -31,6 +31,11 @@ def make_anchors(
 
     Raises:
         ValueError: the two sequences differ in length, or a size or stride is not positive.
+
+    Example:
+        >>> points, strides = ty.make_anchors([(2, 2), (1, 1)], (8, 16))
+        >>> (points * strides[:, None]).tolist()
+        [[4.0, 4.0], [12.0, 4.0], [4.0, 12.0], [12.0, 12.0], [8.0, 8.0]]
     """
     strides = _checks.reals("strides", strides)
     _checks.levels(feat_shapes, strides)

@@ -65,6 +65,16 @@ class TaskAlignedAssigner(nn.Module):
 
     Raises:
         ValueError: ``topk``, ``topk2`` or ``num_classes`` is below 1.
+
+    Example:
+        >>> points, strides = ty.make_anchors([(4, 4)], (8,))
+        >>> points = points * strides[:, None]
+        >>> pd_scores, pd_bboxes = torch.full((1, 16, 3), 0.5), torch.cat([points - 8, points + 8], 1)[None]
+        >>> gt_labels, gt_bboxes, mask_gt = torch.tensor([[2]]), torch.tensor([[[2.0, 2, 22, 14]]]), torch.ones(1, 1)
+        >>> assigner = ty.TaskAlignedAssigner(topk=2, num_classes=3)
+        >>> assigned = assigner(pd_scores, pd_bboxes, points, gt_labels, gt_bboxes, mask_gt)
+        >>> assigned.fg_mask.nonzero().tolist()  # image, anchor
+        [[0, 1], [0, 5]]
     """
 
     def __init__(
@@ -143,6 +153,16 @@ class SimOTAAssigner(nn.Module):
 
     Raises:
         ValueError: ``candidates`` is unknown, ``num_classes`` is below 1 or ``center_radius`` is not positive.
+
+    Example:
+        >>> points, strides = ty.make_anchors([(4, 4)], (8,))
+        >>> points = points * strides[:, None]
+        >>> logits, boxes = torch.zeros(1, 16, 3), torch.cat([points - 8, points + 8], 1)[None]
+        >>> gt_labels, gt_bboxes, mask_gt = torch.tensor([[2]]), torch.tensor([[[2.0, 2, 22, 14]]]), torch.ones(1, 1)
+        >>> assigner = ty.SimOTAAssigner(num_classes=3)
+        >>> assigned = assigner(logits, logits[..., 0], boxes, points, strides, gt_labels, gt_bboxes, mask_gt)
+        >>> assigned.fg_mask.nonzero().tolist()  # image, anchor
+        [[0, 1]]
     """
 
     def __init__(self, num_classes: int = 80, center_radius: float = 1.5, candidates: str = "center") -> None:

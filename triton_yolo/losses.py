@@ -81,6 +81,15 @@ class YOLO11Loss(Criterion):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> criterion = ty.YOLO11Loss(num_classes=3, strides=(8,), reg_max=16)
+        >>> pred_dist, pred_scores = (torch.zeros(2, 16, channels, requires_grad=True) for channels in (64, 3))
+        >>> targets = torch.tensor([[0, 2, 0.5, 0.5, 0.6, 0.4]])  # image, class, cx, cy, w, h
+        >>> out = criterion(pred_dist, pred_scores, [(4, 4)], targets)
+        >>> out.loss.backward()
+        >>> out.num_fg
+        tensor(4)
     """
 
     class_weights: Tensor | None
@@ -250,6 +259,13 @@ class YOLOXLoss(Criterion):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> criterion = ty.YOLOXLoss(num_classes=3, strides=(8,))
+        >>> preds = torch.zeros(2, 16, 5 + 3, requires_grad=True)
+        >>> out = criterion(preds, [(4, 4)], torch.tensor([[0, 2, 0.5, 0.5, 0.6, 0.4]]))  # image, class, cx, cy, w, h
+        >>> out.loss.backward()
+        >>> criterion.use_l1 = True  # for the last epochs
     """
 
     _l1_gain: Tensor

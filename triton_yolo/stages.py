@@ -29,6 +29,11 @@ def decode_dfl(pred_dist: Tensor, anchor_points: Tensor, *, reg_max: int = 16, s
     Raises:
         ValueError: a size or device does not agree or ``reg_max`` is below 1.
         TypeError: an argument is not a float tensor.
+
+    Example:
+        >>> points, strides = ty.make_anchors([(1, 1)], (8,))
+        >>> ty.decode_dfl(torch.tensor([[[0.5, 0.5, 1.0, 2.0]]]), points, reg_max=1, strides=strides)
+        tensor([[[ 0.,  0., 12., 20.]]])
     """
     reg_max = _checks.whole("reg_max", reg_max)
     _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * reg_max))
@@ -55,6 +60,11 @@ def decode_yolox(preds: Tensor, anchor_points: Tensor, strides: Tensor) -> Tenso
     Raises:
         ValueError: a size or device does not agree.
         TypeError: an argument is not a float tensor.
+
+    Example:
+        >>> points, strides = ty.make_anchors([(1, 1)], (8,))
+        >>> ty.decode_yolox(torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]), points, strides)
+        tensor([[[0., 0., 8., 8.]]])
     """
     _checks.tensor("preds", preds, ("B", "A", "4 + ..."))
     if preds.shape[2] < 4:
@@ -85,6 +95,10 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     Raises:
         ValueError: ``kind`` is unknown, or sizes or devices do not agree.
         TypeError: an argument is not a float tensor.
+
+    Example:
+        >>> ty.bbox_iou(torch.tensor([0.0, 0, 2, 2]), torch.tensor([[0.0, 0, 2, 4], [2, 2, 4, 4]]))
+        tensor([0.5000, 0.0000])
     """
     _checks.one_of("kind", kind, _KINDS)
     eps = _checks.real("eps", eps)
@@ -132,6 +146,13 @@ def align_metric(
     Raises:
         ValueError: sizes or devices do not agree; on the CPU also for a label out of range (elsewhere it is ignored).
         TypeError: an argument that must be a float tensor is not.
+
+    Example:
+        >>> scores, boxes = torch.tensor([[[0.25]]]), torch.tensor([[[0.0, 0, 8, 8]]])
+        >>> gt = torch.zeros(1, 1), boxes, torch.ones(1, 1)
+        >>> metric, overlaps = ty.align_metric(scores, boxes, torch.tensor([[4.0, 4]]), *gt, alpha=0.5, beta=6.0)
+        >>> metric
+        tensor([[[0.5000]]])
     """
     targets, _ = padded_targets(pred_scores, pred_bboxes, anchor_points, gt_labels, gt_bboxes, mask_gt)
     scores, boxes, anchor_points, _ = widened(pred_scores.detach(), pred_bboxes.detach(), anchor_points, gt_bboxes)
@@ -158,6 +179,10 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = N
     Raises:
         ValueError: ``topk`` is below 1, or sizes or devices do not agree.
         TypeError: ``metric`` is not a float tensor.
+
+    Example:
+        >>> ty.select_topk_candidates(torch.tensor([[[0.2, 0.5, 0.5, 0.0]]]), 2)
+        tensor([[[False,  True,  True, False]]])
     """
     _checks.tensor("metric", metric, ("B", "G", "A"))
     topk = _checks.whole("topk", topk)

@@ -25,6 +25,14 @@ class Targets(NamedTuple):
         labels: (N,) int64.
         boxes_xyxy: (N, 4) corners in pixels, float32 or float64.
         boxes_xywh: (N, 4) the same boxes as centre, width, height.
+
+    Example:
+        >>> rows = torch.tensor([[0, 2, 0.5, 0.5, 0.25, 0.5], [-1, 0, 0, 0, 0, 0]])  # one box and padding
+        >>> targets = ty.Targets.from_yolo(rows, imgsz=64)
+        >>> targets.boxes_xyxy[0]
+        tensor([24., 16., 40., 48.])
+        >>> same = ty.Targets.from_list([{"boxes": torch.tensor([[24.0, 16, 40, 48]]), "labels": torch.tensor([2])}])
+        >>> same.to("cpu").validate(batch_size=1, num_classes=3)
     """
 
     image_index: Tensor

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("small-step", help="every operation once, for tools that watch memory")
     add.set_defaults(run=lambda _: small_step.main())
     _add_parity(commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step"))
-    add = commands.add_parser("tables", help="write the tables of the README that the others have figures for")
+    add = commands.add_parser("tables", help="write the tables of docs/benchmarks.md that the others have figures for")
     add.set_defaults(run=tables.run)
     return parser
 

@@ -1,4 +1,4 @@
-"""The tables of the README that proofs fill."""
+"""The tables of docs/benchmarks.md that proofs fill."""
 
 import argparse
 import json
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.tables import fill, table
+from bench.tables import PAGES, fill, table
 
 from . import parity
 from .traffic import BARS
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 RESOURCES = Path(__file__).with_name("resources.jsonl")
 Row = dict[str, Any]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    README.write_text(fill_all(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill_all(page.read_text()))
 
 
 def fill_all(text: str) -> str:
