@@ -1,5 +1,6 @@
 """What the README and the documentation show works as it stands there."""
 
+import contextlib
 import doctest
 import pydoc
 import re
@@ -18,47 +19,43 @@ from bench import tables as bench_tables
 from tests.tools import tables as proof_tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(file.relative_to(ROOT)): file for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))}
+PAGES = {
+    str(file.relative_to(ROOT)): file
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
 README = PAGES["README.md"].read_text()
 EXAMPLES = [name for name in ty.__all__ if callable(getattr(ty, name)) and not name.endswith(("Output", "Result"))]
+MARKS = {
+    "": (),
+    "peers": pytest.mark.peers,
+    "cuda": pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+}
+"""What a python block may need, a word after ``python``."""
 on_every_page = pytest.mark.parametrize("page", PAGES)
 
 
 def blocks(page: str, needs: str = "") -> list[str]:
-    """The python blocks of a page, or those marked as needing something: ``python peers``."""
+    """The python blocks of a page that need the same."""
     fence = f"```python {needs}".strip()
     return re.findall(rf"^{fence}\n(.*?)^```", PAGES[page].read_text(), re.M | re.S)
 
 
+CASES = [pytest.param(page, needs, marks=MARKS[needs]) for page in PAGES for needs in MARKS if blocks(page, needs)]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of PyTorch about itself
 @pytest.mark.usefixtures("fresh_compiler")
-@on_every_page
-def test_python_blocks_run_one_after_the_other(page):
+@pytest.mark.parametrize(("page", "needs"), CASES)
+def test_python_blocks_run_one_after_the_other(page, needs):
     names: dict[str, Any] = {}
-    for block in blocks(page):
-        exec(block, names)
-
-
-@pytest.mark.peers
-@on_every_page
-def test_blocks_with_trainers_run(page):
-    names: dict[str, Any] = {}
-    for block in blocks(page, "peers"):
-        with peers.contained():
+    with peers.contained() if needs == "peers" else contextlib.nullcontext():
+        for block in blocks(page, needs):
             exec(block, names)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@on_every_page
-def test_blocks_with_a_gpu_run(page):
-    names: dict[str, Any] = {}
-    for block in blocks(page, "cuda"):
-        exec(block, names)
 
 
 def test_every_python_block_is_run():
     for page, file in PAGES.items():
-        found = [block for needs in ("", "peers", "cuda") for block in blocks(page, needs)]
+        found = [block for needs in MARKS for block in blocks(page, needs)]
         assert len(found) == len(re.findall(r"^ *```py", file.read_text(), re.M)), page
 
 
