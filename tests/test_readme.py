@@ -19,10 +19,8 @@ from bench import tables as bench_tables
 from tests.tools import tables as proof_tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    str(file.relative_to(ROOT)): file
-    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
-}
+FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+PAGES = {str(file.relative_to(ROOT)): file for file in FILES}
 README = PAGES["README.md"].read_text()
 EXAMPLES = [name for name in ty.__all__ if callable(getattr(ty, name)) and not name.endswith(("Output", "Result"))]
 MARKS = {
