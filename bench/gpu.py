@@ -25,7 +25,7 @@ from . import peers, results
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--continue-on-collection-errors")
 PEERS = ("ultralytics", "pixeltable-yolox", "libreyolo")
 _SUMMARY = 8000  # characters
-_TELLING = re.compile(r"^(\|.*\|$|FAILED|ERROR|E  |.*(\d passed|\d failed|ERROR SUMMARY|RACECHECK SUMMARY|us, .* less))")
+_TELLING = re.compile(r"^(\|(?!---).*\|$|FAILED|ERROR|E  |.*(\d passed|\d failed|ERROR SUMMARY|RACECHECK SUMMARY|us, .* less))")
 
 
 class Task(NamedTuple):
@@ -115,7 +115,9 @@ def summary(done: list[Done]) -> str:
     blocks = []
     for one in done:
         telling = [line[:400] for line in one.output.splitlines() if _TELLING.match(line)]
-        if one.status != "passed" and not telling:
+        if one.status == "passed" and one.task.is_side_by_side:  # it only compiled; its times are nobody's
+            telling = []
+        elif one.status != "passed" and not telling:
             telling = [line[:400] for line in one.output.splitlines()[-3:]]
         blocks.append("\n".join([f"{one.task.name}: {one.status} in {one.seconds:.1f} s", *telling]))
     share = (_SUMMARY - len(head) - 2 * len(blocks)) // max(len(blocks), 1)
