@@ -37,9 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-# A step of a resumed run is to mean what it meant.
-FIXED = ("loss", "reg_max", "batch", "scenes", "double")
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if num_ranks() > 1 and options.loss.startswith("reference"):
         parser.error("the reference losses run in one process")
     return options
+
+
+FIXED = ("loss", "reg_max", "batch", "scenes", "double")  # so that a step of a resumed run is what it was
 
 
 def parse_resumed(parser: argparse.ArgumentParser, argv: list[str] | None, file: Path) -> argparse.Namespace:
