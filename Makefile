@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 
 .PHONY: train test kernels emulate lint types docs mutants kernel-mutants peers gpu clean
 
-train: $(VENV)/installed  ## Train a small detector on composed digits; pictures and metrics go to runs/train.
+train: $(VENV)/installed  ## Train a small detector on composed digits, or ARGS="--data ..."; weights, pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
 
 test: $(VENV)/installed  ## Run the tests on the eager backend.

@@ -1,7 +1,7 @@
 """What ``--data`` names: a Pascal VOC folder, a YOLO data.yaml or a COCO json, read with ``supervision``."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import cv2
@@ -13,6 +13,7 @@ from samples import Sample, area
 from torch.utils.data import Dataset
 
 GREY = 114
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 class AnnotatedImages(Dataset[Sample]):
@@ -79,6 +80,8 @@ def load_data(path: Path | None, imgsz: int, *, num_scenes: int, seed: int) -> t
         train = DigitScenes(num_scenes, imgsz, is_train=True, seed=seed)
         return train, DigitScenes(max(1, num_scenes // 8), imgsz, is_train=False, seed=seed)
     train, val = read_detections(path, seed)
+    if not (len(train) and len(val)):
+        raise ValueError(f"{path} has {len(train)} images to train with and {len(val)} to validate with: both need some")
     return AnnotatedImages(train, imgsz, is_train=True, seed=seed), AnnotatedImages(val, imgsz, is_train=False)
 
 
@@ -111,23 +114,83 @@ def subset(whole: sv.DetectionDataset, stems: Collection[str]) -> sv.DetectionDa
 
 
 def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
-    """A data.yaml with the image folders ``train`` and ``val``; labels lie in the folder ``labels`` beside ``images``."""
-    content = yaml.safe_load(file.read_text())
-    root = file.parent / content.get("path", "")
+    """A data.yaml whose ``train`` and ``val`` are each a folder of images, a list of images in a .txt, or several of these.
 
-    def part(name: str) -> sv.DetectionDataset:
-        images = root / content[name]
-        labels = "labels".join(str(images).rsplit("images", 1))
-        return sv.DetectionDataset.from_yolo(str(images), labels, str(file))
+    The labels of ``images/.../x.jpg`` are in ``labels/.../x.txt``; without such a folder, beside the image. Without ``val``, or
+    with the same, 4 to 1 at random.
+    """
+    content = yaml.safe_load(file.read_text()) or {}
+    missing = {"names", "train"} - set(content)
+    if missing:
+        raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
+    places = [file.parent / (content.get("path") or ""), file.parent]
+
+    def part(entries: str | list[str]) -> sv.DetectionDataset:
+        entries = [entries] if isinstance(entries, str) else entries
+        images = {image for entry in entries for image in list_images(find(entry, places), places)}
+        datasets = [read_yolo_folder(folder, images, file) for folder in sorted({image.parent for image in images})]
+        annotations = {path: found for dataset in datasets for path, found in dataset.annotations.items()}
+        if not any(map(len, annotations.values())):
+            raise ValueError(f"{file}: no labels of {', '.join(entries)}; those of images/x.jpg belong in labels/x.txt")
+        return sv.DetectionDataset(datasets[0].classes, sorted(annotations), annotations)
 
     if content.get("val", content["train"]) == content["train"]:
-        return part("train").split(0.8, random_state=seed)
-    return part("train"), part("val")
+        return part(content["train"]).split(0.8, random_state=seed)
+    return part(content["train"]), part(content["val"])
+
+
+def find(name: str, places: list[Path]) -> Path:
+    """The first that exists. Some exports lead one folder too high."""
+    for path in (place / start for place in places for start in (name, name.removeprefix("../"))):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, dict.fromkeys(places)))}")
+
+
+def list_images(path: Path, places: list[Path]) -> Iterator[Path]:
+    if path.suffix == ".txt":
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        yield from (find(name, [path.parent, *places]) for name in names)
+    else:
+        yield from (image for image in path.rglob("*") if image.suffix.lower() in SUFFIXES)
+
+
+def read_yolo_folder(folder: Path, kept: Collection[Path], file: Path) -> sv.DetectionDataset:
+    """Those of the ``kept`` images that are in ``folder``, with their labels."""
+    labels = label_folder(folder)
+    whole = sv.DetectionDataset.from_yolo(str(folder), str(labels), str(file))
+    part = subset(whole, {path.stem for path in kept if path.parent == folder})
+    for path in part.image_paths:
+        check_normalised(labels / f"{Path(path).stem}.txt")
+    return part
+
+
+def label_folder(images: Path) -> Path:
+    """The folder with the last ``images`` of its path replaced."""
+    parts = list(images.parts)
+    if "images" not in parts:
+        return images
+    last = len(parts) - 1 - parts[::-1].index("images")
+    return Path(*parts[:last], "labels", *parts[last + 1 :])
+
+
+def check_normalised(file: Path, limit: float = 1.5) -> None:
+    """Raise if a label is in pixels. A box may reach out of its image a little."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if any(float(value) > limit for value in line.split()[1:5]):
+            raise ValueError(
+                f"{file}, line {number}: {line!r} looks like pixels; "
+                "a YOLO label is class cx cy w h, the last four as shares (0-1) of the image's sides"
+            )
 
 
 def read_coco(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
     """A COCO json; images lie beside it, in ``images`` beside it, or in a folder named as the json says (val2017)."""
-    first = json.loads(file.read_text())["images"][0]["file_name"]
+    content = json.loads(file.read_text())
+    if not (isinstance(content, dict) and content.get("images")):
+        raise ValueError(f"{file} lists no images: it is no COCO json of ground truth")
+    first = content["images"][0]["file_name"]
     part = file.stem.removeprefix("instances_")
     places = [file.parent, file.parent / "images", file.parent.parent / part, file.parent.parent / "images"]
     for images in places:

@@ -38,7 +38,8 @@ def to_detections(boxes: Tensor, probs: Tensor, *, threshold: float, max_boxes: 
 @torch.no_grad()
 def predict(model: Detector, images: Tensor, *, threshold: float = 0.01) -> list[sv.Detections]:
     """Detections of every image (B, 3, H, W), uint8."""
-    boxes, probs = decode(model(images / 255), feature_shapes(images), model.reg_max)
+    dtype = next(model.parameters()).dtype
+    boxes, probs = decode(model(images.to(dtype) / 255), feature_shapes(images), model.reg_max)
     return [to_detections(b, p, threshold=threshold) for b, p in zip(boxes, probs, strict=True)]
 
 
@@ -50,10 +51,13 @@ def truth(sample: Sample) -> sv.Detections:
 
 def evaluate(model: Detector, data: Dataset[Sample], device: torch.device, batch: int = 32) -> MeanAveragePrecisionResult:
     """Mean average precision on ``data``."""
+    was_training = model.training
+    model.eval()
     metric = MeanAveragePrecision()
     for samples in DataLoader(data, batch_size=batch, collate_fn=list):
         images = collate(samples).images.to(device)
         metric.update(predict(model, images), [truth(sample) for sample in samples])
+    model.train(was_training)
     return metric.compute()
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the loss curve, predictions, the assignment."""
+"""What a run leaves to look at: the curves of loss and mAP, predictions beside ground truth, the assignment."""
 
 import math
 from pathlib import Path
@@ -8,12 +8,13 @@ import numpy as np
 import supervision as sv
 import torch
 from detector import STRIDES, Detector, feature_shapes
-from evaluate import decode, predict
+from evaluate import decode, predict, truth
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatter
 from samples import Sample, collate
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 import triton_yolo as ty
 
 MARKERS = {8: "o", 16: "s", 32: "D"}
+INK = "#333333"
+PANEL = 4  # inches
 
 
 def draw_loss(file: Path, curves: dict[str, list[float]]) -> None:
@@ -31,11 +34,33 @@ def draw_loss(file: Path, curves: dict[str, list[float]]) -> None:
         axes = above if name == "loss" else below
         (line,) = axes.plot(smooth(values), label=name)
         axes.plot(values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+    above.set_title("Training loss of a batch, as measured and smoothed")
+    below.set_title("Its terms")
     for axes in (above, below):
-        axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        if axes.lines:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            axes.legend(loc="upper right")
     below.set_xlabel("step")
+    figure.savefig(file, dpi=120)
+
+
+def draw_map(file: Path, scores: dict[float, dict[str, float]]) -> None:
+    """Mean average precision on the validation images over the epochs, the best one marked."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("map50", "mAP@50"), ("map75", "mAP@75"), ("map50_95", "mAP@50-95")):
+        axes.plot(list(scores), [score[name] for score in scores.values()], marker=".", label=label)
+    best = max(scores, key=lambda epoch: (scores[epoch]["map50_95"], epoch))
+    axes.axvline(best, color=INK, linestyle=":", label=f"best.pt: epoch {best:g}")
+    axes.set_title("Mean average precision on the validation images")
+    axes.set_xlabel("epoch")
+    axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
     figure.savefig(file, dpi=120)
 
 
@@ -49,20 +74,38 @@ def smooth(values: list[float], decay: float = 0.9) -> list[float]:
 
 
 def draw_predictions(
-    file: Path, model: Detector, samples: list[Sample], classes: tuple[str, ...], device: torch.device
+    file: Path,
+    model: Detector,
+    samples: list[Sample],
+    classes: tuple[str, ...],
+    device: torch.device,
+    threshold: float = 0.3,
 ) -> None:
-    """What the model finds with a confidence above 0.3, coloured by class."""
-    figure, grid = sheet(len(samples))
-    found = predict(model, collate(samples).images.to(device), threshold=0.3)
-    for axes, sample, detections in zip(grid, samples, found, strict=True):
-        scale = max(1, round(640 / sample.image.shape[0]))
-        scene = cv2.resize(sample.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-        detections.xyxy = detections.xyxy * scale
-        labels = [f"{classes[label]} {p:.2f}" for label, p in zip(detections.class_id, detections.confidence, strict=True)]
-        scene = sv.BoxAnnotator(thickness=3).annotate(scene, detections)
-        scene = sv.LabelAnnotator(text_scale=0.6, text_padding=3).annotate(scene, detections, labels)
-        axes.imshow(scene)
+    """Ground truth beside what the model finds with a confidence above ``threshold``, coloured by class."""
+    figure, grid = sheet(len(samples), side_by_side=2)
+    figure.suptitle(f"Ground truth, and beside it what is found with a confidence above {threshold}", fontsize="x-large")
+    found = predict(model, collate(samples).images.to(device), threshold=threshold)
+    for left, right, sample, detections in zip(grid[::2], grid[1::2], samples, found, strict=True):
+        expected = truth(sample)
+        left.imshow(annotate(sample.image, expected, classes))
+        left.set_title(f"ground truth: {count(len(expected), 'box')}")
+        right.imshow(annotate(sample.image, detections, classes))
+        right.set_title(f"found: {count(len(detections), 'box')}")
     figure.savefig(file, dpi=120)
+
+
+def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], side: int = 480) -> np.ndarray:
+    """The image enlarged to about ``side``, with boxes and labels; no label leaves it or covers another where there is room."""
+    scale = side / image.shape[0]
+    scene = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    if len(detections) == 0:
+        return scene
+    scaled = sv.Detections(detections.xyxy * scale, confidence=detections.confidence, class_id=detections.class_id)
+    labels = [classes[label] for label in scaled.class_id]
+    if scaled.confidence is not None:
+        labels = [f"{label} {p:.2f}" for label, p in zip(labels, scaled.confidence, strict=True)]
+    scene = sv.BoxAnnotator(thickness=2).annotate(scene, scaled)
+    return sv.LabelAnnotator(text_scale=0.4, text_padding=3, smart_position=True).annotate(scene, scaled, labels)
 
 
 def draw_assignment(file: Path, model: Detector, samples: list[Sample], device: torch.device) -> None:
@@ -72,24 +115,38 @@ def draw_assignment(file: Path, model: Detector, samples: list[Sample], device: 
     is_positive, slot, score = (x.cpu().numpy() for x in assign(model, images, samples))
     points, strides = (x.numpy() for x in ty.make_anchors(shapes, STRIDES))
     figure, grid = sheet(len(samples))
+    figure.suptitle("Which anchors learn which box: each has the colour of its box", fontsize="x-large")
     points = points * strides[:, None]
     for image, (axes, sample) in enumerate(zip(grid, samples, strict=True)):
         colours = draw_boxes(axes, sample)
+        axes.set_title(f"{count(len(sample.labels), 'box')}, {count(int(is_positive[image].sum()), 'anchor')}")
         for stride, marker in MARKERS.items():
             own = is_positive[image] & (strides == stride)
-            sizes = 4 + 60 * score[image, own]
+            sizes = marker_size(score[image, own])
             axes.scatter(
-                *points[own].T, s=sizes, c=colours[slot[image, own]], marker=marker, edgecolors="white", linewidths=0.5
+                *points[own].T, s=sizes, c=colours[slot[image, own]], marker=marker, edgecolors="white", linewidths=0.6
             )
-    legend = [Line2D([], [], ls="", marker=marker, color="grey", label=f"stride {s}") for s, marker in MARKERS.items()]
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
+    legend = [
+        Line2D([], [], ls="", marker=marker, markersize=11, color=INK, label=f"stride {s}") for s, marker in MARKERS.items()
+    ]
+    legend += [
+        Line2D([], [], ls="", marker="o", markersize=marker_size(score) ** 0.5, color=INK, label=f"target score {score:g}")
+        for score in (0.1, 0.5, 1.0)
+    ]
+    ncols = len(legend) if len(samples) > 4 else len(MARKERS)
+    figure.legend(handles=legend, loc="outside lower center", ncols=ncols, fontsize="large")
     figure.savefig(file, dpi=120)
+
+
+def marker_size(score: float | np.ndarray) -> float | np.ndarray:
+    """The area of a marker, in square points."""
+    return 12 + 110 * score
 
 
 def draw_boxes(axes: Axes, sample: Sample) -> np.ndarray:
     """The darkened image and its boxes; the colours of the boxes."""
     height, width = sample.image.shape[:2]
-    axes.imshow(sample.image // 2, extent=(0, width, height, 0))
+    axes.imshow((0.7 * sample.image).astype(np.uint8), extent=(0, width, height, 0))
     colours = colormaps["hsv"](np.linspace(0, 1, len(sample.labels), endpoint=False))
     for (x1, y1, x2, y2), colour in zip(sample.boxes_xyxy, colours, strict=True):
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))
@@ -114,12 +171,17 @@ def assign(model: Detector, images: Tensor, samples: list[Sample]) -> tuple[Tens
     return matched.fg_mask, matched.target_gt_idx, matched.matched_iou
 
 
-def sheet(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` square fields without axes."""
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+def sheet(samples: int, side_by_side: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of square fields without axes, ``side_by_side`` for every sample."""
+    columns = math.ceil(math.sqrt(samples / side_by_side))
+    rows = math.ceil(samples / columns)
+    figure = Figure(figsize=(PANEL * columns * side_by_side, 0.6 + (PANEL + 0.3) * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns * side_by_side, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
-    return figure, grid[:count]
+    return figure, grid[: samples * side_by_side]
+
+
+def count(number: int, noun: str) -> str:
+    plural = {"box": "boxes", "anchor": "anchors"}
+    return f"{number} {noun if number == 1 else plural[noun]}"

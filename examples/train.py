@@ -1,6 +1,15 @@
 """Train a small one-stage detector with the losses of ``triton_yolo``, on CPU or GPU.
 
 Without ``--data`` it learns to find handwritten digits. ``torchrun --nproc-per-node 2 examples/train.py`` uses two processes.
+The folder ``--output`` receives pictures, ``metrics.json`` and, after every epoch, ``last.pt``, from which ``--resume`` goes on
+with the options of then, and ``best.pt``, the weights of the highest mAP. With ``examples/`` on Python's path, either finds
+objects in images (B, 3, H, W), RGB in uint8, with sides that 32 divides:
+
+    from checkpoint import load_model
+    from evaluate import predict
+
+    model, classes = load_model("runs/train/best.pt")
+    detections = predict(model, images, threshold=0.3)  # a supervision.Detections for every image
 """
 
 import argparse
@@ -10,16 +19,18 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from checkpoint import Run, head, read
 from criteria import LOSSES, LossOutput, make_criterion
 from data import load_data
 from detector import Detector, feature_shapes
 from evaluate import evaluate, summary
-from pictures import draw_assignment, draw_loss, draw_predictions
+from pictures import draw_assignment, draw_loss, draw_map, draw_predictions
 from samples import Batch, Sample, collate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +39,7 @@ from tqdm import tqdm
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="Pascal VOC folder, YOLO data.yaml or COCO json; default: digits")
     parser.add_argument("--loss", choices=LOSSES, default="yolo11", help="also decides the head")
     parser.add_argument("--epochs", type=int, help="default: 16 for digits, 30 for other data")
@@ -47,17 +58,42 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/train"), help="folder of pictures and metrics; default: %(default)s"
+        "--output", type=Path, default=Path("runs/train"), help="folder of weights, pictures and metrics; default: %(default)s"
     )
+    parser.add_argument("--validate-every", type=int, default=1, help="epochs from one validation to the next; default: 1")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output, with the options of that run")
     options = parser.parse_args(argv)
+    if options.resume:
+        options = parse_resumed(parser, argv, options.output / "last.pt")
     options.imgsz = options.imgsz or (160 if options.data is None else 320)
-    options.epochs = options.epochs or (16 if options.data is None else 30)
-    if options.imgsz % 32:
-        parser.error("--imgsz must be divisible by 32")
+    if options.epochs is None:
+        options.epochs = 16 if options.data is None else 30
+    if options.imgsz % 32 or options.imgsz < 0:
+        parser.error("--imgsz must be positive and divisible by 32")
+    if options.epochs < 0 or (options.steps or 0) < 0:
+        parser.error("--epochs and --steps must be at least 0")
+    if options.batch < 1 or options.validate_every < 1:
+        parser.error("--batch and --validate-every must be at least 1")
     if options.batch % num_ranks():
         parser.error("--batch must be divisible by the number of processes")
     if num_ranks() > 1 and options.loss.startswith("reference"):
         parser.error("the reference losses run in one process")
+    return options
+
+
+FIXED = ("loss", "reg_max", "batch", "scenes", "double")  # so that a step of a resumed run is what it was
+
+
+def parse_resumed(parser: argparse.ArgumentParser, argv: list[str] | None, file: Path) -> argparse.Namespace:
+    """The options of the run that ``file`` is of, where ``argv`` gives no others."""
+    if not file.is_file():
+        parser.error(f"nothing to resume: {file} does not exist")
+    saved = read(file)["options"]
+    parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "output", "device", "steps")})
+    options = parser.parse_args(argv)
+    for name in FIXED:
+        if getattr(options, name) != saved[name]:
+            parser.error(f"--{name.replace('_', '-')} cannot change in a resumed run: it was {saved[name]}")
     return options
 
 
@@ -66,11 +102,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with processes(options.device) as device:
         torch.manual_seed(options.seed)
         train_data, val_data = load_data(options.data, options.imgsz, num_scenes=options.scenes, seed=options.seed)
-        head = options.loss.removeprefix("reference-")
-        model = Detector(len(train_data.classes), head, options.reg_max).to(device)
+        model = Detector(len(train_data.classes), head(options.loss), options.reg_max).to(device)
+        run = Run(options, train_data.classes, partial(evaluate, model, val_data, device) if rank() == 0 else None)
         start = time.perf_counter()
-        curves = train(model, train_data, options, device)
-        seconds = time.perf_counter() - start
+        train(model, train_data, options, device, run)
+        seconds = time.perf_counter() - start - run.seconds
         if rank() != 0:
             return {}
         metrics = {
@@ -78,22 +114,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "data": "digits" if options.data is None else options.data.name,
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": options.epochs,
-            "steps": len(curves["loss"]),
+            "steps": run.num_steps,
             "batch": options.batch,
             "imgsz": options.imgsz,
             "processes": num_ranks(),
             "device": device.type,
             "train_seconds": round(seconds, 1),
-            **report(model, val_data, curves, options.output, device),
-            "curves": curves,
+            **summary(run.result, train_data.classes),
+            "validations": [{"epoch": epoch, **score} for epoch, score in run.scores.items()],
+            "curves": run.curves,
         }
         (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        draw(model, val_data, run, device)
         print(f"mAP@50 {metrics['map50']:.3f}, {metrics['steps']} steps in {seconds:.0f} s; see {options.output}")
         return metrics
 
 
-def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def train(
+    model: Detector, data: Dataset[Sample], options: argparse.Namespace, device: torch.device, run: Run | None = None
+) -> dict[str, list[float]]:
     """Train in place. Returns the loss and its terms at every step, of the whole batch."""
+    run = run or Run(options)
     group = dist.group.WORLD if num_ranks() > 1 else None
     model.to(torch.float64 if options.double else torch.float32)
     criterion = make_criterion(options.loss, model.num_classes, options.reg_max, group)
@@ -102,9 +143,11 @@ def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, d
     planned = options.epochs * len(loader)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and device.type == "cuda")
+    first = run.begin(model=model, optimizer=optimizer, scaler=scaler)
+    stop = planned if options.steps is None else min(planned, options.steps)
     history = []
-    with tqdm(total=min(planned, options.steps or planned), desc=options.loss, disable=rank() != 0) as bar:
-        for step, batch in enumerate(batches(loader, options.epochs, bar.total)):
+    with tqdm(total=stop, initial=min(first, stop), desc=options.loss, disable=rank() != 0) as bar:
+        for step, batch in batches(loader, first, stop):
             if options.loss.endswith("yolox"):
                 # As in the YOLOX paper, L1 joins for the last twentieth, when augmentation has done its work.
                 criterion.use_l1 = step >= 0.95 * planned
@@ -120,11 +163,22 @@ def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, d
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()})
-    values = torch.stack(history)
-    if group is not None:
-        dist.all_reduce(values)
-        values /= num_ranks()
-    return dict(zip(terms, values.T.tolist(), strict=True))
+            if (step + 1) % len(loader) == 0 or step + 1 == stop:
+                values = mean_of_ranks(torch.stack(history), group)
+                run.end_epoch(
+                    (step + 1) / len(loader), dict(zip(terms, values.T.tolist(), strict=True)), is_last=step + 1 == stop
+                )
+                history.clear()
+    if first >= stop:
+        run.end_epoch(first / len(loader), {}, is_last=True)
+    return run.curves
+
+
+def mean_of_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return values
+    dist.all_reduce(values, group=group)
+    return values / num_ranks()
 
 
 def make_step(
@@ -160,15 +214,16 @@ def make_loader(data: Dataset[Sample], options: argparse.Namespace, device: torc
     )
 
 
-def batches(loader: DataLoader[Batch], epochs: int, steps: int) -> Iterator[Batch]:
-    for epoch in range(epochs):
+def batches(loader: DataLoader[Batch], first: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    """Steps ``first`` to ``stop`` and their batches, over as many epochs as that takes."""
+    for epoch in range(first // len(loader), math.ceil(stop / len(loader))):
         loader.sampler.set_epoch(epoch)
         loader.dataset.epoch = epoch
-        for batch in loader:
-            yield batch
-            steps -= 1
-            if steps == 0:
+        for step, batch in enumerate(loader, epoch * len(loader)):
+            if step >= stop:
                 return
+            if step >= first:
+                yield step, batch
 
 
 def schedule(progress: float, warm_up: float = 0.1) -> float:
@@ -182,17 +237,15 @@ def schedule(progress: float, warm_up: float = 0.1) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
 
 
-def report(
-    model: Detector, data: Dataset[Sample], curves: dict[str, list[float]], output: Path, device: torch.device
-) -> dict[str, Any]:
-    """Write the pictures; return mean average precision."""
+def draw(model: Detector, data: Dataset[Sample], run: Run, device: torch.device) -> None:
+    """Write the pictures, those of images with the model as it is at the end."""
     model.eval().float()
-    output.mkdir(parents=True, exist_ok=True)
+    output = run.options.output
     shown = [data[index] for index in range(min(6, len(data)))]
-    draw_loss(output / "loss.png", curves)
+    draw_loss(output / "loss.png", run.curves)
+    draw_map(output / "map.png", run.scores)
     draw_predictions(output / "predictions.png", model, shown, data.classes, device)
     draw_assignment(output / "assignment.png", model, shown, device)
-    return summary(evaluate(model, data, device), data.classes)
 
 
 def num_ranks() -> int:

@@ -17,15 +17,18 @@ from supervision.metrics import MeanAveragePrecision
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import train as example
+from checkpoint import Run, load_model
 from criteria import LOSSES, make_criterion
 from data import load_data, place, read_detections
 from detector import Detector
 from digits import DigitScenes
-from evaluate import truth
+from evaluate import evaluate, truth
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pictures import annotate, draw_assignment, draw_map
 from samples import Batch, Sample, area, collate
 
 CPU = torch.device("cpu")
-OUTPUTS = {"loss.png", "predictions.png", "assignment.png", "metrics.json"}
+OUTPUTS = {"loss.png", "map.png", "predictions.png", "assignment.png", "metrics.json", "last.pt", "best.pt"}
 SMALL = ["--device", "cpu", "--imgsz", "64", "--scenes", "16", "--batch", "4"]
 
 
@@ -172,10 +175,196 @@ def test_unknown_data_is_refused(tmp_path: Path) -> None:
 def test_a_run_writes_everything(loss: str, tmp_path: Path) -> None:
     metrics = run(tmp_path, "--loss", loss, "--epochs", "1", "--steps", "2")
     assert {file.name for file in (tmp_path / "run").iterdir()} == OUTPUTS
+    assert load_model(tmp_path / "run" / "best.pt")[1] == tuple("0123456789")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     assert metrics["steps"] == 2
     assert all(np.isfinite(curve).all() for curve in metrics["curves"].values())
     assert 200_000 < metrics["parameters"] < 900_000
+
+
+def write_listed(folder: Path) -> Path:
+    """The same with lists: of names from the folder of the list, and of names from the folder of data.yaml."""
+    file = write_yolo(folder)
+    (folder / "images" / "3.txt").write_text("./train/0.png\n./train/1.png\n\n./train/4.png\n")
+    (folder / "val.txt").write_text("images/val/2.png\nimages/train/3.png\n")
+    file.write_text("names: {0: disc, 1: ring}\ntrain: images/3.txt\nval: [val.txt]\n")
+    return file
+
+
+def test_images_may_be_listed(tmp_path: Path) -> None:
+    train, val = read_detections(write_listed(tmp_path))
+    names = [[Path(path).relative_to(tmp_path / "images").as_posix() for path in part.image_paths] for part in (train, val)]
+    assert names == [["train/0.png", "train/1.png", "train/4.png"], ["train/3.png", "val/2.png"]]
+    assert [found.class_id.tolist() for found in val.annotations.values()] == [[1], [0]]
+    (tmp_path / "val.txt").write_text("images/val/missing.png\n")
+    with pytest.raises(FileNotFoundError, match=r"images/val/missing\.png is in none of"):
+        read_detections(tmp_path / "data.yaml")
+
+
+def test_an_export_may_lead_one_folder_too_high(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path)
+    file.write_text("names: [disc, ring]\ntrain: ../images/train\nval: ../images/val\n")
+    assert [len(part) for part in read_detections(file)] == [5, 5]
+
+
+def test_a_folder_named_like_images_keeps_its_name(tmp_path: Path) -> None:
+    """Only a whole part of a path is replaced by ``labels``."""
+    file = write_yolo(tmp_path / "my_images")
+    (tmp_path / "my_images" / "images").rename(tmp_path / "my_images" / "pictures_of_images")
+    (tmp_path / "my_images" / "labels" / "train").joinpath("0.txt").replace(
+        tmp_path / "my_images" / "pictures_of_images" / "train" / "0.txt"
+    )
+    file.write_text("names: [disc, ring]\ntrain: pictures_of_images/train\n")
+    train, val = read_detections(file)
+    assert sum(map(len, [*train.annotations.values(), *val.annotations.values()])) == 1
+
+
+def test_labels_in_pixels_are_refused(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path)
+    (tmp_path / "labels" / "train" / "3.txt").write_text("0 0.5 0.5 0.2 0.2\n1 34 20 20 20\n")
+    with pytest.raises(ValueError, match=r"labels/train/3\.txt, line 2: '1 34 20 20 20' looks like pixels"):
+        read_detections(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no names and no train"),
+        ("names: [disc, ring]\ntrain: images/test\n", "images/test is in none of"),
+        ("names: [disc, ring]\ntrain: labels/train\n", "no labels of labels/train"),
+    ],
+)
+def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    write_yolo(tmp_path).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_detections(tmp_path / "data.yaml")
+
+
+def test_a_coco_json_may_lie_beside_its_images(tmp_path: Path) -> None:
+    file = write_coco(tmp_path).replace(tmp_path / "images" / "_annotations.coco.json")
+    assert [len(part) for part in read_detections(file)] == [4, 1]
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="no COCO json of ground truth"):
+        read_detections(file)
+
+
+def test_one_image_is_too_few(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path)
+    (tmp_path / "one.txt").write_text("images/train/0.png")
+    file.write_text("names: [disc, ring]\ntrain: one.txt\n")
+    with pytest.raises(ValueError, match=r"data\.yaml has 0 images to train with and 1 to validate with"):
+        load_data(file, 64, num_scenes=0, seed=0)
+
+
+@pytest.mark.parametrize("head", ["yolo11", "yolox"])
+def test_a_resumed_run_continues_as_if_never_stopped(head: str, tmp_path: Path) -> None:
+    argv = ["--loss", head, "--epochs", "3", "--validate-every", "2"]
+    whole = run(tmp_path / "whole", *argv)
+    run(tmp_path, *argv, "--steps", "6")  # in the middle of the second epoch
+    resumed = example.main(["--output", str(tmp_path / "run"), "--device", "cpu", "--resume"])
+    assert resumed["curves"] == whole["curves"]
+    assert [score["epoch"] for score in whole["validations"]] == [2, 3]
+    assert [score["epoch"] for score in resumed["validations"]] == [1.5, 2, 3]
+    expected, found = (load_model(folder / "run" / "last.pt")[0].state_dict() for folder in (tmp_path / "whole", tmp_path))
+    for name, weights in expected.items():
+        assert (weights == found[name]).all(), name
+    again = example.main(["--output", str(tmp_path / "run"), "--device", "cpu", "--resume"])
+    assert again["steps"] == 12
+    assert again["validations"] == resumed["validations"]
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--resume")
+    assert "nothing to resume" in capsys.readouterr().err
+    run(tmp_path, "--epochs", "0")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--resume", "--loss", "yolox")
+    assert "--loss cannot change in a resumed run: it was yolo11" in capsys.readouterr().err
+
+
+def test_no_epoch_leaves_the_first_weights(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "--epochs", "0")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == OUTPUTS
+    assert (metrics["steps"], metrics["epochs"], metrics["curves"]) == (0, 0, {})
+    assert [score["epoch"] for score in metrics["validations"]] == [0]
+    torch.manual_seed(0)
+    for name, weights in Detector(10).state_dict().items():
+        assert (weights == load_model(tmp_path / "run" / "last.pt")[0].state_dict()[name]).all(), name
+
+
+@pytest.mark.parametrize("option", [("--epochs", "-1"), ("--steps", "-1"), ("--batch", "0"), ("--imgsz", "100")])
+def test_options_out_of_range_are_refused(option: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit):
+        example.parse(list(option))
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    """The second of three validations is best; equal ones prefer the later."""
+    scores = iter([0.1, 0.3, 0.2, 0.3])
+    options = example.parse([*SMALL, "--output", str(tmp_path), "--epochs", "4"])
+
+    def validate() -> argparse.Namespace:
+        score = next(scores)
+        return argparse.Namespace(map50=score, map75=score, map50_95=score)
+
+    record = Run(options, tuple("0123456789"), validate)
+    model = Detector(10)
+    record.begin(model=model)
+    for epoch, kept in [(1, 1), (2, 2), (3, 2), (4, 4)]:
+        torch.nn.init.constant_(model.head.boxes.bias, epoch)
+        record.end_epoch(epoch, {"loss": [0.0]}, is_last=False)
+        assert load_model(tmp_path / "best.pt")[0].head.boxes.bias[0] == kept
+        assert load_model(tmp_path / "last.pt")[0].head.boxes.bias[0] == epoch
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_snippet_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "--epochs", "0", "--output", str(tmp_path / "runs" / "train"))
+    monkeypatch.chdir(tmp_path)
+    snippet = "\n".join(line.strip() for line in example.__doc__.splitlines() if line.startswith("    "))
+    names = {"images": torch.zeros(2, 3, 64, 96, dtype=torch.uint8)}
+    exec(snippet, names)
+    assert [type(found) for found in names["detections"]] == [sv.Detections] * 2
+
+
+def test_evaluation_leaves_the_model_in_training() -> None:
+    model = Detector(10).double()
+    evaluate(model, DigitScenes(2, 64, is_train=False), CPU)
+    assert model.training
+    assert model.head.boxes.weight.dtype == torch.float64
+
+
+def test_no_label_is_cut_off() -> None:
+    """Labels of boxes in all corners: the same pixels as in a scene with room around it."""
+    corners = np.array([[0, 0, 20, 20], [108, 0, 128, 20], [0, 108, 20, 128], [108, 108, 128, 128]], np.float32)
+    detections = sv.Detections(corners, confidence=np.full(4, 0.5), class_id=np.arange(4))
+    names = ("platelet", "erythrocyte", "leukocyte", "thrombocyte")
+    blank = np.zeros((128, 128, 3), np.uint8)
+    middle = sv.Detections(np.array([[54, 54, 74, 74]], np.float32), confidence=np.array([0.5]), class_id=np.array([0]))
+    for index in range(4):
+        middle.class_id[:] = index
+        white = (annotate(blank, detections[index : index + 1], names).min(-1) > 200).sum()
+        assert white == pytest.approx((annotate(blank, middle, names).min(-1) > 200).sum(), rel=0.05)
+
+
+def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(
+        FigureCanvasAgg,
+        "__init__",
+        lambda self, figure, init=FigureCanvasAgg.__init__: (figures.append(figure), init(self, figure))[1],
+    )
+    scenes = DigitScenes(2, 64, is_train=False)
+    draw_assignment(tmp_path / "assignment.png", Detector(10), [scenes[0], scenes[1]], CPU)
+    figure = figures[-1]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["stride 8", "stride 16", "stride 32", "target score 0.1", "target score 0.5", "target score 1"]
+    assert all(axes.get_title() for axes in figure.axes)
+    scores = {epoch: dict.fromkeys(("map50", "map75", "map50_95"), 0.1 * epoch) for epoch in (2.0, 1.0)}
+    draw_map(tmp_path / "map.png", scores)
+    curve, *_ = figures[-1].axes[0].lines
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([2, 1], [0.2, 0.1])
 
 
 def test_a_run_on_annotated_images(tmp_path: Path) -> None:
