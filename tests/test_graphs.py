@@ -350,7 +350,8 @@ def test_hooks_of_parameters_run(setup):
 CHANGES = {
     "frozen": lambda x: x.model.stem.requires_grad_(False),
     "batch norm in eval": lambda x: x.model.norm.eval(),
-    "weights are other tensors": lambda x: x.model.load_state_dict(copy.deepcopy(x.model.state_dict()), assign=True),
+    "a weight is in other memory": lambda x: setattr(x.model.head.weight, "data", x.model.head.weight.data.clone()),
+    "a weight is another parameter": lambda x: setattr(x.model.head, "weight", nn.Parameter(x.model.head.weight.data * 2)),
     "a buffer is another tensor": lambda x: setattr(x.model.norm, "running_mean", torch.zeros(8)),
     "gains": lambda x: setattr(x.criterion, "gains", (1.0, 2.0, 3.0)),
     "class weights are another tensor": lambda x: setattr(x.criterion, "class_weights", torch.tensor([0.5, 1.0, 3.0])),
@@ -407,14 +408,15 @@ def test_what_changes_in_place_is_not(system, change):
 
 def test_autocast_is_part_of_a_recording(yolo11):
     """Its state at the call; a graph keeps no cast of a weight, and its backward runs outside, as that of a loop does."""
-    seen, forward = [], yolo11.model.forward
+    seen, backward, forward = [], [], yolo11.model.forward
 
     def watched(images: Tensor) -> Tensor:
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
-        return forward(images)
+        preds = forward(images)
+        preds.register_hook(lambda _: backward.append(torch.is_autocast_enabled("cpu")))
+        return preds
 
     yolo11.model.forward = watched
-    yolo11.model.head.weight.register_hook(lambda gradient: gradient)
     for is_enabled in (False, True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
             for _ in range(WARMUP + 1):
@@ -423,6 +425,7 @@ def test_autocast_is_part_of_a_recording(yolo11):
     assert Recorder.num_graphs == 4
     # As it is, recorded and replayed; the last three are replays.
     assert [state for state, _ in seen] == 4 * [False] + 4 * [True] + 3 * [False]
+    assert not any(backward)
     assert [cache for _, cache in seen] == 2 * [True, True, False, False] + 3 * [False]
     with torch.autocast("cpu", torch.bfloat16):
         assert_step_is_right(yolo11)
