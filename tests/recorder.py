@@ -28,10 +28,10 @@ class Recorder:
     """Stands in for ``graphs._Recorder``. Recording changes no tensor, as on a GPU, where it runs nothing; results are junk."""
 
     modules: tuple[nn.Module, ...] = ()
-    num_graphs = 0
+    num_graphs = num_pools = 0
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        Recorder.num_pools += 1
 
     def record(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Replay]:
         with torch.random.fork_rng(devices=[]), unchanged(Recorder.modules):
@@ -60,4 +60,5 @@ def recorded(*modules: nn.Module) -> Iterator[type[Recorder]]:
         patch.setattr(graphs, "_Recorder", Recorder)
         patch.setattr(Recorder, "modules", modules)
         patch.setattr(Recorder, "num_graphs", 0)
+        patch.setattr(Recorder, "num_pools", 0)
         yield Recorder

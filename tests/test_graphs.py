@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_yolo as ty
@@ -336,6 +338,17 @@ def test_memory_of_gradients_is_shared_by_all_graphs(setup):
     assert all(second._used[p] is first._used[p] for p in first._used)
 
 
+def test_a_pool_that_lost_its_graphs_is_not_used_again(yolo11):
+    """PyTorch refuses to."""
+    for side in (32, 48):
+        for _ in range(WARMUP + 1):
+            yolo11.step(images_of(1, side=side), rows_of(1)).loss.backward()
+    assert Recorder.num_pools == 1
+    yolo11.step.release()
+    yolo11.replay()
+    assert Recorder.num_pools == 2
+
+
 def test_hooks_of_parameters_run(setup):
     setup.replay()
     expected = gradients_of(setup, setup.step, 1)
@@ -407,11 +420,11 @@ def test_what_changes_in_place_is_not(system, change):
 
 
 def test_autocast_is_part_of_a_recording(yolo11):
-    """Its state at the call; a graph keeps no cast of a weight, and its backward runs outside, as that of a loop does."""
+    """Its state at the call. The backward is recorded outside, as that of a loop runs."""
     seen, backward, forward = [], [], yolo11.model.forward
 
     def watched(images: Tensor) -> Tensor:
-        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        seen.append(torch.is_autocast_enabled("cpu"))
         preds = forward(images)
         preds.register_hook(lambda _: backward.append(torch.is_autocast_enabled("cpu")))
         return preds
@@ -424,11 +437,24 @@ def test_autocast_is_part_of_a_recording(yolo11):
         loss.backward()
     assert Recorder.num_graphs == 4
     # As it is, recorded and replayed; the last three are replays.
-    assert [state for state, _ in seen] == 4 * [False] + 4 * [True] + 3 * [False]
+    assert seen == 4 * [False] + 4 * [True] + 3 * [False]
     assert not any(backward)
-    assert [cache for _, cache in seen] == 2 * [True, True, False, False] + 3 * [False]
     with torch.autocast("cpu", torch.bfloat16):
         assert_step_is_right(yolo11)
+
+
+def test_recording_does_not_take_a_cast_of_older_weights(yolo11):
+    """Within one autocast, the casts of the first step are kept."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(WARMUP):
+            yolo11.step(images_of(1), rows_of(1)).loss.backward()
+        with torch.no_grad():
+            yolo11.model.head.weight *= 2
+        actual = gradients_of(yolo11, yolo11.step, 9)
+    yolo11.model.norm.reset_running_stats()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(actual, gradients_of(yolo11, yolo11.forward, 9))
+    assert yolo11.step.num_replays == 1
 
 
 def test_recording_has_parameters_of_its_own(yolo11):
@@ -459,10 +485,10 @@ class BrokenError(Exception):
 
 
 def break_recordings(setup: Setup) -> None:
-    forward = setup.model.head.forward
+    forward, own = setup.model.head.forward, setup.model.head.weight
 
     def broken(x: Tensor) -> Tensor:
-        if not torch.is_autocast_cache_enabled():
+        if setup.model.head.weight is not own:
             raise BrokenError("called a synchronizing operation")
         return forward(x)
 
@@ -542,6 +568,14 @@ def test_a_model_in_ddp_is_refused(yolo11, one_rank):
         lambda images, targets: yolo11.loss(wrapped(images), images, targets), wrapped, yolo11.criterion, warmup=WARMUP
     )
     refuse(yolo11, "DistributedDataParallel averages gradients in hooks")
+
+
+def test_a_sharded_model_is_refused(yolo11, one_rank):
+    del yolo11.model.unused
+    fully_shard(yolo11.model.stem, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.warns(UserWarning, match="Conv2d has a DTensor, expected plain parameters"):
+        yolo11.step(images_of(0), rows_of(0)).loss.backward()
+    assert yolo11.model.stem.weight.grad.full_tensor().any()
 
 
 def test_ddp_around_a_step_averages_gradients(yolo11, one_rank):

@@ -261,7 +261,6 @@ class _Recording:
         recorder: "_Recorder",
     ) -> None:
         kind = inputs[0].device.type
-        autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self._inputs = [x.clone() for x in inputs]
         self.parameters = list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
         for p in self.parameters:
@@ -271,8 +270,7 @@ class _Recording:
         outputs: list[Any] = []
 
         def run_forward() -> list[Tensor]:
-            # A cast of a weight that autocast kept would be memory of another graph.
-            with _fresh_leaves(modules) as fresh, torch.autocast(kind, *autocast, cache_enabled=False):
+            with _fresh_leaves(modules) as fresh:
                 outputs[:], self._structure = tree_flatten(forward(*self._inputs))
             leaves[:] = [fresh[p] for p in self.parameters]
             _require_known_leaves(outputs, leaves)
@@ -326,7 +324,7 @@ def _fresh_leaves(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Parameter, n
     """Put another parameter over the memory of each while recording.
 
     A parameter's gradient is summed by a node that belongs to the stream of the step that made it, and lives as long as any
-    loss of that step; one of the default stream breaks the recording.
+    loss of that step; one of the default stream breaks the recording. And autocast may keep a cast of the parameter.
     """
     owners = [module._parameters for root in modules for module in root.modules()]
     places = [(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
