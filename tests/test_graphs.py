@@ -631,13 +631,14 @@ def test_a_broken_capture_names_the_first_reason_and_is_ended(monkeypatch):
     done = []
     generator = SimpleNamespace(clone_state=lambda: "clone", graphsafe_set_state=done.append)
     fakes = {
-        "CUDAGraph": object, "graph": BrokenCapture, "graph_pool_handle": lambda: (0, 7), "Stream": lambda device: None,
+        "CUDAGraph": object, "graph": BrokenCapture, "graph_pool_handle": lambda: (0, 7),
         "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device: None,
         "stream": lambda stream: contextlib.nullcontext(), "get_sync_debug_mode": lambda: 0,
         "set_sync_debug_mode": done.append, "default_generators": [generator],
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graphs, "_stream_of", lambda device: None)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: done.append(args), raising=False)
 
     def work() -> list[Tensor]:

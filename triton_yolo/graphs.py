@@ -6,6 +6,7 @@ the model's parameters. So a step stays what it was for everything around it: ``
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import compress
@@ -150,7 +151,9 @@ class GraphedStep:
 
     def _notice_changes(self, images: Tensor) -> None:
         """Forget what was recorded if anything but the inputs and the numbers in tensors has changed."""
-        modules = [module for root in self._modules for module in root.modules()]
+        modules = list(self._modules)
+        for module in modules:  # which grows; ``modules()`` takes several times as long
+            modules += [child for child in module._modules.values() if child is not None]
         state = (
             [module.training for module in modules],
             [(p.data_ptr(), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None],
@@ -378,9 +381,7 @@ class _Recorder:
     """Makes CUDA graphs that share their memory: only one of them may be between its start and the use of its results."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # Memory is shared on one stream only; and PyTorch's own one is of the device that captured first.
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), _stream_of(device)
 
     def record(self, work: Work) -> tuple[list[Tensor], Any]:
         """The results of ``work``, whose values come with the replay of the graph, and the graph.
@@ -410,6 +411,15 @@ class _Recorder:
         generator.graphsafe_set_state(generator.clone_state())
         with contextlib.suppress(AttributeError, RuntimeError):
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream that a device captures on. Graphs share memory on one alone, and cuBLAS keeps a workspace for each.
+
+    PyTorch has one, too, of the device that captured first.
+    """
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
