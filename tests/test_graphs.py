@@ -540,10 +540,20 @@ def test_a_criterion_on_another_device_is_refused(yolo11):
     refuse(yolo11, "YOLO11Loss is on meta, the images are on cpu")
 
 
-def test_targets_without_sign_are_refused(yolo11):
-    step = GraphedStep(lambda images, targets: yolo11.forward(images, targets.float()), yolo11.model, yolo11.criterion)
-    with pytest.warns(UserWarning, match=r"targets must be of signed types, .* got torch.uint8"):
-        step(images_of(0), torch.ones(2, 6, dtype=torch.uint8))
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (torch.ones(5, dtype=torch.uint8), "targets must be of signed types, .* got torch.uint8"),
+        ("a name", "targets must be tensors, got str"),
+        (torch.ones(5, device="meta"), "targets are on meta, the images are on cpu"),
+        (torch.ones(4, 2), r"targets must have one row a box in all of their tensors, got \[4, 5\] rows"),
+    ],
+)
+def test_targets_of_another_kind_are_refused(yolo11, other, reason):
+    step = GraphedStep(lambda images, targets: yolo11.forward(images, targets["rows"]), yolo11.model, yolo11.criterion)
+    with pytest.warns(UserWarning, match=reason):
+        loss = step(images_of(0), {"rows": rows_of(0), "other": other}).loss
+    assert loss.requires_grad
 
 
 @pytest.fixture

@@ -43,8 +43,8 @@ class GraphedStep:
 
     A step that cannot be recorded says why in one warning, and all steps run as they are from then on. Reasons are a
     synchronisation of host and device in ``forward``; a parameter that is in none of the ``modules``; a module on another
-    device (move the criterion, too); ``DistributedDataParallel`` among the modules, or a criterion's ``process_group``.
-    ``DistributedDataParallel`` may be around a module that calls the step.
+    device (move the criterion, too); targets that cannot be padded; ``DistributedDataParallel`` among the modules, or a
+    criterion's ``process_group``. ``DistributedDataParallel`` may be around a module that calls the step.
 
     Between ``out = step(...)`` and ``out.loss.backward()`` no other step may run: the graphs of all shapes share their memory.
     Python in ``forward`` runs while recording only: hooks of modules, prints, counters. Double backward does not work.
@@ -122,7 +122,7 @@ class GraphedStep:
             return self._forward(images, targets)
         try:
             self._notice_changes(images)
-            columns = self._padded(columns, images.shape)
+            columns = self._padded(columns, images)
             recording = self._recording(images, columns, spec)
         except Exception as error:
             self._give_up(error)
@@ -141,10 +141,9 @@ class GraphedStep:
     def _may_record(self, images: Tensor, columns: Sequence[Any]) -> bool:
         return (
             images.device.type == _DEVICE
-            and all(isinstance(x, Tensor) and x.device == images.device for x in columns)
             and torch.is_grad_enabled()
             and not torch.is_inference_mode_enabled()
-            and not any(x.requires_grad for x in (images, *columns))
+            and not any(x.requires_grad for x in (images, *columns) if isinstance(x, Tensor))
             and all(module.training for module in self._modules)
             and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         )
@@ -166,9 +165,10 @@ class GraphedStep:
             self.release()
             self._state = state
 
-    def _padded(self, columns: list[Tensor], shape: torch.Size) -> list[Tensor]:
+    def _padded(self, columns: list[Any], images: Tensor) -> list[Tensor]:
         """Columns with as many rows as the largest batch of this shape needed; graphs of fewer are dropped."""
-        num_rows = max((len(column) for column in columns), default=0)
+        _require_columns(columns, images.device)
+        num_rows, shape = len(columns[0]), images.shape
         before = self._num_rows.get(shape, 0)
         if num_rows > before:
             self._drop([signature for signature in self._recordings if signature.shape == shape])
@@ -238,9 +238,19 @@ def _require_recordable(modules: Sequence[nn.Module], device: torch.device) -> N
                 raise ValueError(f"{name} is on {tensor.device}, the images are on {device}")
 
 
+def _require_columns(columns: Sequence[Any], device: torch.device) -> None:
+    for column in columns:
+        if not isinstance(column, Tensor):
+            raise TypeError(f"targets must be tensors, got {type(column).__name__}")
+        if column.device != device:
+            raise ValueError(f"targets are on {column.device}, the images are on {device}")
+        if not column.dtype.is_signed:
+            raise ValueError(f"targets must be of signed types, so that -1 can be padding, got {column.dtype}")
+    lengths = sorted({len(column) if column.ndim else 0 for column in columns})
+    _checks.require(len(lengths) == 1, "targets", "have one row a box in all of their tensors", f"{lengths} rows")
+
+
 def _pad(column: Tensor, num_rows: int) -> Tensor:
-    if not column.dtype.is_signed:
-        raise ValueError(f"targets must be of signed types, so that -1 can be padding, got {column.dtype}")
     return torch.cat([column, column.new_full((num_rows - len(column), *column.shape[1:]), -1)])
 
 
