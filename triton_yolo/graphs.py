@@ -55,7 +55,8 @@ class GraphedStep:
         warmup: steps of one shape that run as they are, one after another, before that shape is recorded.
         min_rows: the smallest number of rows that targets are padded to.
         max_graphs: so many shapes are recorded, others run as they are.
-        constants: returns what else ``forward`` reads that is no tensor of the modules and may change between steps.
+        constants: returns what else ``forward`` reads that is no tensor of the modules and may change between steps, as a gain,
+            or the ``p`` of a dropout that has a schedule.
 
     Attributes:
         num_replays: steps that were replayed.
@@ -118,17 +119,17 @@ class GraphedStep:
             RuntimeError: in ``backward``, if another step has run since, or this backward has.
         """
         columns, spec = tree_flatten(targets)
-        if self._is_off or not self._may_record(images, columns):
+        recording = None
+        if not self._is_off and self._may_record(images, columns):
+            try:
+                self._notice_changes(images)
+                columns = self._padded(columns, images)
+                recording = self._recording(images, columns, spec)
+                targets = tree_unflatten(columns, spec)
+            except Exception as error:
+                self._give_up(error)
+        if recording is None:  # and the error is gone, whose traceback may hold the memory of a step
             return self._forward(images, targets)
-        try:
-            self._notice_changes(images)
-            columns = self._padded(columns, images)
-            recording = self._recording(images, columns, spec)
-        except Exception as error:
-            self._give_up(error)
-            return self._forward(images, targets)
-        if recording is None:
-            return self._forward(images, tree_unflatten(columns, spec))
         self.num_replays += 1
         return recording.unflatten(_Replay.apply(self, recording, [images, *columns], *recording.parameters))
 
