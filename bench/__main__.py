@@ -28,9 +28,15 @@ def make_parser() -> argparse.ArgumentParser:
             _add_others(add)
         add.set_defaults(run=run)
     add = commands.add_parser("gpu", help="everything that a CUDA machine can show: tests, sanitizer, benchmarks, with logs")
-    add.add_argument("--parts", nargs="+", choices=gpu.PARTS, help="only these; default: all, some nine minutes")
+    add.add_argument("--parts", nargs="+", choices=gpu.PARTS, help="only these; default: all but scaling")
+    add.add_argument("--seconds", type=float, default=300, help="that all parts may take; default: %(default)s")
     add.add_argument("--rehearse", action="store_true", help="small cases in Triton's interpreter instead")
-    add.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of logs and results; default: %(default)s")
+    add.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu"),
+        help="folder of log, summary and results; default: %(default)s",
+    )
     add.set_defaults(run=gpu.run)
     add = commands.add_parser("host", help="what a step costs the host, beside an older version; fails past the bar")
     add.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")

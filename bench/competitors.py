@@ -37,11 +37,17 @@ class Step(NamedTuple):
 
 
 class Target(NamedTuple):
+    """Where and in which type predictions are; before, they are rounded to ``rounded_to``."""
+
     device: torch.device
     dtype: torch.dtype
+    rounded_to: torch.dtype | None = None
+
+    def place(self, preds: Tensor) -> Tensor:
+        return preds.detach().to(self.device, self.rounded_to or self.dtype).to(self.dtype)
 
     def leaf(self, preds: Tensor) -> Tensor:
-        return preds.detach().to(self.device, self.dtype).contiguous().requires_grad_()
+        return self.place(preds).contiguous().requires_grad_()
 
 
 def compiled(function: Any, is_compiled: bool) -> Any:
@@ -174,7 +180,7 @@ class Padded(NamedTuple):
 
 
 def padded(case: Case, target: Target) -> Padded:
-    dist, logits = (x.to(target.device, target.dtype).transpose(1, 2) for x in yolo11_preds(case))
+    dist, logits = (target.place(x).transpose(1, 2) for x in yolo11_preds(case))
     points, strides = (x.to(target.device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
     boxes = ty.decode_dfl(dist, points, reg_max=case.reg_max, strides=strides)
     labels, xywh, mask = reference.pad_targets(case.rows.to(target.device), case.batch_size, (case.imgsz, case.imgsz))

@@ -2,17 +2,20 @@
 
 import ast
 import json
+import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import gpu, results, scaling, tables, train_step
+from bench import compare, gpu, measure, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
-from bench.competitors import OURS, Target
+from bench.competitors import OURS, Step, Target
 from bench.measure import Trial, interleaved
 from tests.tools import __main__ as proofs
 
@@ -30,6 +33,27 @@ def test_operations_are_measured(command, what, tmp_path, monkeypatch, capsys):
     assert all(row["failure"] is None and len(row["forward"]) == 3 for row in rows)
     assert all(f"| {row['what']} | {row['name']} |" in capsys.readouterr().out for row in rows[:1])
     assert {"commit", "date", "machine"} <= set(rows[0])
+
+
+def test_a_peer_in_half_precision_has_a_time_and_its_error(tmp_path, monkeypatch):
+    """Its arithmetic is off, its definition is not; one with another definition has no time."""
+
+    def build(scale, error, case, target):
+        preds, exact = target.leaf(torch.rand(4, generator=torch.Generator().manual_seed(0))), target.dtype == torch.float64
+        off = 1 if exact or target.dtype == torch.float32 else 1 + error
+        return Step(lambda: scale * off * preds.sum(), (preds,), target.device)
+
+    builders = {OURS: partial(build, 1, 0), "rounds": partial(build, 1, 0.25), "another": partial(build, 2, 0)}
+    arguments = bench.make_parser().parse_args(["loss", "--quick", "--dtype", "bfloat16"])
+    arguments.copy_bandwidth = 1.0
+    monkeypatch.setattr(compare, "try_alone", lambda limits, build, *args: measure._try(limits, build, *args))
+    ours, rounds, another = compare.compare("w", builders, None, arguments)
+    assert ours["failure"] is rounds["failure"] is None
+    assert rounds["forward"]
+    assert rounds["result"] / rounds["exact"] == pytest.approx(1.25, rel=0.01)
+    assert compare.markdown(rounds).endswith("| 2.5e-01 |")
+    assert another["failure"].startswith("gives ")
+    assert compare.markdown(another).count("|") == compare.HEADER.splitlines()[0].count("|")
 
 
 def test_what_disagrees_has_no_time():
@@ -114,7 +138,8 @@ def test_exponent_of_a_power():
 @pytest.mark.parametrize("options", [(), ("--rehearse",)])
 def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     arguments = bench.make_parser().parse_args(["gpu", "--out", str(tmp_path), *options])
-    tasks = [task for part in gpu.PARTS.values() for task in part(arguments)]
+    parts = {name: list(part(arguments)) for name, part in gpu.PARTS.items()}
+    tasks = [task for part in parts.values() for task in part]
     benchmarks = [task.command[task.command.index("bench") + 1 :] for task in tasks if "bench" in task.command]
     assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "train-step"}
     for command in benchmarks:
@@ -129,15 +154,84 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     assert files
     assert all(Path(file).exists() for file in files)
     if not options:
-        assert sum(task.limit for task in tasks) < 2400  # the most that they may take; nine minutes are expected
+        for name in gpu.BY_DEFAULT:  # each alone in two minutes, but for what comes one after another at its slowest
+            side_by_side = [task.limit for task in parts[name] if task.is_side_by_side]
+            alone = sum(task.limit for task in parts[name] if not task.is_side_by_side)
+            assert max(side_by_side, default=0) + alone <= (160 if name == "loss" else 120)
+        assert not any(task.is_side_by_side for name in gpu.PARTS if name != "compile" for task in parts[name])
+
+
+def python(code: str, limit: float = 5, *, is_side_by_side: bool = False) -> gpu.Task:
+    return gpu.Task(code, limit, (sys.executable, "-c", code), is_side_by_side)
 
 
 def test_a_task_that_fails_or_hangs_is_named(tmp_path):
-    commands = {code: (sys.executable, "-c", code) for code in ("pass", "raise SystemExit(3)", "import time; time.sleep(60)")}
+    tasks = [python(code) for code in ("pass", "raise SystemExit(3)", "import time; time.sleep(60)")]
+    tasks.append(gpu.Task("absent", 5, ("no-such-tool",)))
+    end = time.perf_counter() + 60
     with (tmp_path / "log").open("w") as log:
-        results = [gpu.attempt(gpu.Task(code, 5, command), {}, log.fileno(), 5) for code, command in commands.items()]
-        results.append(gpu.attempt(gpu.Task("absent", 5, ("no-such-tool",)), {}, log.fileno(), 5))
-    assert results == ["passed", "failed 3", "too long", "absent"]
+        done = [one for task in tasks for one in gpu.attempt([task], {}, log, end)]
+        late = gpu.attempt([python("import time; time.sleep(60)", 60)], {}, log, end=time.perf_counter() + 0.1)
+    assert [one.status for one in done + late] == ["passed", "failed 3", "too long", "absent", "too long"]
+
+
+def test_tasks_run_side_by_side(tmp_path):
+    """Each waits for the other; and writes more than a pipe holds."""
+    code = """
+import sys, time
+from pathlib import Path
+mine, other = map(Path, sys.argv[1:])
+print("x" * 200_000)
+mine.touch()
+while not other.exists():
+    time.sleep(0.01)
+"""
+    pairs = [("a", "b"), ("b", "a")]
+    tasks = [
+        gpu.Task(mine, 20, (sys.executable, "-c", code, str(tmp_path / mine), str(tmp_path / other)), True)
+        for mine, other in pairs
+    ]
+    tasks.insert(1, python("print('alone')"))
+    assert [[task.name for task in group] for group in gpu.together(tasks)] == [["a", "b"], ["print('alone')"]]
+    with (tmp_path / "log").open("w") as log:
+        done = gpu.attempt(tasks[::2], {}, log, time.perf_counter() + 60)
+    assert [one.status for one in done] == ["passed", "passed"]
+    assert (tmp_path / "log").stat().st_size > 400_000
+
+
+def test_the_summary_is_short_and_says_what_matters(tmp_path, monkeypatch):
+    tables = "noise\n" * 999 + "| yolo11 | triton_yolo | 0.1 |\n" + "3 passed in 5 s\n"
+    long = "\n".join(f"FAILED tests/test_{i}.py" for i in range(2000))
+    crash = "Traceback\nRuntimeError: no such device\n"
+    done = [
+        gpu.Done(gpu.Task(name, 5, ()), status, 1.25, output)
+        for name, status, output in (("loss", "passed", tables), ("suite", "failed 1", long), ("memcheck", "failed 2", crash))
+    ]
+    text = gpu.summary(done)
+    assert len(text) <= 8000
+    assert "loss: passed in 1.2 s\n| yolo11 | triton_yolo | 0.1 |\n3 passed in 5 s" in text
+    assert "FAILED tests/test_100.py" in text
+    assert "RuntimeError: no such device" in text
+    assert "noise" not in text
+    assert results.provenance()["commit"] in text
+
+
+def test_a_copy_without_git_names_its_sources(monkeypatch):
+    package = Path(__file__).parents[1] / "triton_yolo"
+    index = subprocess.run(["git", "ls-files", "-s", "--", "."], cwd=package, capture_output=True, text=True, check=False)
+    if index.returncode:
+        pytest.skip("not a git repository")
+    for line in index.stdout.splitlines():  # what is committed is what is here
+        _, blob, _, *name = line.split()
+        assert results._object_id(b"blob", (package / name[0]).read_bytes()).hexdigest() == blob
+    tree = subprocess.run(
+        ["git", "write-tree", "--prefix=triton_yolo/"], cwd=package, capture_output=True, text=True, check=True
+    )
+    assert results.tree_id(package) == tree.stdout.strip()
+    monkeypatch.setattr(results, "_output", lambda *command: "unknown")
+    results._commit.cache_clear()
+    assert results.provenance()["commit"] == f"with triton_yolo {tree.stdout[:7]}"
+    results._commit.cache_clear()
 
 
 def test_tables_replace_what_is_between_their_markers():

@@ -131,7 +131,7 @@ def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
 
 def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num_anchors: int | None = None) -> Levels:
     """Check the sizes of the levels against the strides and the number of anchors."""
-    if not isinstance(feat_shapes, Iterable):
+    if not isinstance(feat_shapes, list | tuple | Iterable):  # the first are quick to tell
         raise TypeError(f"feat_shapes must be a sequence of (h, w), got {feat_shapes!r}")
     shapes = list(feat_shapes)
     if len(shapes) != len(strides) or not shapes:

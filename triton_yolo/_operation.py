@@ -1,7 +1,6 @@
 """How an operation becomes an operator of PyTorch: everything follows from the fields of its inputs and outputs."""
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import torch
@@ -279,9 +278,8 @@ class _GradientsInside(_Differentiable):
         def grads_of(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
             grads, ctx.grads = ctx.grads, None
             if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
-                leaves = dict(zip(wanted, ctx.saved_tensors, strict=True))
                 with _backend.backend(ctx.backend):
-                    grads = operation.run(ctx.rest._replace(**leaves))[first:]
+                    grads = operation.run(operation.inputs._make((*ctx.saved_tensors, *ctx.rest)))[first:]
             _scale(grads, grad, ctx.backend)
             return grads
 
@@ -290,7 +288,7 @@ class _GradientsInside(_Differentiable):
             def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
                 output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x)
                 ctx.save_for_backward(*leaves)
-                ctx.rest = x._replace(**dict.fromkeys(wanted))
+                ctx.rest = x[len(leaves) :]
                 ctx.grads, ctx.backend = output[first:], _backend.current()
                 ctx.mark_non_differentiable(*output[1:first])
                 ctx.set_materialize_grads(False)
@@ -307,14 +305,13 @@ class _GradientsInside(_Differentiable):
                 return (None, *grads_of(ctx, grad))
 
         InPlace.__name__ = InPlace.__qualname__ = operation.name
-        fields = [operation.inputs._fields.index(name) for name in wanted]
-        self._in_place = InPlace
-        self._leaves = itemgetter(*fields) if len(fields) > 1 else itemgetter(slice(fields[0], fields[0] + 1))
+        self._in_place, self._num_leaves = InPlace, len(wanted)
+        assert list(operation.inputs._fields[: len(wanted)]) == wanted, "what has a gradient comes first"
 
     def __call__(self, x: Any) -> tuple[Tensor, ...]:
         if _is_traced():
             return super().__call__(x)
-        return self._in_place.apply(x, *self._leaves(x))
+        return self._in_place.apply(x, *x[: self._num_leaves])
 
 
 def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:
