@@ -649,11 +649,13 @@ def test_a_broken_capture_names_the_first_reason_and_is_ended(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(graphs, "_stream_of", lambda device: None)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: done.append(args), raising=False)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: done.append((name, *args)), raising=False)
 
     def work() -> list[Tensor]:
         raise BrokenError("not allowed while capturing")
 
     with pytest.raises(BrokenError, match="not allowed while capturing"):
         graphs._Recorder(torch.device("cuda", 0)).record(work)
-    assert done == ["error", 0, "clone", (0, (0, 7))]
+    pool = 0, (0, 7)
+    assert done == ["error", 0, "clone", ("_cuda_endAllocateToPool", *pool), ("_cuda_releasePool", *pool)]

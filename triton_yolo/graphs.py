@@ -417,11 +417,16 @@ class _Recorder:
             raise failure or error from None
 
     def _end_broken(self) -> None:
-        """Do the rest of what ending a capture does, which raised: numbers are drawn, and memory is taken, for it no more."""
-        generator = torch.cuda.default_generators[self._device.index]
+        """Do the rest of what ending a capture does, which raised: numbers are drawn, and memory is taken, for it no more.
+
+        Later versions of PyTorch do it themselves, and here raise at the first call about memory.
+        """
+        index = self._device.index
+        generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
         with contextlib.suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
 
 
 @functools.cache
