@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import reference
 import triton_yolo as ty
+from triton_yolo.graphs import GraphedStep
 from triton_yolo.integrations import ultralytics as integration
 
 from . import peers, results
@@ -32,6 +33,7 @@ HEADER = (
     "|---|---|--:|--:|--:|--:|--:|--:|--:|"
 )
 PROFILED = 5  # steps
+GRAPHED = "cuda"  # the devices on which steps are replayed
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a profiler's trace
 
 
@@ -54,14 +56,19 @@ class TrainStep(NamedTuple):
     outputs: Callable[[], Sequence[Tensor]]
     loss: Callable[[Sequence[Tensor]], Tensor]
     optimizer: torch.optim.Optimizer
-    device: torch.device
+    images: Tensor
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    graphed: Callable[[], Tensor] | None = None  # the loss of a step that is replayed, which has no parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
 
     def whole(self) -> tuple[float, float]:
         """The step as a trainer runs it: loss and seconds."""
         with self.context():
             start = now(self.device)
-            loss = self.loss(self.outputs())
+            loss = self.graphed() if self.graphed else self.loss(self.outputs())
             loss.backward()
             self.update()
             return loss.item(), now(self.device) - start
@@ -123,15 +130,17 @@ def markdown(row: dict[str, Any]) -> str:
     if row["failure"]:
         return f"| {row['what']} | {row['name']} | {row['failure']} |||||||"
     step, p20, p80 = spread(row["step"])
+    gap = f"{1 - row['busy'] / step:.0%}" if row["busy"] else ""
+    head = f"| {row['what']} | {row['name']} | {1e3 * step:.1f} ({1e3 * p20:.1f}-{1e3 * p80:.1f})"
+    if Parts._fields[0] not in row:
+        return f"{head} |  |  |  |  |  | {gap} |"
     parts = [Parts(*seconds) for seconds in zip(*(row[part] for part in Parts._fields), strict=True)]
     loss = [part.loss_forward + part.loss_backward for part in parts]
     share = spread([seconds / sum(part) for seconds, part in zip(loss, parts, strict=True)])[0]
     forward, loss_forward, loss_backward, backward, optimizer = (1e3 * spread(row[part])[0] for part in Parts._fields)
-    gap = f"{1 - row['busy'] / step:.0%}" if row["busy"] else ""
     return (
-        f"| {row['what']} | {row['name']} | {1e3 * step:.1f} ({1e3 * p20:.1f}-{1e3 * p80:.1f}) | {forward:.1f} "
-        f"| {1e3 * spread(loss)[0]:.1f} ({loss_forward:.1f} + {loss_backward:.1f}) | {backward:.1f} | {optimizer:.1f} "
-        f"| {share:.1%} | {gap} |"
+        f"{head} | {forward:.1f} | {1e3 * spread(loss)[0]:.1f} ({loss_forward:.1f} + {loss_backward:.1f}) "
+        f"| {backward:.1f} | {optimizer:.1f} | {share:.1%} | {gap} |"
     )
 
 
@@ -146,14 +155,18 @@ def busy_seconds(trace: Mapping[str, Any]) -> float:
 
 
 def _time(what: str, steps: Mapping[str, TrainStep], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of whole steps and of every part, by criterion."""
+    """Seconds of whole steps and, but for replayed ones, of every part, by criterion."""
+
+    def once(step: TrainStep) -> dict[str, float]:
+        whole = {"step": step.whole()[1]}
+        return whole if step.graphed else {**whole, **step.split()._asdict()}
+
     for step in steps.values():
-        step.split()
-    timings: dict[str, dict[str, list[float]]] = {name: {x: [] for x in ("step", *Parts._fields)} for name in steps}
+        once(step)
+    timings: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
     for name in tqdm(interleaved(steps, rounds), what, rounds * len(steps), leave=False, disable=None):
-        row = {"step": steps[name].whole()[1], **steps[name].split()._asdict()}
-        for part, seconds in row.items():
-            timings[name][part].append(seconds)
+        for part, seconds in once(steps[name]).items():
+            timings[name].setdefault(part, []).append(seconds)
     return timings
 
 
@@ -181,7 +194,8 @@ def _yolo11n(case: Case, target: Target) -> dict[str, TrainStep]:
             return criterion(peers.ultralytics_preds(*outputs, case.feat_shapes), batch)[0].sum()
 
     stock = _step(model, lambda preds: (preds["boxes"], preds["scores"]), loss, case, target)
-    return {"ultralytics": stock, OURS: stock._replace(context=integration.patched)}
+    ours = stock._replace(context=integration.patched)
+    return {"ultralytics": stock, OURS: ours, **_graphed(ours, case, model)}
 
 
 def _detector(head: str, case: Case, target: Target) -> dict[str, TrainStep]:
@@ -198,7 +212,17 @@ def _detector(head: str, case: Case, target: Target) -> dict[str, TrainStep]:
         return criterion(*(x.transpose(1, 2) for x in outputs), case.feat_shapes, rows).loss
 
     before = _step(model, tuple, partial(loss, plain), case, target)
-    return {"reference": before, OURS: before._replace(loss=partial(loss, ours))}
+    after = before._replace(loss=partial(loss, ours))
+    return {"reference": before, OURS: after, **_graphed(after, case, model, ours)}
+
+
+def _graphed(ours: TrainStep, case: Case, *modules: nn.Module) -> dict[str, TrainStep]:
+    """The same step replayed, on a GPU. Its inputs are copied every time as in a training, though they stay the same."""
+    if ours.device.type != GRAPHED:
+        return {}
+    rows = case.rows.to(ours.device)
+    step = GraphedStep(lambda *_: ours.loss(ours.outputs()), *modules, warmup=1)
+    return {f"CUDA graph of {OURS}": ours._replace(graphed=lambda: step(ours.images, rows))}
 
 
 def _step(
@@ -215,7 +239,7 @@ def _step(
         with _autocast(target):
             return heads(model(images))
 
-    return TrainStep(outputs, loss, optimizer, target.device)
+    return TrainStep(outputs, loss, optimizer, images)
 
 
 def _weights(target: Target) -> torch.dtype:

@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
+from triton_yolo.graphs import GraphedStep
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -44,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--double", action="store_true", help="train in float64: two losses can be compared beyond its rounding"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of model and loss")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay steps as CUDA graphs, on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument(
@@ -58,6 +61,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--batch must be divisible by the number of processes")
     if num_ranks() > 1 and options.loss.startswith("reference"):
         parser.error("the reference losses run in one process")
+    if options.cuda_graph and (options.compile or options.loss.startswith("reference") or num_ranks() > 1):
+        parser.error("--cuda-graph takes one process, a loss that is no reference, and no --compile")
     return options
 
 
@@ -97,7 +102,9 @@ def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, d
     group = dist.group.WORLD if num_ranks() > 1 else None
     model.to(torch.float64 if options.double else torch.float32)
     criterion = make_criterion(options.loss, model.num_classes, options.reg_max, group)
-    step_loss = make_step(model, criterion, device, is_mixed=options.amp, is_compiled=options.compile)
+    step_loss = make_step(
+        model, criterion, device, is_mixed=options.amp, is_compiled=options.compile, is_graphed=options.cuda_graph
+    )
     loader = make_loader(data, options, device)
     planned = options.epochs * len(loader)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
@@ -128,7 +135,13 @@ def train(model: Detector, data: Dataset[Sample], options: argparse.Namespace, d
 
 
 def make_step(
-    model: nn.Module, criterion: Callable[..., LossOutput], device: torch.device, *, is_mixed: bool, is_compiled: bool
+    model: nn.Module,
+    criterion: Callable[..., LossOutput],
+    device: torch.device,
+    *,
+    is_mixed: bool,
+    is_compiled: bool,
+    is_graphed: bool = False,
 ) -> Callable[[Batch], LossOutput]:
     """Forward pass and loss of a batch; the gradients of several processes are averaged in its backward."""
     if num_ranks() > 1:
@@ -143,6 +156,8 @@ def make_step(
 
     if is_compiled:
         forward = torch.compile(forward)
+    if is_graphed:
+        forward = GraphedStep(forward, model, criterion.to(device))
     return lambda batch: forward(batch.images, batch.targets)
 
 

@@ -17,6 +17,7 @@ from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Step, Target
 from bench.measure import Trial, interleaved
+from tests.recorder import recorded
 from tests.tools import __main__ as proofs
 
 BENCH = Path(bench.__file__).parent
@@ -118,6 +119,19 @@ def test_steps_whose_losses_disagree_have_no_time():
     (row,) = train_step.measure("detector-yolo11", steps, rounds=1, tolerance=1e-4)
     assert row.keys() == {"what", "name", "failure"}
     assert train_step.markdown(row).startswith("| detector-yolo11 | reference | gives ")
+
+
+def test_a_replayed_step_has_no_parts(monkeypatch):
+    monkeypatch.setattr(train_step, "GRAPHED", "cpu")
+    with recorded() as recorder:
+        rows = train_step.measure("detector-yolo11", tiny_steps(), rounds=2, tolerance=1e-4)
+        assert recorder.num_graphs == 2
+    assert [row["name"].split()[0] for row in rows] == ["reference", OURS, "CUDA"]
+    assert rows[2]["result"] == rows[1]["result"]
+    assert len(rows[2]["step"]) == 2
+    assert rows[2].keys() == rows[1].keys() - set(train_step.Parts._fields)
+    line = train_step.markdown(rows[2] | {"step": [0.2], "busy": 0.1})
+    assert line.endswith(" | 200.0 (200.0-200.0) |  |  |  |  |  | 50% |")
 
 
 def test_time_on_the_device_counts_once():

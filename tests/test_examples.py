@@ -24,6 +24,8 @@ from digits import DigitScenes
 from evaluate import truth
 from samples import Batch, Sample, area, collate
 
+from tests.recorder import recorded
+
 CPU = torch.device("cpu")
 OUTPUTS = {"loss.png", "predictions.png", "assignment.png", "metrics.json"}
 SMALL = ["--device", "cpu", "--imgsz", "64", "--scenes", "16", "--batch", "4"]
@@ -196,6 +198,26 @@ def test_l1_joins_at_the_end() -> None:
     l1 = curves("--loss", "yolox", "--epochs", "5")["l1"]
     assert l1[:19] == [0.0] * 19
     assert l1[19] > 0
+
+
+@pytest.mark.parametrize("loss", ["yolo11", "yolox"])
+def test_graphed_steps_have_the_same_curve(loss: str) -> None:
+    argv = ("--loss", loss, "--epochs", "10", "--scenes", "8", "--amp")
+    options = example.parse([*SMALL, *argv, "--cuda-graph"])
+    torch.manual_seed(options.seed)
+    model = Detector(10, loss)
+    with recorded(model) as recorder:
+        graphed = example.train(model, DigitScenes(options.scenes, options.imgsz, is_train=True), options, CPU)
+        assert recorder.num_graphs == 2  # L1, which joins for the last step, needs no others
+    assert graphed == curves(*argv)
+    assert graphed.get("l1", [1])[-1] > 0
+
+
+@pytest.mark.parametrize("other", [("--compile",), ("--loss", "reference-yolo11")])
+def test_graphed_steps_refuse_what_they_cannot_hold(other: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        example.parse([*SMALL, "--cuda-graph", *other])
+    assert "--cuda-graph takes one process" in capsys.readouterr().err
 
 
 # In float32 rounding alone grows by a factor of ten every few steps once the learning rate is high: soon in a short training.

@@ -8,8 +8,9 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ import torch
 import triton_yolo as ty
 from bench import peers
 from tests import adapters, compare
+from tests.recorder import Recorder, recorded
+from triton_yolo.graphs import GraphedStep
+from triton_yolo.integrations import _ultralytics_graphs
 from triton_yolo.integrations import ultralytics as integration
 from triton_yolo.integrations._patching import kept
 
@@ -445,7 +449,16 @@ class SwitchedOffError(Exception):
     """Somebody switches the machine off."""
 
 
-def train(config: Path, folder: Path, weights: str, *, interrupted: bool = False, trainer: type | None = None, **options):
+def train(
+    config: Path,
+    folder: Path,
+    weights: str,
+    *,
+    interrupted: bool = False,
+    trainer: type | None = None,
+    batch: int = 4,
+    **options,
+):
     from ultralytics import YOLO
 
     steps, branch_weights = [], []
@@ -464,7 +477,7 @@ def train(config: Path, folder: Path, weights: str, *, interrupted: bool = False
     model.add_callback("on_model_save", interrupt)
     with contextlib.suppress(SwitchedOffError):
         model.train(
-            trainer=trainer, data=str(config), epochs=EPOCHS, imgsz=64, batch=4, workers=0, device="cpu", pretrained=False,
+            trainer=trainer, data=str(config), epochs=EPOCHS, imgsz=64, batch=batch, workers=0, device="cpu", pretrained=False,
             plots=False, amp=False, project=str(folder), name="run", exist_ok=True, seed=0, verbose=False,
             **options,
         )  # fmt: skip
@@ -532,3 +545,158 @@ def test_resumed_training(pictures, tmp_path, calls):
     assert len(ours.steps) == (EPOCHS - 1) * 2
     compare_trainings(ours, stock)
     assert len(calls) == 2 * EPOCHS * (2 + 1)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Iterator[list[GraphedStep]]:
+    """The graphed steps that trainers make, recorded after one step of a shape."""
+    made, make = [], functools.partial(GraphedStep, warmup=1)
+    monkeypatch.setattr(
+        _ultralytics_graphs, "GraphedStep", lambda *args, **options: made.append(make(*args, **options)) or made[-1]
+    )
+    with recorded() as recorder:
+        from ultralytics.engine.trainer import BaseTrainer
+
+        start = BaseTrainer.run_callbacks
+        monkeypatch.setattr(recorder, "modules", ())
+
+        def run_callbacks(trainer: Any, event: str) -> None:
+            if event == "on_train_start":
+                recorder.modules = (trainer.model,)
+            start(trainer, event)
+
+        monkeypatch.setattr(BaseTrainer, "run_callbacks", run_callbacks)
+        yield made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_with_graphs(pictures, tmp_path, graphs, calls):
+    """Epochs of batches of 3, 3 and 2; the stock step makes the criterion, the first of a shape runs as it is, so do others."""
+    ours = train(pictures, tmp_path / "ours", "yolo11n.yaml", batch=3, trainer=integration.DetectionTrainer)
+    num_calls = len(calls)
+    with integration.patched(cuda_graph=True):
+        graphed = train(pictures, tmp_path / "graphed", "yolo11n.yaml", batch=3)
+    (step,) = graphs
+    assert step.num_replays == 1
+    assert Recorder.num_graphs == 2
+    assert len(calls) == 2 * num_calls + 1
+    assert graphed.steps == ours.steps
+    a, b = (run.trainer.ema.ema.state_dict() for run in (graphed, ours))
+    assert list(a) == list(b)
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    assert not step._recordings
+    assert_loads_without_us(graphed.folder / "whole.pt")
+
+
+def test_only_batches_of_a_training_are_replayed(graphs):
+    with integration.patched(cuda_graph=True):
+        step(make_model("yolo11n"), make_batch())
+    assert not graphs
+
+
+@pytest.fixture
+def as_training(monkeypatch, graphs) -> Callable[..., None]:
+    """Do something with a model while a trainer trains, with graphs."""
+    from ultralytics.engine.trainer import BaseTrainer
+
+    monkeypatch.setattr(BaseTrainer, "train", lambda self: self.work())
+
+    def run(model: torch.nn.Module, work: Callable[[], None]) -> None:
+        monkeypatch.setattr(Recorder, "modules", (model,))
+        with integration.patched(cuda_graph=True):
+            BaseTrainer.train(SimpleNamespace(work=work, args=model.args))
+
+    return run
+
+
+CHANGES = {
+    "class weights": ("yolo11n", lambda x: setattr(x.criterion, "class_weights", torch.tensor([[[0.25, 1.0, 4.0]]]))),
+    "a gain": ("yolo11n", lambda x: vars(x.args).update(box=2.0)),
+    "weights of branches": ("yolo26n", lambda x: x.criterion.update()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_count_with_graphs_too(change, graphs, as_training):
+    name, apply = CHANGES[change]
+    model, losses = make_model(name), []
+    vars(model.args).update(epochs=4)
+    model.criterion = model.init_criterion()
+
+    def work() -> None:
+        for _ in range(2):
+            for _ in range(2):
+                losses.append(step(model, make_batch()))
+            assert len(graphs[0]._recordings) == 1
+            apply(model)
+
+    as_training(model, work)
+    assert graphs[0].num_replays == 2
+    expected = make_model(name)
+    vars(expected.args).update(epochs=4)
+    expected.criterion = expected.init_criterion()
+    with integration.patched():
+        for index, (loss, _, gradient) in enumerate(losses):
+            loss_, _, gradient_ = step(expected, make_batch())
+            assert torch.equal(loss, loss_)
+            assert torch.equal(gradient, gradient_)
+            if index == 1:
+                apply(expected)
+
+
+def test_multi_scale_trains_without_graphs(graphs, as_training, stays):
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    vars(model.args).update(multi_scale=0.5)
+    as_training(model, lambda: step(model, make_batch()))
+    assert not graphs
+    assert any("multi_scale trains without CUDA graphs" in line for line in stays)
+
+
+def test_a_stock_computation_has_no_graphs(graphs, as_training, stays):
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    model.criterion.bce = torch.nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.tensor(2.0))
+    as_training(model, lambda: step(model, make_batch()))
+    assert not graphs
+    assert "keeps the computation of ultralytics: bce has other settings" in stays.pop()
+
+
+def test_a_changed_criterion_is_an_error_with_graphs_too(as_training):
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    del model.criterion.nc
+    with pytest.raises(RuntimeError, match=r"settings or inputs have changed: .*nc"):
+        as_training(model, lambda: step(model, make_batch()))
+
+
+def test_several_processes_train_without_graphs(graphs, as_training, monkeypatch):
+    monkeypatch.setattr(_ultralytics_graphs.dist, "is_initialized", lambda: True)
+    model = make_model("yolo11n")
+    model.criterion = model.init_criterion()
+    as_training(model, lambda: step(model, make_batch()))
+    assert not graphs
+
+
+def test_patch_with_graphs_is_undone():
+    from ultralytics.engine.trainer import BaseTrainer
+    from ultralytics.nn.tasks import BaseModel
+
+    stock = [*methods(), BaseModel.loss, BaseTrainer.train]
+    integration.patch()
+    integration.patch(cuda_graph=True)
+    integration.patch(cuda_graph=True)
+    ours = [*methods(), BaseModel.loss, BaseTrainer.train]
+    assert all(a is not b for a, b in zip(stock, ours, strict=True))
+    integration.unpatch()
+    assert [*methods(), BaseModel.loss, BaseTrainer.train] == stock
+
+
+@pytest.mark.parametrize("name", ["loss", "train"])
+def test_changed_methods_of_steps_are_an_error(name, monkeypatch):
+    from ultralytics.engine.trainer import BaseTrainer
+    from ultralytics.nn.tasks import BaseModel
+
+    monkeypatch.setattr(BaseModel if name == "loss" else BaseTrainer, name, lambda other: None)
+    with pytest.raises(RuntimeError, match=rf"{name} takes \('other',\), expected"), integration.patched(cuda_graph=True):
+        pass

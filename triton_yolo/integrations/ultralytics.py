@@ -5,12 +5,13 @@ and checkpoints stay Ultralytics' own objects, so copies, averaged models, resum
 nothing of it.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ..assigners import TaskAlignedAssigner
 from ..losses import YOLO11Loss
 from ._patching import Patch, Replacement, import_trainer, kept, require, unexpected
 from ._stock import BCE, Stock, is_elementwise, say_what_stays
+from ._ultralytics_graphs import Steps
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
@@ -39,7 +41,7 @@ _MEMBERS = {
 }
 
 
-def patch() -> None:
+def patch(*, cuda_graph: bool = False) -> None:
     """Compute the losses of Ultralytics' detectors with this package from now on, in this process and in those of its DDP.
 
     Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, and
@@ -47,6 +49,11 @@ def patch() -> None:
     segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and whatever somebody has replaced a
     part of: a member of the criterion, a class, a method or a function that they use. The criterion returns a loss of shape
     (1,), the sum of the (3,) terms of the stock one, and the same named items.
+
+    Args:
+        cuda_graph: replay the training steps of detectors as CUDA graphs, forward pass, loss and backward (see
+            ``triton_yolo.graphs``). Other steps run as they are: of validation, of ``multi_scale``, ``compile`` and DDP, with a
+            criterion that keeps its stock computation, the last, smaller batch of an epoch, and the first of all.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -56,6 +63,25 @@ def patch() -> None:
         UserWarning: the version of Ultralytics is outside the tested range.
     """
     _PATCH.patch()
+    if cuda_graph:
+        _GRAPHS.patch()
+
+
+def unpatch() -> None:
+    """Undo ``patch``. Nothing happens if nothing was replaced.
+
+    Raises:
+        RuntimeError: somebody else has replaced the same methods in the meantime.
+    """
+    _GRAPHS.unpatch()
+    _PATCH.unpatch()
+
+
+@contextlib.contextmanager
+def patched(*, cuda_graph: bool = False) -> Iterator[None]:
+    """``patch`` for the length of a ``with`` block, unless it is done already."""
+    with _PATCH.patched(), _GRAPHS.patched() if cuda_graph else contextlib.nullcontext():
+        yield
 
 
 def __getattr__(name: str) -> Any:
@@ -78,14 +104,8 @@ def _make_trainer() -> type:
 
 def _find() -> list[Replacement]:
     version, losses, assigners, launcher = _modules()
-    expected = (
-        (losses, "v8DetectionLoss", "loss", ("self", "preds", "batch")),
-        (assigners, "TaskAlignedAssigner", "forward", ("self", *_ASSIGNER_INPUTS)),
-    )
-    for module, owner, name, parameters in expected:
-        method = vars(getattr(module, owner, object)).get(name)
-        found = tuple(inspect.signature(method).parameters)[: len(parameters)] if callable(method) else None
-        _require(found == parameters, f"{owner}.{name} takes {found}, expected {parameters}")
+    _require_parameters(losses, "v8DetectionLoss", "loss", ("self", "preds", "batch"))
+    _require_parameters(assigners, "TaskAlignedAssigner", "forward", ("self", *_ASSIGNER_INPUTS))
     for module, name in ((launcher, "generate_ddp_file"), (losses, "TVPDetectLoss")):
         _require(hasattr(module, name), f"{module.__name__}.{name} is gone")
     criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
@@ -103,9 +123,22 @@ def _find() -> list[Replacement]:
     return replacements
 
 
+def _find_graphs() -> list[Replacement]:
+    models, trainers = import_trainer("ultralytics", "ultralytics.nn.tasks", "ultralytics.engine.trainer")
+    _require_parameters(models, "BaseModel", "loss", ("self", "batch", "preds"))
+    _require_parameters(trainers, "BaseTrainer", "train", ("self",))
+    model, trainer, steps = models.BaseModel, trainers.BaseTrainer, Steps(_constants)
+    return [(model, "loss", steps.model_loss(model.loss)), (trainer, "train", steps.trainer_train(trainer.train))]
+
+
+def _require_parameters(module: Any, owner: str, name: str, parameters: tuple[str, ...]) -> None:
+    method = vars(getattr(module, owner, object)).get(name)
+    found = tuple(inspect.signature(method).parameters)[: len(parameters)] if callable(method) else None
+    _require(found == parameters, f"{owner}.{name} takes {found}, expected {parameters}")
+
+
 _ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bboxes", "mask_gt")
-_PATCH = Patch(_find)
-unpatch, patched = _PATCH.unpatch, _PATCH.patched
+_PATCH, _GRAPHS = Patch(_find), Patch(_find_graphs)
 
 
 def _modules() -> tuple[str, Any, Any, Any]:
@@ -115,12 +148,12 @@ def _modules() -> tuple[str, Any, Any, Any]:
 
 
 def _criterion_loss(owner: Any) -> Any:
-    stock, computation = owner.loss, Stock(owner, "loss", _MEMBERS, _settings)
+    stock, _COMPUTATION[:] = owner.loss, [Stock(owner, "loss", _MEMBERS, _settings)]
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            difference = vars(self).get(_KEEPS_STOCK) or computation.difference(self)
+            difference = _difference(self)
             if difference:
                 say_what_stays("ultralytics", type(self).__name__, difference)
                 return stock(self, preds, batch)
@@ -139,6 +172,28 @@ def _criterion_loss(owner: Any) -> Any:
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
 
     return loss
+
+
+_COMPUTATION: list[Stock] = []
+
+
+def _difference(criterion: Any) -> str | None:
+    """Why a detection criterion keeps its own computation, if it does."""
+    return vars(criterion).get(_KEEPS_STOCK) or _COMPUTATION[0].difference(criterion)
+
+
+def _constants(criterion: Any, device: torch.device) -> Hashable | None:
+    """What a loss of ours reads of Ultralytics' criterion, with one branch or two; None if any of it is not ours."""
+    losses = _modules()[1]
+    try:
+        is_branched = type(criterion) is getattr(losses, "E2ELoss", None)
+        branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
+        if not all(type(branch) is losses.v8DetectionLoss and _difference(branch) is None for branch in branches):
+            return None
+        weights = [value for value in vars(criterion).values() if isinstance(value, float)]
+        return *[_criterion(branch, device) for branch in branches], *weights
+    except AttributeError:
+        return None  # the loss itself says what is wrong
 
 
 def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
