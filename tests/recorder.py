@@ -25,7 +25,7 @@ class Replay:
 
 
 class Recorder:
-    """Stands in for ``graphs._Recorder``. Recording changes no tensor, as on a GPU, where it runs nothing; results are junk."""
+    """Stands in for ``_recording.Recorder``. Recording changes no tensor, as on a GPU that runs nothing; results are junk."""
 
     modules: tuple[nn.Module, ...] = ()
     num_graphs = num_pools = 0
@@ -57,7 +57,7 @@ def recorded(*modules: nn.Module) -> Iterator[type[Recorder]]:
     """Let steps of these modules be recorded on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "_DEVICE", "cpu")
-        patch.setattr(graphs, "_Recorder", Recorder)
+        patch.setattr(graphs, "Recorder", Recorder)
         patch.setattr(Recorder, "modules", modules)
         patch.setattr(Recorder, "num_graphs", 0)
         patch.setattr(Recorder, "num_pools", 0)

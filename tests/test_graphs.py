@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import triton_yolo as ty
 from tests.recorder import Recorder, recorded
-from triton_yolo import graphs
+from triton_yolo import _recording
 from triton_yolo.graphs import GraphedStep
 
 SYSTEMS = ("yolo11", "yolox")
@@ -648,7 +648,7 @@ def test_a_broken_capture_names_the_first_reason_and_is_ended(monkeypatch):
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(graphs, "_stream_of", lambda device: None)
+    monkeypatch.setattr(_recording, "_stream_of", lambda device: None)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *args, name=name: done.append((name, *args)), raising=False)
 
@@ -656,6 +656,6 @@ def test_a_broken_capture_names_the_first_reason_and_is_ended(monkeypatch):
         raise BrokenError("not allowed while capturing")
 
     with pytest.raises(BrokenError, match="not allowed while capturing"):
-        graphs._Recorder(torch.device("cuda", 0)).record(work)
+        _recording.Recorder(torch.device("cuda", 0)).record(work)
     pool = 0, (0, 7)
     assert done == ["error", 0, "clone", ("_cuda_endAllocateToPool", *pool), ("_cuda_releasePool", *pool)]

@@ -57,10 +57,10 @@ class Steps:
             is_ours = self._is_training and preds is None and model.training and criterion is not None
             if not is_ours or dist.is_initialized() or self._constants(criterion, batch["img"].device) is None:
                 return stock(model, batch, preds)
-            if model not in self._of:
-                self._of[model] = self._make(model, stock)
-            images = batch["img"]
-            return self._of[model](images, {name: batch[name].to(images.device) for name in _COLUMNS})
+            step, images = self._of.get(model), batch["img"]
+            if step is None:
+                step = self._of[model] = self._make(model, stock)
+            return step(images, {name: batch[name].to(images.device) for name in _COLUMNS})
 
         return loss
 
