@@ -14,7 +14,8 @@ def main(folder: Path) -> None:
     adapter = importlib.import_module("triton_yolo.integrations.ultralytics")
     adapter.__all__.remove("DetectionTrainer")  # made of Ultralytics' own class when asked for
     pdoc.render.configure(docformat="google")
-    pdoc.pdoc("triton_yolo", *(f"triton_yolo.integrations.{name}" for name in TRAINERS), "reference", output_directory=folder)
+    modules = ("triton_yolo", "triton_yolo.graphs", *(f"triton_yolo.integrations.{name}" for name in TRAINERS), "reference")
+    pdoc.pdoc(*modules, output_directory=folder)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ Their stages:
 - ``bbox_iou``: IoU, GIoU, DIoU and CIoU with their gradients.
 
 ``backend`` chooses between Triton kernels and sparse PyTorch; ``__version__`` is that of this package. Trainers that people use
-take one line of ``triton_yolo.integrations.ultralytics``, ``.yolox`` or ``.libreyolo``. Examples take for granted:
+take one line of ``triton_yolo.integrations.ultralytics``, ``.yolox`` or ``.libreyolo``. ``triton_yolo.graphs`` makes training
+steps CUDA graphs. Examples take for granted:
 
     >>> import torch
     >>> import triton_yolo as ty
