@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from samples import Sample, collate
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -40,8 +40,9 @@ def draw_loss(file: Path, curves: dict[str, list[float]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.legend(loc="upper right")
     below.set_xlabel("step")
     figure.savefig(file, dpi=120)
@@ -91,7 +92,7 @@ def draw_predictions(
         left.set_title(f"ground truth: {count(len(expected), 'box')}")
         right.imshow(annotate(sample.image, detections, classes))
         right.set_title(f"found: {count(len(detections), 'box')}")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")  # titles and legend may be wider than a single image
 
 
 def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], side: int = 480) -> np.ndarray:
@@ -105,7 +106,7 @@ def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, .
     if scaled.confidence is not None:
         labels = [f"{label} {p:.2f}" for label, p in zip(labels, scaled.confidence, strict=True)]
     scene = sv.BoxAnnotator(thickness=2).annotate(scene, scaled)
-    return sv.LabelAnnotator(text_scale=0.4, text_padding=3, smart_position=True).annotate(scene, scaled, labels)
+    return sv.LabelAnnotator(text_scale=0.45, text_padding=3, smart_position=True).annotate(scene, scaled, labels)
 
 
 def draw_assignment(file: Path, model: Detector, samples: list[Sample], device: torch.device) -> None:
@@ -135,7 +136,7 @@ def draw_assignment(file: Path, model: Detector, samples: list[Sample], device: 
     ]
     ncols = len(legend) if len(samples) > 4 else len(MARKERS)
     figure.legend(handles=legend, loc="outside lower center", ncols=ncols, fontsize="large")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")  # titles and legend may be wider than a single image
 
 
 def marker_size(score: float | np.ndarray) -> float | np.ndarray:

@@ -43,6 +43,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a few steps."""
+    monkeypatch.setattr(example, "draw", lambda *arguments: None)
+
+
 def run(tmp_path: Path, *argv: str) -> dict:
     return example.main([*SMALL, "--output", str(tmp_path / "run"), *argv])
 
@@ -259,6 +265,7 @@ def test_one_image_is_too_few(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["yolo11", "yolox"])
+@pytest.mark.usefixtures("without_pictures")
 def test_a_resumed_run_continues_as_if_never_stopped(head: str, tmp_path: Path) -> None:
     argv = ["--loss", head, "--epochs", "3", "--validate-every", "2"]
     whole = run(tmp_path / "whole", *argv)
@@ -275,6 +282,7 @@ def test_a_resumed_run_continues_as_if_never_stopped(head: str, tmp_path: Path) 
     assert again["validations"] == resumed["validations"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, "--resume")
@@ -321,6 +329,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_snippet_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "--epochs", "0", "--output", str(tmp_path / "runs" / "train"))
     monkeypatch.chdir(tmp_path)
