@@ -86,7 +86,7 @@ from triton_yolo import _backend
 
 criterion = ty.YOLO11Loss(num_classes=2, strides=(8,), reg_max=4)
 dist, scores = torch.rand(1, 4, 16, requires_grad=True), torch.rand(1, 4, 2, requires_grad=True)
-arguments = dist, scores, [(2, 2)], torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]])
+arguments = dist, scores, [(2, 2)], torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9]])
 criterion(*arguments).loss.backward()
 assert dist.grad.isfinite().all() and dist.grad.any() and scores.grad.any()
 assert _backend.implementation(torch.device("cpu")).__name__ == "triton_yolo.eager"

@@ -24,7 +24,7 @@ USE = """
 import torch, triton_yolo as ty
 criterion = ty.YOLO11Loss(num_classes=2, strides=(8,), reg_max=4)
 dist, scores = torch.zeros(1, 4, 16, requires_grad=True), torch.zeros(1, 4, 2, requires_grad=True)
-criterion(dist, scores, [(2, 2)], torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]])).loss.backward()
+criterion(dist, scores, [(2, 2)], torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9]])).loss.backward()
 print(ty.__file__, ty.__version__, torch.__version__)
 """
 
