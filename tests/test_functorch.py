@@ -26,7 +26,7 @@ def cases():
 
 
 CASES = cases()
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of PyTorch about itself
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # of PyTorch about itself, in a class for every version
 EVERY = pytest.mark.parametrize("name", CASES)
 
 

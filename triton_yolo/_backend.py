@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import importlib.util
 import os
+import warnings
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +28,8 @@ _blocks: ContextVar[tuple[str, ...]] = ContextVar("triton_yolo_backends", defaul
 class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabled`` is)
     """Choose the implementation of every operation from now on, in the whole process; in a ``with`` statement, for its block.
 
-    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere. ``"eager"`` runs
+    ``"auto"`` (the default) runs Triton kernels on CUDA, ROCm and XPU tensors and sparse PyTorch elsewhere, or where Triton is
+    not installed, which a warning says. ``"eager"`` runs
     sparse PyTorch on any device; it synchronises host and device. ``"triton"`` runs Triton kernels, on CPU tensors only under
     ``TRITON_INTERPRET=1``, and raises an error where it cannot. A block counts for its thread or task alone. Backward runs
     where forward ran. The environment variable ``TRITON_YOLO_BACKEND`` sets the default for a process.
@@ -66,6 +69,8 @@ def implementation(device: torch.device, name: str = "") -> Any:
     name = name or current()
     if name == "eager" or (name == "auto" and device.type not in _TRITON_DEVICES):
         return _module("eager")
+    if not _has_triton():
+        return _without_triton(device, name)
     if device.type == "cpu" and not _is_interpreted():
         raise RuntimeError(
             "backend 'triton' runs on CPU tensors only in Triton's interpreter: "
@@ -77,6 +82,18 @@ def implementation(device: torch.device, name: str = "") -> Any:
 @functools.cache
 def _module(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _without_triton(device: torch.device, name: str) -> Any:
+    if name == "triton":
+        raise RuntimeError("backend 'triton' needs Triton, which is not installed; use backend 'eager'")
+    warnings.warn(f"Triton is not installed: {device.type} tensors take the eager backend, which synchronises", stacklevel=3)
+    return _module("eager")
 
 
 @functools.cache
