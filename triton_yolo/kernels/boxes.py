@@ -74,12 +74,20 @@ def log_not(p):
 
 @triton.jit
 def split_softplus(x):
-    """Two numbers, so that softplus(x) = first + log(1 + second).
+    """Two numbers, so that softplus(x) = first + log(1 + second): max(x, 0), NaN where x is not finite, and exp(-|x|)."""
+    return tl.fma(x, 0.0, tl.maximum(x, 0.0)), tl.exp(-tl.abs(x))
 
-    The first is NaN where x is not finite: x / 2 + |x / 2| for max(x, 0) makes that of -inf, and 0 * x of inf.
-    """
-    half = x * 0.5
-    return half + tl.abs(half) + x * 0.0, tl.exp(-tl.abs(x))
+
+@triton.jit
+def sigmoid_of(larger, e):
+    """sigmoid(x) from what ``split_softplus`` made of x, without another exponential."""
+    over = tl.where(larger > 0, 1.0, e).to(e.dtype)
+    if e.dtype == tl.float64:
+        result = over / (1 + e)
+    else:
+        root = tl.rsqrt(1 + e)  # its square is right to 4e-7; a division takes three times the instructions
+        result = over * (root * root)
+    return result
 
 
 @triton.jit
@@ -124,11 +132,18 @@ def expectation(logits, bins, R: tl.constexpr):
         probs = tl.full(logits.shape, 1, logits.dtype)
         value = tl.sum(logits, 0)
     else:
-        e = tl.exp(logits - tl.max(logits, 0)[None, :])
-        total = tl.sum(e, 0)
+        e, total = exponentials(logits, 0)[1:]
         value = tl.sum(e * bins, 0) / total
         probs = e / total[None, :]
     return probs, value
+
+
+@triton.jit
+def exponentials(logits, AXIS: tl.constexpr):
+    """Logits less their largest along a dimension, the exponentials of that, and their sum."""
+    shifted = logits - tl.expand_dims(tl.max(logits, AXIS), AXIS)
+    e = tl.exp(shifted)
+    return shifted, e, tl.sum(e, AXIS)
 
 
 @triton.jit
