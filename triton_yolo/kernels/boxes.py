@@ -12,6 +12,7 @@ import triton.language as tl
 from .launch import INTERPRETED
 
 _IS_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+_LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _PI: tl.constexpr = tl.constexpr(math.pi)
 _FOUR_BY_PI2: tl.constexpr = tl.constexpr(4 / math.pi**2)
 
@@ -62,6 +63,13 @@ def log_product(excess):
 
 
 @triton.jit
+def joined(excess):
+    """Excess [n / 2] over 1 of the products of neighbours, of which the excess [n] is given."""
+    a, b = tl.split(tl.reshape(excess, (excess.numel // 2, 2)))
+    return tl.fma(a, b, a + b)
+
+
+@triton.jit
 def log_rest(p, rest):
     """log(rest) for rest = 1 - p, 0 <= p <= 1, both known: with the relative error of ``_log1p`` however small p is."""
     return tl.where(p <= 0.5, -_log1p(p / rest), tl.log(rest))
@@ -75,7 +83,7 @@ def log_not(p):
 @triton.jit
 def split_softplus(x):
     """Two numbers, so that softplus(x) = first + log(1 + second): max(x, 0), NaN where x is not finite, and exp(-|x|)."""
-    return tl.fma(x, 0.0, tl.maximum(x, 0.0)), tl.exp(-tl.abs(x))
+    return tl.fma(x, 0.0, tl.maximum(x, 0.0)), tl.exp2(tl.abs(x) * scalar(-_LOG2E, x.dtype))
 
 
 @triton.jit
@@ -132,18 +140,11 @@ def expectation(logits, bins, R: tl.constexpr):
         probs = tl.full(logits.shape, 1, logits.dtype)
         value = tl.sum(logits, 0)
     else:
-        e, total = exponentials(logits, 0)[1:]
+        e = tl.exp(logits - tl.max(logits, 0)[None, :])
+        total = tl.sum(e, 0)
         value = tl.sum(e * bins, 0) / total
         probs = e / total[None, :]
     return probs, value
-
-
-@triton.jit
-def exponentials(logits, AXIS: tl.constexpr):
-    """Logits less their largest along a dimension, the exponentials of that, and their sum."""
-    shifted = logits - tl.expand_dims(tl.max(logits, AXIS), AXIS)
-    e = tl.exp(shifted)
-    return shifted, e, tl.sum(e, AXIS)
 
 
 @triton.jit

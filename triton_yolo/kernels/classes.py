@@ -5,19 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import log_product, rounded, scalar, sigmoid_of, softplus, split_softplus
+from .boxes import joined, log_product, rounded, scalar, sigmoid_of, softplus, split_softplus
 from .launch import INTERPRETED
 
 
 def class_sizes(scores: Tensor) -> dict[str, int]:
     """Logits a step, steps and warps of a program: eight logits a thread and step, loads of 16 bytes, all on their way at once.
 
-    Of one thread's, those of all steps have one logarithm.
+    What one load gives a thread is joined into one factor, so that its logits of all steps have one logarithm.
     """
     per_image = scores.shape[1] * scores.shape[2]
     if INTERPRETED:
-        return {"BLOCK": min(triton.next_power_of_2(per_image), 2**18), "STEPS": 1, "num_warps": 4}
-    return {"BLOCK": 1024, "STEPS": 8, "num_warps": 4}
+        return {"BLOCK": min(triton.next_power_of_2(per_image), 2**18), "STEPS": 1, "JOINS": 0, "num_warps": 4}
+    return {"BLOCK": 1024, "STEPS": 8, "JOINS": (16 // scores.element_size()).bit_length() - 1, "num_warps": 4}
 
 
 def class_layout(scores: Tensor, out: Tensor | None = None) -> dict[str, bool]:
@@ -57,6 +57,7 @@ def _label(nth, A, C, IS_LAST: tl.constexpr):
 def _yolo11_class_kernel(
     partial_ptr, out, poison_ptr, grad_ptr, normaliser_ptr, logits, weights_ptr, cls_gain: tl.float64, A, C, count,
     IS_LAST: tl.constexpr, IS_FLAT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    JOINS: tl.constexpr,
 ):  # fmt: skip
     """A program reads BLOCK * STEPS of the ``count`` class logits of an image, in the order of memory.
 
@@ -91,7 +92,9 @@ def _yolo11_class_kernel(
             error = rounded(error * scale, out.ptr.dtype.element_ty)
             tl.store(out_ptr + _places(out, nth, A, C, IS_LAST, IS_FLAT), error, mask=mask)
     if partial_ptr is not None:
-        loss = tl.sum(most + log_product(excess))
+        for _ in tl.static_range(JOINS):
+            excess = joined(excess)
+        loss = tl.sum(most) + tl.sum(log_product(excess))
         tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), loss)
         if poison_ptr is not None:
             tl.atomic_add(poison_ptr, loss, mask=loss != loss, sem="relaxed")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import exponentials, overlap, overlap_derivative, rounded, scalar, sigmoid
+from .boxes import overlap, overlap_derivative, rounded, scalar, sigmoid
 from .classes import loss_scale
 from .grid import cell_centres
 from .launch import INTERPRETED
@@ -17,10 +17,10 @@ from .reduce import total
 from .rows import Box, load_row_boxes
 
 
-def slot_sizes(num_slots: int, reg_max: int) -> dict[str, int]:
-    """Slots a program, and warps: a thread has all bins of one side of one slot."""
+def slot_sizes(num_slots: int) -> dict[str, int]:
+    """Slots a program, and warps: a thread has one side of one slot, so that what belongs to a slot stays in a warp."""
     if INTERPRETED:
-        return {"SLOTS": min(triton.next_power_of_2(max(num_slots, 1)), max(1, 2**16 // reg_max)), "num_warps": 4}
+        return {"SLOTS": min(triton.next_power_of_2(max(num_slots, 1)), 2**16), "num_warps": 4}
     return {"SLOTS": 32, "num_warps": 4}
 
 
@@ -70,20 +70,16 @@ def _matched_anchors(slot, matched, count, A, DTYPE: tl.constexpr):
 
 
 class Sides(NamedTuple):
-    """Of sides [s, 4] of positives: number, expected distance and target in cells, length of a cell in shares of the image."""
+    """Sides [s, 4] of positives: expected and true distance in cells, length of a cell in shares of the image.
 
-    side: Any
+    The softmax over a side's bins is exp(logit - top) / norm.
+    """
+
     distance: Any
     target: Any
     share: Any
-
-
-@triton.jit
-def _bin_weights(target, bins, R: tl.constexpr):
-    """Weights [s, 4, R] of the two bins around distances [s, 4], 0 for the others: they fall off linearly to the next bin."""
-    last = tl.full(target.shape, R - 1 - 0.01, target.dtype)  # a bare constant would be rounded to float32
-    target = tl.minimum(tl.maximum(target, 0.0), last)
-    return tl.maximum(1 - tl.abs(bins - target[:, :, None]), 0.0)
+    top: Any
+    norm: Any
 
 
 @triton.jit
@@ -99,60 +95,87 @@ def _one_side(side, values, N: tl.constexpr):
 
 
 @triton.jit
-def _channels(x, at, R: tl.constexpr, RP: tl.constexpr):
-    """Offsets [s, 4, RP] of the channels of the box logits of positives, and which of them there are."""
-    # With no contiguity known a load gives the first dimension to the lanes of a warp, and its last to one thread.
-    side, bins = tl.arange(0, 4)[None, :, None], tl.arange(0, RP)[None, None, :]
-    offs = at.image * x.image + at.anchor.to(tl.int64) * x.anchor
-    return offs[:, :, None] + (side * R + bins).to(tl.int64) * x.channel, at.mask[:, :, None] & (bins < R)
+def _first_bins(x, at, side, R: tl.constexpr):
+    """Where the first bin [s, 4] of every side lies in ``x`` (B, A, 4R).
+
+    Bins are looped over, one address after the other: a thread has one side, whatever way Triton lays out a tile.
+    """
+    ptr = x.ptr + at.image * x.image + at.anchor.to(tl.int64) * x.anchor
+    return ptr + (side * R).to(tl.int64) * x.channel
 
 
 @triton.jit
-def _load_bins(dist, at, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
-    """Logits [s, 4, RP], -inf past R."""
-    offs, mask = _channels(dist, at, R, RP)
-    logits = tl.load(dist.ptr + offs, mask=mask, other=0.0).to(DTYPE)
-    if R != RP:
-        logits = tl.where(tl.arange(0, RP)[None, None, :] < R, logits, float("-inf"))
-    return logits
+def _softmax(dist, at, side, R: tl.constexpr, DTYPE: tl.constexpr):
+    """Largest logit [s, 4] of every side, norm of the exponentials and expected bin; with one bin the logit is the distance."""
+    first = _first_bins(dist, at, side, R)
+    top = tl.load(first, mask=at.mask, other=0.0).to(DTYPE)
+    norm, distance = tl.full(top.shape, 1, DTYPE), top
+    if R > 1:
+        ptr = first
+        for _ in tl.static_range(1, R):
+            ptr += dist.channel
+            top = tl.maximum(top, tl.load(ptr, mask=at.mask, other=0.0).to(DTYPE))
+        ptr = first
+        norm, moment = tl.zeros(top.shape, DTYPE), tl.zeros(top.shape, DTYPE)
+        for r in tl.static_range(R):
+            e = tl.exp(tl.load(ptr, mask=at.mask, other=0.0).to(DTYPE) - top)
+            norm, moment = norm + e, moment + e * r
+            ptr += dist.channel
+        distance = moment / norm
+    return top, norm, distance
 
 
 @triton.jit
-def _distances(logits, bins, R: tl.constexpr):
-    """Expected distances [s, 4]; with one bin the logit is the distance."""
-    if R == 1:
-        distance = tl.sum(logits, 2)
-    else:
-        _, e, norm = exponentials(logits, 2)
-        distance = tl.sum(e * bins, 2) / norm
-    return distance
+def _bin_target(target, R: tl.constexpr):
+    """Distances [s, 4] as DFL has them, between two bins."""
+    last = tl.full(target.shape, R - 1 - 0.01, target.dtype)  # a bare constant would be rounded to float32
+    return tl.minimum(tl.maximum(target, 0.0), last)
 
 
 @triton.jit
-def _side_losses(logits, bins, sides, R: tl.constexpr):
+def _bin_weight(target, r):
+    """Weight of a bin: it falls off linearly to the next."""
+    return tl.maximum(1 - tl.abs(r - target), 0.0)
+
+
+@triton.jit
+def _bin_loss(dist, at, first, r, sides, target, DTYPE: tl.constexpr):
+    """Share [s, 4] of one bin each in DFL, but for the norm."""
+    logit = tl.load(first + r.to(tl.int64) * dist.channel, mask=at.mask, other=0.0).to(DTYPE)
+    weight = _bin_weight(target, r)
+    return tl.where(weight > 0, weight * (logit - sides.top), 0.0)
+
+
+@triton.jit
+def _side_losses(dist, at, side, sides, R: tl.constexpr, DTYPE: tl.constexpr):
     """DFL [s, 4] of every side or, with one bin, its L1 in shares of the image."""
     if R == 1:
         loss = tl.abs(sides.distance - sides.target) * sides.share
     else:
-        shifted, _, norm = exponentials(logits, 2)
-        weights = _bin_weights(sides.target, bins, R)
-        loss = tl.log(norm) - tl.sum(tl.where(weights > 0, weights * shifted, 0.0), 2)
+        target, first = _bin_target(sides.target, R), _first_bins(dist, at, side, R)
+        low = tl.floor(target)
+        loss = tl.log(sides.norm)
+        loss -= _bin_loss(dist, at, first, low, sides, target, DTYPE) + _bin_loss(dist, at, first, low + 1, sides, target, DTYPE)
     return loss
 
 
 @triton.jit
-def _bin_grads(logits, bins, sides, d_distance, dfl_weight, R: tl.constexpr):
-    """Gradient [s, 4, RP] of the logits: through the distance, and from DFL (or L1)."""
+def _write_bin_grads(out, dist, at, side, sides, d_distance, dfl_weight, R: tl.constexpr, DTYPE: tl.constexpr):
+    """Write the gradient of the logits: through the distance [s, 4], and from DFL (or L1)."""
+    ptr, out_ptr = _first_bins(dist, at, side, R), _first_bins(out, at, side, R)
     if R == 1:
         error = sides.distance - sides.target
         sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0))
-        grad = (d_distance + dfl_weight * sides.share * sign)[:, :, None]
+        grad = d_distance + dfl_weight * sides.share * sign
+        tl.store(out_ptr, rounded(grad, out.ptr.dtype.element_ty), mask=at.mask)
     else:
-        _, e, norm = exponentials(logits, 2)
-        probs = e / norm[:, :, None]
-        grad = probs * (bins - sides.distance[:, :, None]) * d_distance[:, :, None]
-        grad += dfl_weight[:, :, None] * (probs - _bin_weights(sides.target, bins, R))
-    return grad
+        target, scale = _bin_target(sides.target, R), 1 / sides.norm
+        for r in tl.static_range(R):
+            prob = tl.exp(tl.load(ptr, mask=at.mask, other=0.0).to(DTYPE) - sides.top) * scale
+            grad = prob * (r - sides.distance) * d_distance + dfl_weight * (prob - _bin_weight(target, r))
+            tl.store(out_ptr, rounded(grad, out.ptr.dtype.element_ty), mask=at.mask)
+            ptr += dist.channel
+            out_ptr += out.channel
 
 
 @triton.jit
@@ -177,7 +200,7 @@ def _load_labels(at, matched, logits, weights_ptr, DTYPE: tl.constexpr):
 def _yolo11_positives_kernel(
     partial_ptr, grads, grad_ptr, normaliser_ptr, dist, logits, matched, weights_ptr, grid, height: tl.float64,
     width: tl.float64, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64, count,
-    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
+    STRIDES: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A program reads the box logits and the label's class logit of the positives in its SLOTS.
 
@@ -190,12 +213,11 @@ def _yolo11_positives_kernel(
     if tl.max(at.mask.to(tl.int32)) > 0:
         x, y, stride = cell_centres(at.anchor, grid, STRIDES, DTYPE)
         gt = _true_boxes(at, matched, stride, DTYPE)
-        side, bins = tl.arange(0, 4)[None, :], tl.arange(0, RP)[None, None, :].to(DTYPE)
-        bin_logits = _load_bins(dist, at, R, RP, DTYPE)
-        distance = _distances(bin_logits, bins, R)
+        side = tl.arange(0, 4)[None, :]
+        top, norm, distance = _softmax(dist, at, side, R, DTYPE)
         target = _of_side(side, x - gt.x1, y - gt.y1, gt.x2 - x, gt.y2 - y)
         share = stride / tl.where(side % 2 == 0, scalar(width, DTYPE), scalar(height, DTYPE))
-        sides = Sides(side, distance, target, share)
+        sides = Sides(distance, target, share, top, norm)
         x1, y1 = x - _one_side(side, distance, 0), y - _one_side(side, distance, 1)
         x2, y2 = x + _one_side(side, distance, 2), y + _one_side(side, distance, 3)
         label, logit, weight = _load_labels(at, matched, logits, weights_ptr, DTYPE)
@@ -203,15 +225,13 @@ def _yolo11_positives_kernel(
             ciou = overlap(x1, y1, x2, y2, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7)
             box = tl.sum(tl.where(at.mask, (1 - ciou) * at.score, 0.0))
             hits = tl.sum(tl.where(at.mask, logit * weight * at.score, 0.0))
-            dfl = tl.sum(tl.where(at.mask, _side_losses(bin_logits, bins, sides, R) * (at.score / 4), 0.0))
+            dfl = tl.sum(tl.where(at.mask, _side_losses(dist, at, side, sides, R, DTYPE) * (at.score / 4), 0.0))
         if grads is not None:
             scale = loss_scale(grad_ptr, normaliser_ptr, DTYPE)
             d_x1, d_y1, d_x2, d_y2 = overlap_derivative(x1, y1, x2, y2, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7)
             d_distance = _of_side(side, d_x1, d_y1, -d_x2, -d_y2) * (scalar(box_gain, DTYPE) * at.score * scale)
-            dfl_weight = scalar(dfl_gain, DTYPE) / 4 * at.score * scale + tl.zeros_like(distance)
-            bin_grad = _bin_grads(bin_logits, bins, sides, d_distance, dfl_weight, R)
-            offs, mask = _channels(grads.dist, at, R, RP)
-            tl.store(grads.dist.ptr + offs, rounded(bin_grad, grads.dist.ptr.dtype.element_ty), mask=mask)
+            dfl_weight = scalar(dfl_gain, DTYPE) / 4 * at.score * scale
+            _write_bin_grads(grads.dist, dist, at, side, sides, d_distance, dfl_weight, R, DTYPE)
             error = (sigmoid(logit) - at.score) * weight * (scalar(cls_gain, DTYPE) * scale)
             offs = at.image * grads.scores.image + at.anchor.to(tl.int64) * grads.scores.anchor + label * grads.scores.channel
             tl.store(grads.scores.ptr + offs, rounded(error, grads.scores.ptr.dtype.element_ty), mask=at.mask)

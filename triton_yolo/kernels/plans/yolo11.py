@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..._signatures import (
@@ -49,12 +48,11 @@ class _Criterion:
             _yolo11_class_kernel, DTYPE=kind, **class_layout(x.pred_scores, grads[1] if grads else None), **sizes
         )
         self.num_slots = batch_size * num_anchors
-        sizes = slot_sizes(self.num_slots, x.reg_max)
+        sizes = slot_sizes(self.num_slots)
         self.slot_grid = cdiv(self.num_slots, sizes["SLOTS"]), 1, 1
         self.positives = Launch(
-            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max), DTYPE=kind,
-            **sizes,
-        )  # fmt: skip
+            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, DTYPE=kind, **sizes
+        )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
         block = 2**18 if INTERPRETED else 4096
         self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=block)
