@@ -1,6 +1,5 @@
 """One dense pass over class logits as if no anchor had an object: cross entropy and gradient, knowing nothing of rows."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,8 +60,8 @@ def _yolo11_class_kernel(
 ):  # fmt: skip
     """A program reads BLOCK * STEPS of the ``count`` class logits of an image, in the order of memory.
 
-    It writes their cross entropy against 0 to ``partial`` (programs,), and its gradient to ``out``. Where a logit is not finite,
-    the sum is NaN, and so becomes what is at ``poison``.
+    It writes their cross entropy against 0 to ``partial`` (programs,), and its gradient to ``out``. Where a logit is not
+    finite, the sum is NaN, and so becomes what is at ``poison``.
     """
     image = tl.program_id(1).to(tl.int64)
     x_ptr = logits.ptr + image * logits.image

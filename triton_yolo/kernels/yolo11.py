@@ -10,11 +10,16 @@ import triton
 import triton.language as tl
 
 from .boxes import overlap, overlap_derivative, rounded, scalar, sigmoid
+from .claims import owner_of
 from .classes import loss_scale
+from .fill import fill
 from .grid import cell_centres
 from .launch import INTERPRETED
 from .reduce import total
-from .rows import Box, load_row_boxes
+from .rows import CONTESTED, Box, load_row_boxes
+from .task_aligned import winning_row
+
+FILL_BLOCK = 2**18 if INTERPRETED else 4096
 
 
 def slot_sizes(num_slots: int) -> dict[str, int]:
@@ -33,12 +38,13 @@ class Matched(NamedTuple):
     box_ptr: Any
 
 
-class Gains(NamedTuple):
-    """Weights of the terms."""
+class Claims(NamedTuple):
+    """Claims (N, K) of an assignment whose rows are states of ``claims``; images (N,) of the rows; ties of float64."""
 
-    box: Any
-    cls: Any
-    dfl: Any
+    ptr: Any
+    image_ptr: Any
+    state: Any
+    order_ptr: Any
 
 
 class Gradients(NamedTuple):
@@ -66,7 +72,23 @@ def _matched_anchors(slot, matched, count, A, DTYPE: tl.constexpr):
     slot = tl.where(mask, slot, 0)
     image = slot // A
     score = tl.load(matched.score_ptr + slot, mask=mask, other=0.0).to(DTYPE)
-    return Positives(mask, image, slot - image * A, row, score)
+    return Positives(mask, image.to(tl.int64), slot - image * A, row, score)
+
+
+@triton.jit
+def _claimed_anchors(slot, matched, claims, count, A, CLAIMS: tl.constexpr, DTYPE: tl.constexpr):
+    """Slots are the claims of all rows; a contested anchor is in that of the row which its state names, whoever won it."""
+    row = slot // CLAIMS
+    anchor = tl.load(claims.ptr + slot, mask=slot < count, other=-1)
+    is_claim = anchor >= 0
+    image = tl.load(claims.image_ptr + row, mask=is_claim, other=0).to(tl.int64)
+    cell = tl.where(is_claim, image * A + anchor, 0)
+    state = tl.load(matched.row_ptr + cell, mask=is_claim, other=-1)
+    mask = is_claim & (owner_of(state) == row)
+    is_contested = mask & (state >= CONTESTED)
+    won = winning_row(claims.state, claims.order_ptr, cell, is_contested, tl.float64 == DTYPE)
+    score = tl.load(matched.score_ptr + cell, mask=mask, other=0.0).to(DTYPE)
+    return Positives(mask, tl.where(mask, image, 0), tl.where(mask, anchor, 0), tl.where(is_contested, won, row), score)
 
 
 class Sides(NamedTuple):
@@ -155,7 +177,8 @@ def _side_losses(dist, at, side, sides, R: tl.constexpr, DTYPE: tl.constexpr):
         target, first = _bin_target(sides.target, R), _first_bins(dist, at, side, R)
         low = tl.floor(target)
         loss = tl.log(sides.norm)
-        loss -= _bin_loss(dist, at, first, low, sides, target, DTYPE) + _bin_loss(dist, at, first, low + 1, sides, target, DTYPE)
+        loss -= _bin_loss(dist, at, first, low, sides, target, DTYPE)
+        loss -= _bin_loss(dist, at, first, low + 1, sides, target, DTYPE)
     return loss
 
 
@@ -196,19 +219,22 @@ def _load_labels(at, matched, logits, weights_ptr, DTYPE: tl.constexpr):
     return label, tl.load(logits.ptr + offs, mask=at.mask, other=0.0).to(DTYPE), weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _yolo11_positives_kernel(
-    partial_ptr, grads, grad_ptr, normaliser_ptr, dist, logits, matched, weights_ptr, grid, height: tl.float64,
+    partial_ptr, grads, grad_ptr, normaliser_ptr, dist, logits, matched, claims, weights_ptr, grid, height: tl.float64,
     width: tl.float64, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64, count,
-    STRIDES: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
+    STRIDES: tl.constexpr, R: tl.constexpr, CLAIMS: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A program reads the box logits and the label's class logit of the positives in its SLOTS.
 
     It writes its own sums to ``partial`` (3, programs): box, what the dense pass has too much, DFL. Of the gradients it writes
     what the dense pass and the fill left to it.
     """
-    slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[:, None]
-    at = _matched_anchors(slot, matched, count, grid.A, DTYPE)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None]
+    if claims is None:
+        at = _matched_anchors(slot, matched, count, grid.A, DTYPE)
+    else:
+        at = _claimed_anchors(slot, matched, claims, count, grid.A, CLAIMS, DTYPE)
     box, hits, dfl = tl.zeros((), DTYPE), tl.zeros((), DTYPE), tl.zeros((), DTYPE)
     if tl.max(at.mask.to(tl.int32)) > 0:
         x, y, stride = cell_centres(at.anchor, grid, STRIDES, DTYPE)
@@ -251,20 +277,10 @@ class Loss(NamedTuple):
 
 
 @triton.jit
-def _fill(ptr, value, count, BLOCK: tl.constexpr):
-    """All programs together fill ``count`` numbers."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    while start < count:
-        offs = start + tl.arange(0, BLOCK)
-        tl.store(ptr + offs, tl.full((BLOCK,), value, tl.float32).to(ptr.dtype.element_ty), mask=offs < count)
-        start += tl.num_programs(0) * BLOCK
-
-
-@triton.jit
 def _fill_kernel(out_ptr, grad_ptr, normaliser_ptr, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Programs fill a gradient with that of background: 0, or NaN where no number stands for the loss."""
     scale = loss_scale(grad_ptr, normaliser_ptr, DTYPE)
-    _fill(out_ptr, tl.where(scale == scale, 0.0, scale).to(tl.float32), count, BLOCK)
+    fill(out_ptr, tl.where(scale == scale, 0.0, scale).to(tl.float32), count, BLOCK)
 
 
 @triton.jit(do_not_specialize=["dense", "programs"])
@@ -279,9 +295,9 @@ def _yolo11_total_kernel(
     """
     normaliser = tl.load(normaliser_ptr).to(DTYPE)
     if grads is not None:
-        if normaliser != normaliser:
-            _fill(grads.dist.ptr, float("nan"), counts[0], BLOCK)
-            _fill(grads.scores.ptr, float("nan"), counts[1], BLOCK)
+        num_broken = (normaliser != normaliser).to(tl.int64)
+        fill(grads.dist.ptr, float("nan"), num_broken * counts[0], BLOCK)
+        fill(grads.scores.ptr, float("nan"), num_broken * counts[1], BLOCK)
     if tl.program_id(0) == 0:
         cls = total(dense_ptr, dense, DTYPE, BLOCK)
         is_broken = cls != cls

@@ -124,6 +124,11 @@ def _wide(a: np.ndarray) -> np.ndarray:
     return a.astype(np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}"))
 
 
+def _upper_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    bits = 8 * a.dtype.itemsize
+    return (_wide(a) * _wide(b) >> _wide(a).dtype.type(bits)).astype(a.dtype)
+
+
 def _through_double(function: Operation) -> Operation:
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
@@ -145,7 +150,7 @@ OPERATIONS: dict[tuple[str, ...], Operation] = {
     ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("div",): _divide,
     ("rem",): _remainder, ("fma",): _fused, ("mad", "lo"): lambda a, b, c: a * b + c,
     ("mul", "wide"): lambda a, b: _wide(a) * _wide(b), ("mad", "wide"): lambda a, b, c: _wide(a) * _wide(b) + c,
-    ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
+    ("mul", "hi"): _upper_half, ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
     ("abs",): np.abs, ("neg",): np.negative,
     ("and",): np.bitwise_and, ("or",): np.bitwise_or, ("xor",): np.bitwise_xor, ("not",): np.invert,
     ("shl",): _shift_left, ("shr",): _shift_right, ("bfe",): _extract_bits, ("prmt",): _permute,

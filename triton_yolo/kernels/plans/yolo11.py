@@ -17,10 +17,13 @@ from ..._signatures import (
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..classes import _yolo11_class_kernel, class_layout, class_sizes
+from ..fill import Fill
 from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..targets import packed_rows
 from ..yolo11 import (
+    FILL_BLOCK,
+    Claims,
     Gradients,
     Loss,
     Matched,
@@ -29,67 +32,78 @@ from ..yolo11 import (
     _yolo11_total_kernel,
     slot_sizes,
 )
-from .task_aligned import YOLO11Assigning
+from .task_aligned import YOLO11Assigning, state_of
 
 
 class _Criterion:
-    """The launches of loss and gradients of an assignment, either or both."""
+    """The launches of loss and gradients of an assignment, either or both.
+
+    Args:
+        grads: what the gradients are written to.
+        num_claims: of a row, in the whole criterion, where claims are the slots of positives; elsewhere all anchors are.
+    """
 
     def __init__(
         self, x: YOLO11 | YOLO11Loss | YOLO11LossBackward, grads: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
-        *, has_loss: bool = True,
+        *, has_loss: bool = True, num_claims: int = 0, num_rows: int = 0,
     ) -> None:  # fmt: skip
         batch_size, num_anchors, num_classes = x.pred_scores.shape
-        kind = compute_type(dtype)
+        kind, self.num_claims, self.num_cells = compute_type(dtype), num_claims, batch_size * num_anchors
         self.per_image = num_anchors, num_classes, num_anchors * num_classes
         sizes = class_sizes(x.pred_scores)
         self.class_grid = cdiv(self.per_image[2], sizes["BLOCK"] * sizes["STEPS"]), batch_size, 1
-        self.classes = Launch(
-            _yolo11_class_kernel, DTYPE=kind, **class_layout(x.pred_scores, grads[1] if grads else None), **sizes
-        )
-        self.num_slots = batch_size * num_anchors
-        sizes = slot_sizes(self.num_slots)
-        self.slot_grid = cdiv(self.num_slots, sizes["SLOTS"]), 1, 1
+        layout = class_layout(x.pred_scores, grads[1] if grads else None)
+        self.classes = Launch(_yolo11_class_kernel, DTYPE=kind, **layout, **sizes)
+        sizes = slot_sizes(self._num_slots(num_rows))
+        self.slots = sizes["SLOTS"]
         self.positives = Launch(
-            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, DTYPE=kind, **sizes
+            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes
         )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
-        block = 2**18 if INTERPRETED else 4096
-        self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=block)
+        self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
         self.counts = tuple(x.numel() for x in grads) if grads else None
-        self.fill_grid = cdiv(grads[0].numel(), block) if grads else 0, 1, 1
-        self.num_dense, self.num_partial = self.class_grid[0] * batch_size, self.slot_grid[0]
-        self.launches = (*((self.total,) if has_loss else ()), *((self.fill,) if grads else ()))
-        if self.num_slots:
-            self.launches += self.classes, self.positives
+        self.num_dense = self.class_grid[0] * batch_size
+        self.launches = (self.total,) if has_loss else ()
+        if self.num_cells:
+            self.launches += self.classes, *((self.positives,) if self._num_slots(num_rows) else ())
+            self.launches += (self.fill,) if grads and not num_claims else ()
         self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        self.fixed = {"dense": (dtype, self.num_dense), "partial": (dtype, 3 * self.num_partial)} if has_loss else {}
+        self.fixed, self.by_row = {}, {}
+        if has_loss:
+            self.fixed["dense"] = dtype, self.num_dense
+            held, of = (self.by_row, num_claims) if num_claims else (self.fixed, self.num_cells)
+            held["partial"] = dtype, 3 * cdiv(of, self.slots)
+
+    def _num_slots(self, num_rows: int) -> int:
+        return num_rows * self.num_claims if self.num_claims else self.num_cells
 
     def __call__(
         self, run: Run, grads: Gradients | None, grad: Any, poison: Any, dist: Tensor3, scores: Tensor3, matched: Matched,
-        normaliser: Any,
+        claims: Claims | None, normaliser: Any,
     ) -> None:  # fmt: skip
-        x = run.x
+        x, num_slots = run.x, self._num_slots(run.num_rows)
         weights = None if x.class_weights is None else run.address(x.class_weights)
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
-        if self.num_slots:
+        if self.num_cells:
             self.classes(
                 run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, grad, normaliser, scores,
                 weights, x.gains[1], *self.per_image,
             )  # fmt: skip
-            if grads is not None:
-                self.fill(run.stream, self.fill_grid, grads.dist.ptr, grad, normaliser, self.counts[0])
-            self.positives(
-                run.stream, self.slot_grid, partial, grads, grad, normaliser, dist, scores, matched, weights, self.grid,
-                *self.size, *x.gains, self.num_slots,
-            )  # fmt: skip
+            if self.fill in self.launches:
+                programs = cdiv(self.counts[0], FILL_BLOCK), 1, 1
+                self.fill(run.stream, programs, grads.dist.ptr, grad, normaliser, self.counts[0])
+            if num_slots:
+                self.positives(
+                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, grad, normaliser, dist, scores, matched,
+                    claims, weights, self.grid, *self.size, *x.gains, num_slots,
+                )  # fmt: skip
 
     def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
         programs = 1 if grads is None or INTERPRETED else 256, 1, 1
-        counts = None if grads is None else self.counts
+        counts, num_partial = None if grads is None else self.counts, cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
             run.stream, programs, loss, grads, counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
-            self.num_dense, self.num_partial,
+            self.num_dense, num_partial,
         )  # fmt: skip
 
 
@@ -100,7 +114,7 @@ def gradients(run: Run) -> Gradients:
 
 class _AssignPlan(Plan):
     def __init__(self, x: YOLO11Assign, out: YOLO11Assignment, num_rows: int) -> None:
-        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_normaliser=False)
+        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, fills=False)
         super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
     def launch(self, run: Run) -> None:
@@ -117,7 +131,7 @@ class _LossPlan(Plan):
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
         dist, scores, normaliser = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores), address(x.normaliser)
-        self.criterion(run, None, None, None, dist, scores, matched(run), normaliser)
+        self.criterion(run, None, None, None, dist, scores, matched(run), None, normaliser)
         self.criterion.add_up(run, None, normaliser, new(Loss, map(address, run.out)))
 
 
@@ -129,7 +143,7 @@ class _GradientPlan(Plan):
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        self.criterion(run, gradients(run), address(x.grad), None, dist, scores, matched(run), address(x.held))
+        self.criterion(run, gradients(run), address(x.grad), None, dist, scores, matched(run), None, address(x.held))
 
 
 def matched(run: Run) -> Matched:
@@ -140,24 +154,31 @@ def matched(run: Run) -> Matched:
 class _CriterionPlan(Plan):
     def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
         (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
-        self.assign = YOLO11Assigning(x, dtype, num_rows, is_normaliser=True)
-        self.has_grad = x.wants_grad and out.grad_pred_dist.numel() > 0
-        self.criterion = _Criterion(x, (out.grad_pred_dist, out.grad_pred_scores) if self.has_grad else None, dtype)
+        self.has_grad = x.wants_grad and batch_size * num_anchors > 0
+        grads = (out.grad_pred_dist, out.grad_pred_scores) if self.has_grad else None
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, fills=self.has_grad)
+        self.criterion = _Criterion(x, grads, dtype, num_claims=self.assign.matching.num_claims, num_rows=num_rows)
         fixed = {
             **self.assign.fixed, **self.criterion.fixed, "target_row": (torch.int32, batch_size * num_anchors),
             "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
         }  # fmt: skip
-        memory = Workspace(fixed, {**self.assign.by_row, **packed_rows(dtype)})
+        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype)})
         super().__init__(memory, *self.assign.launches, *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         x, out, buffers, address = run.x, run.out, run.buffers, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        row, score, normaliser = buffers.target_row, buffers.target_score, buffers.normaliser
         rows = new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
-        matched = new(Matched, (buffers.target_row, buffers.target_score, buffers.label, buffers.xyxy))
-        normaliser, grads = buffers.normaliser, gradients(run) if self.has_grad else None
-        self.assign(run, dist, scores, buffers.target_row, buffers.target_score, normaliser, address(out.num_fg), rows)
-        self.criterion(run, grads, None, None if grads is None else normaliser, dist, scores, matched, normaliser)
+        order = buffers.order if self.assign.matching.is_wide else None
+        claims = new(Claims, (buffers.claims, buffers.image, state_of(run, row), order))
+        grads, zeros, poison = None, None, None
+        if self.has_grad:
+            grads, poison = gradients(run), normaliser
+            zeros = new(Fill, (grads.dist.ptr, out.grad_pred_dist.numel()))
+        self.assign(run, dist, scores, row, score, normaliser, address(out.num_fg), rows, zeros)
+        matched = new(Matched, (row, score, buffers.label, buffers.xyxy))
+        self.criterion(run, grads, None, poison, dist, scores, matched, claims, normaliser)
         self.criterion.add_up(run, grads, normaliser, new(Loss, (address(out.loss), address(out.terms), buffers.held)))
 
 
