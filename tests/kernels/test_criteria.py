@@ -98,7 +98,9 @@ def test_yolo11_is_the_sum_of_its_parts(module, layout, dtype, form):
     whole = module.yolo11_criterion(x)
     assert whole.num_fg > 3
     assert whole.grad_pred_dist.stride() == torch.empty_like(case.dist).stride()
-    check_whole(whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole))
+    check_whole(
+        whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,7 +122,9 @@ def test_few_rows(module, num_rows):
     case, x_case = make_case(5, num_rows=num_rows), make_yolox_case(5, num_rows=num_rows)
     x, y = criterion(assign(case)), x_criterion(x_assign(x_case))
     whole = module.yolo11_criterion(x)
-    check_whole(whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole))
+    check_whole(
+        whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
+    )
     check_whole(module.yolox_criterion(y), x_in_parts(module, y), module.yolox_criterion(y._replace(wants_grad=False)))
 
 

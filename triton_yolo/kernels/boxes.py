@@ -63,10 +63,9 @@ def log_product(excess):
 
 
 @triton.jit
-def joined(excess):
-    """Excess [n / 2] over 1 of the products of neighbours, of which the excess [n] is given."""
-    a, b = tl.split(tl.reshape(excess, (excess.numel // 2, 2)))
-    return tl.fma(a, b, a + b)
+def halves(x):
+    """Neighbours [n / 2] among values [n]."""
+    return tl.split(tl.reshape(x, (x.numel // 2, 2)))
 
 
 @triton.jit
@@ -82,14 +81,26 @@ def log_not(p):
 
 @triton.jit
 def split_softplus(x):
-    """Two numbers, so that softplus(x) = first + log(1 + second): max(x, 0), NaN where x is not finite, and exp(-|x|)."""
-    return tl.fma(x, 0.0, tl.maximum(x, 0.0)), tl.exp2(tl.abs(x) * scalar(-_LOG2E, x.dtype))
+    """Two numbers, so that softplus(x) = first + log(1 + second).
+
+    The first is NaN where x is not finite: x / 2 + |x / 2| for max(x, 0) makes that of -inf, and 0 * x of inf.
+    """
+    half = x * 0.5
+    return half + tl.abs(half) + x * 0.0, tl.exp(-tl.abs(x))
 
 
 @triton.jit
-def sigmoid_of(larger, e):
-    """sigmoid(x) from what ``split_softplus`` made of x, without another exponential."""
-    over = tl.where(larger > 0, 1.0, e).to(e.dtype)
+def split_sigmoid(x):
+    """Whether x is positive, and exp(-|x|)."""
+    # By its bits: of half-precision numbers LLVM would compare two at once, and take them apart again.
+    bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    return bits > 0, tl.exp2(tl.abs(x) * scalar(-_LOG2E, x.dtype))
+
+
+@triton.jit
+def sigmoid_of(is_up, e):
+    """sigmoid(x) from what ``split_sigmoid`` made of x."""
+    over = tl.where(is_up, 1.0, e).to(e.dtype)
     if e.dtype == tl.float64:
         result = over / (1 + e)
     else:
@@ -178,23 +189,35 @@ def arctangent(t):
 
 
 @triton.jit
-def shape_angle(wa, ha, wb, hb):
-    """atan(wb / hb) - atan(wa / ha) as one angle between (ha, wa) and (hb, wb), whatever the signs; 0 if one is (0, 0)."""
+def shape_angle(wa, ha, wb, hb, IS_PROPER: tl.constexpr = False):
+    """atan(wb / hb) - atan(wa / ha) as one angle between (ha, wa) and (hb, wb), whatever the signs; 0 if one is (0, 0).
+
+    Of boxes that are ``IS_PROPER``, widths not negative and heights positive, it takes fewer instructions.
+    """
     cross, dot = wb * ha - wa * hb, ha * hb + wa * wb
-    flip = (ha < 0) != (hb < 0)
-    cross, dot = tl.where(flip, -cross, cross), tl.where(flip, -dot, dot)
+    if not IS_PROPER:
+        flip = (ha < 0) != (hb < 0)
+        cross, dot = tl.where(flip, -cross, cross), tl.where(flip, -dot, dot)
     rise, run = tl.abs(cross), tl.abs(dot)
     is_steep = rise > run
     longer = tl.where(is_steep, rise, run)
-    angle = arctangent(tl.where(is_steep, run, rise) / tl.where(longer == 0, 1.0, longer))
+    if not IS_PROPER:
+        longer = tl.where(longer == 0, 1.0, longer)
+    angle = arctangent(tl.where(is_steep, run, rise) / longer)
     angle = tl.where(is_steep, _PI / 2 - angle, angle)
-    angle = tl.where(dot < 0, _PI - angle, angle)
+    if not IS_PROPER:
+        angle = tl.where(dot < 0, _PI - angle, angle)
     return tl.where(cross < 0, -angle, angle)
 
 
 @triton.jit
-def overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr):
-    """Overlap of boxes a and b of a kind of the IoU family; ``EPS`` where ``reference.bbox_iou`` has it."""
+def overlap(
+    ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr, IS_PROPER: tl.constexpr = False
+):  # fmt: skip
+    """Overlap of boxes a and b of a kind of the IoU family; ``EPS`` where ``reference.bbox_iou`` has it.
+
+    ``IS_PROPER``: no side is negative.
+    """
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
     inter_w = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0)
     inter_h = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0)
@@ -213,7 +236,7 @@ def overlap(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.
             dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
             result = iou - (dx * dx + dy * dy) / diagonal2
             if KIND == "ciou":
-                angle = shape_angle(wa, ha, wb, hb)
+                angle = shape_angle(wa, ha, wb, hb, IS_PROPER)
                 v = _FOUR_BY_PI2 * (angle * angle)
                 result = result - v / (1 - iou + v + EPS) * v
     return result

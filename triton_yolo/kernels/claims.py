@@ -7,9 +7,9 @@ import triton.language as tl
 
 from .launch import INTERPRETED, cdiv
 from .rows import CONTESTED, append, row_sizes
-from .topk import LOWEST, empty_list, keep_best, list_sizes, none
+from .topk import LOWEST, best_of, keep_best, list_sizes, none
 
-_TILES = 4  # of a part, if a row walks over all anchors
+_TILES = 2  # of a part, if a row walks over all anchors
 
 
 def split_sizes(num_rows: int, num_anchors: int, block_p: int) -> dict[str, int]:
@@ -47,18 +47,25 @@ def merge_parts(
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One list [g, KP] of the best in the lists of the first parts, ``num_parts`` [g, 1], of rows [g, 1]."""
-    best, best_order = empty_list(row.shape[0], K, KP, DTYPE)
     limit = tl.max(num_parts) * PART_K
-    start = 0
+    nth = tl.zeros(row.shape, tl.int32) + tl.arange(0, BLOCK_P)[None, :]
+    key, order = _load_listed(lists, row, nth, num_parts, PARTS, PART_K)
+    best, best_order = best_of(key, order, K, KP, DTYPE)
+    start = BLOCK_P
     while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
-        mask = nth < num_parts * PART_K
-        at = row.to(tl.int64) * (PARTS * PART_K) + nth
-        key = tl.load(lists.key_ptr + at, mask=mask, other=0)
-        order = tl.load(lists.order_ptr + at, mask=mask, other=0)
-        best, best_order = keep_best(best, best_order, tl.where(mask, key, none(key)), order)
+        key, order = _load_listed(lists, row, start + nth, num_parts, PARTS, PART_K)
+        best, best_order = keep_best(best, best_order, key, order)
         start += BLOCK_P
     return best, best_order
+
+
+@triton.jit
+def _load_listed(lists, row, nth, num_parts, PARTS: tl.constexpr, PART_K: tl.constexpr):
+    """The ``nth`` keys and orders [g, n] in the lists of rows [g, 1], ``none`` past the last."""
+    mask = nth < num_parts * PART_K
+    at = row.to(tl.int64) * (PARTS * PART_K) + nth
+    key = tl.load(lists.key_ptr + at, mask=mask, other=0)
+    return tl.where(mask, key, none(key)), tl.load(lists.order_ptr + at, mask=mask, other=0)
 
 
 @triton.jit

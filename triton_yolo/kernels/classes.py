@@ -4,19 +4,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import joined, log_product, rounded, scalar, sigmoid_of, softplus, split_softplus
+from .boxes import halves, log_product, rounded, scalar, sigmoid_of, softplus, split_sigmoid
 from .launch import INTERPRETED
 
 
 def class_sizes(scores: Tensor) -> dict[str, int]:
     """Logits a step, steps and warps of a program: eight logits a thread and step, loads of 16 bytes, all on their way at once.
 
-    What one load gives a thread is joined into one factor, so that its logits of all steps have one logarithm.
+    What 16 steps give a thread is joined by fours: at most 64 factors below 2 have a product in float32.
     """
     per_image = scores.shape[1] * scores.shape[2]
     if INTERPRETED:
         return {"BLOCK": min(triton.next_power_of_2(per_image), 2**18), "STEPS": 1, "JOINS": 0, "num_warps": 4}
-    return {"BLOCK": 1024, "STEPS": 8, "JOINS": (16 // scores.element_size()).bit_length() - 1, "num_warps": 4}
+    return {"BLOCK": 1024, "STEPS": 16, "JOINS": 2, "num_warps": 4}
 
 
 def class_layout(scores: Tensor, out: Tensor | None = None) -> dict[str, bool]:
@@ -43,7 +43,7 @@ def _places(x, nth, A, C, IS_LAST: tl.constexpr, IS_FLAT: tl.constexpr):
     if not IS_FLAT:
         label = _label(nth, A, C, IS_LAST)
         anchor = nth // C if IS_LAST else nth - label * A
-        offs = anchor * x.anchor + label * x.channel
+        offs = anchor.to(tl.int64) * x.anchor + label.to(tl.int64) * x.channel
     return offs
 
 
@@ -68,32 +68,41 @@ def _yolo11_class_kernel(
     if out is not None:
         out_ptr = out.ptr + image * out.image
         scale = scalar(cls_gain, DTYPE) * loss_scale(grad_ptr, normaliser_ptr, DTYPE)
-    most = tl.zeros((BLOCK,), DTYPE)
-    # The sum of log(1 + e) is the logarithm of a product, below 2^STEPS. Its excess over 1 keeps what is small.
+    larger = tl.zeros((BLOCK,), DTYPE)  # sum of max(x, 0)
+    # The sum of log(1 + e) is the logarithm of a product. Its excess over 1 keeps what is small.
     excess = tl.zeros((BLOCK,), DTYPE)
+    first = tl.program_id(0) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
     for step in tl.static_range(STEPS):
-        nth = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        nth = first + step * BLOCK
         mask = nth < count
         x = tl.load(x_ptr + _places(logits, nth, A, C, IS_LAST, IS_FLAT), mask=mask, other=-1e4).to(DTYPE)  # a loss of 0
-        larger, e = split_softplus(x)
+        is_up, e = split_sigmoid(x)
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + _label(nth, A, C, IS_LAST), mask=mask, other=0.0).to(DTYPE)
         if partial_ptr is not None:
             if weights_ptr is not None:
-                most += softplus(x) * weight
+                larger += softplus(x) * weight
             else:
-                most += larger
-                excess = tl.fma(excess, e, excess + e)
+                larger = tl.fma(x, tl.where(is_up, 1.0, 0.0).to(DTYPE), larger)  # NaN of -inf
+                excess = tl.fma(excess, 1 + e, e)
         if out is not None:
-            error = sigmoid_of(larger, e)
+            error = sigmoid_of(is_up, e)
             if weights_ptr is not None:
                 error = error * weight
             error = rounded(error * scale, out.ptr.dtype.element_ty)
             tl.store(out_ptr + _places(out, nth, A, C, IS_LAST, IS_FLAT), error, mask=mask)
     if partial_ptr is not None:
         for _ in tl.static_range(JOINS):
-            excess = joined(excess)
-        loss = tl.sum(most) + tl.sum(log_product(excess))
+            a, b = halves(excess)
+            excess = tl.fma(a, b, a + b)
+            a, b = halves(larger)
+            larger = a + b
+        loss = tl.sum(larger + log_product(excess))
+        if loss == float("inf"):  # NaN if that comes from a logit, not from a sum that is too large
+            for again in range(STEPS):
+                offs = first + again * BLOCK
+                seen = tl.load(x_ptr + _places(logits, offs, A, C, IS_LAST, IS_FLAT), mask=offs < count, other=0.0)
+                loss += tl.sum(seen.to(DTYPE) * 0.0)
         tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), loss)
         if poison_ptr is not None:
             tl.atomic_add(poison_ptr, loss, mask=loss != loss, sem="relaxed")

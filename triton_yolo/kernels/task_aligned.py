@@ -11,10 +11,19 @@ from .claims import claim_owned, merge_parts, store_part
 from .decode import side_logits
 from .fill import fill
 from .grid import anchor_points, cell_centres
-from .pairs import candidates, is_inside, load_contested, pair_metrics, pair_overlaps, walk_length, widened
+from .pairs import (
+    candidates,
+    is_inside,
+    load_contested,
+    longest_walk,
+    pair_metrics,
+    pair_overlaps,
+    walk_length,
+    widened,
+)
 from .reduce import total
 from .rows import CONTESTED, Box, contest, list_length, load_rows, pack_rows, store_anchor_boxes, winner
-from .topk import empty_list, index_of, is_among, is_taken, keep_best, none, ordered
+from .topk import best_of, empty_list, index_of, is_among, is_taken, keep_best, none, ordered
 
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 44))
 """Of sums of target scores, which are at most 1, so that half a million of them fit an int64."""
@@ -57,28 +66,31 @@ def _yolo11_prepare_kernel(
     Into ``poison`` (programs,) it writes 0, or NaN if one of its logits is not finite. All together pack the ground truth.
     """
     image = tl.program_id(1).to(tl.int64)
-    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    # Two anchors a thread, with all their bins: nothing changes hands.
+    offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
     mask_a = offs_a < grid.A
-    left, left_poison = _poisoned_distance(dist, image, offs_a, mask_a, 0, R, RP, DTYPE)
-    top, top_poison = _poisoned_distance(dist, image, offs_a, mask_a, 1, R, RP, DTYPE)
-    right, right_poison = _poisoned_distance(dist, image, offs_a, mask_a, 2, R, RP, DTYPE)
-    bottom, bottom_poison = _poisoned_distance(dist, image, offs_a, mask_a, 3, R, RP, DTYPE)
+    poison = tl.zeros((RP, BLOCK_A), DTYPE)
+    left, poison = _poisoned_distance(dist, image, offs_a, mask_a, 0, poison, R, RP, DTYPE)
+    top, poison = _poisoned_distance(dist, image, offs_a, mask_a, 1, poison, R, RP, DTYPE)
+    right, poison = _poisoned_distance(dist, image, offs_a, mask_a, 2, poison, R, RP, DTYPE)
+    bottom, poison = _poisoned_distance(dist, image, offs_a, mask_a, 3, poison, R, RP, DTYPE)
     x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
     box = Box((x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride)
     store_anchor_boxes(boxes, image, offs_a, mask_a, box)
     _clear(result, state, image, offs_a, mask_a, grid.A, tl.program_id(0) == 0, IS_FINAL, DTYPE)
-    poison = tl.sum(left_poison + top_poison + right_poison + bottom_poison)
-    tl.store(poison_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), poison)
+    tl.store(poison_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(poison))
     pack_rows(rows, targets, height, width, N, B, PACK, DTYPE)
 
 
 @triton.jit
-def _poisoned_distance(dist, image, offs_a, mask_a, side, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
-    """Expected distance [n] of one side, and the sum of its logits times 0."""
+def _poisoned_distance(dist, image, offs_a, mask_a, side, poison, R: tl.constexpr, RP: tl.constexpr, DTYPE: tl.constexpr):
+    """Expected distance [n] of one side; ``poison`` [RP, n] becomes NaN where a logit is not finite."""
     logits = side_logits(dist, image, offs_a, mask_a, side, R, RP, DTYPE)
     bins = tl.arange(0, RP)[:, None]
     distance = expectation(logits, bins.to(DTYPE), R)[1]
-    return distance, tl.sum(tl.where(bins < R, logits * 0.0, 0.0), 0)
+    if R != RP:
+        logits = tl.where(bins < R, logits, 0.0)
+    return distance, tl.fma(logits, 0.0, poison)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -90,6 +102,25 @@ def _background_kernel(result, state, rows, targets, A, N, B, PACK: tl.constexpr
     pack_rows(rows, targets, 0.0, 0.0, N, B, PACK, DTYPE)
 
 
+@triton.jit
+def _fill_by_last(zeros, part, PARTS: tl.constexpr, FILLING: tl.constexpr):
+    """Have the last parts of all rows fill memory: few rows have so many."""
+    first: tl.constexpr = PARTS - FILLING
+    if part >= first:
+        nth = (part - first) * tl.num_programs(0) + tl.program_id(0)
+        fill(zeros.ptr, 0.0, zeros.size, nth, FILLING * tl.num_programs(0), 4096)
+
+
+@triton.jit
+def _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE: tl.constexpr):
+    """Key and order of the metrics of the ``nth`` anchors [g, n] of each row's walk, ``none`` where there is no candidate."""
+    anchor, mask = candidates(nth, length, wide, points, grid, RULE)
+    overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)
+    metric = pair_metrics(truth, anchor, mask, overlaps, scores, RULE)
+    key, order = ordered(metric, anchor)
+    return tl.where(metric > 0, key, none(key)), order
+
+
 @triton.jit(do_not_specialize=["N"])
 def _task_aligned_claim_kernel(
     lists, zeros, boxes, scores, points, rows, grid, N, RULE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -99,24 +130,25 @@ def _task_aligned_claim_kernel(
 
     All together fill ``zeros``, if there are any.
     """
-    if zeros is not None:
-        fill(zeros.ptr, 0.0, zeros.count, 1024)
     part = tl.program_id(1)
-    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
-    wide = widened(truth.box, RULE.MIN_SIDE)
-    length = walk_length(truth, wide, grid, RULE)
-    limit = tl.max(length)
+    if zeros is not None:
+        _fill_by_last(zeros, part, PARTS, min(PARTS, 8))
     start = part * BLOCK_P
-    if start < limit:
-        best, best_order = empty_list(BLOCK_G, K, KP, RULE.DTYPE)
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
+        truth = load_rows(rows, offs_g, N, RULE.DTYPE)
+        wide = widened(truth.box, RULE.MIN_SIDE)
+        length = walk_length(truth, wide, grid, RULE)
+        limit = tl.max(length)
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        key, order = _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE)
+        best, best_order = best_of(key, order, K, KP, RULE.DTYPE)
+        nth += PARTS * BLOCK_P
+        start += PARTS * BLOCK_P
         while start < limit:
-            nth = start + tl.arange(0, BLOCK_P)[None, :]
-            anchor, mask = candidates(nth, length, wide, points, grid, RULE)
-            overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE.DTYPE)
-            metric = pair_metrics(truth, anchor, mask, overlaps, scores, RULE)
-            key, order = ordered(metric, anchor)
-            best, best_order = keep_best(best, best_order, tl.where(metric > 0, key, none(key)), order)
+            key, order = _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE)
+            best, best_order = keep_best(best, best_order, key, order)
+            nth += PARTS * BLOCK_P
             start += PARTS * BLOCK_P
         store_part(lists, truth.row, truth.row < N, part, best, best_order, PARTS, K, KP)
 
@@ -163,7 +195,7 @@ def _task_aligned_contest_kernel(
         mask = mask & is_inside(x, y, wide, RULE.EPS)
         mask = mask & (tl.load(state.row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
-            overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE.DTYPE)
+            overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)
             # In float64 the states say who claims; what breaks ties has a place of its own.
             contest(State(order_ptr, state.best_ptr, state.contested), truth, cell, overlaps, mask, IS_TIE_BREAK, IS_WIDE)
         start += BLOCK_P
@@ -219,7 +251,7 @@ def _owned_pairs(nth, owned, boxes, scores, grid, RULE: tl.constexpr, CLAIMS: tl
     is_ours = tl.where(is_claim, is_ours & (owner == truth.row), won)
     overlaps, metric = tl.zeros(cell.shape, RULE.DTYPE), tl.zeros(cell.shape, RULE.DTYPE)
     if tl.max(is_ours.to(tl.int32)) > 0:
-        overlaps = pair_overlaps(truth, anchor, is_ours, boxes, RULE.DTYPE)
+        overlaps = pair_overlaps(truth, anchor, is_ours, boxes, RULE)
         metric = pair_metrics(truth, anchor, is_ours, overlaps, scores, RULE)
     return Pairs(anchor, is_ours, overlaps, metric)
 

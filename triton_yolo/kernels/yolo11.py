@@ -280,7 +280,7 @@ class Loss(NamedTuple):
 def _fill_kernel(out_ptr, grad_ptr, normaliser_ptr, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Programs fill a gradient with that of background: 0, or NaN where no number stands for the loss."""
     scale = loss_scale(grad_ptr, normaliser_ptr, DTYPE)
-    fill(out_ptr, tl.where(scale == scale, 0.0, scale).to(tl.float32), count, BLOCK)
+    fill(out_ptr, tl.where(scale == scale, 0.0, scale), count, tl.program_id(0), tl.num_programs(0), BLOCK)
 
 
 @triton.jit(do_not_specialize=["dense", "programs"])
@@ -296,8 +296,8 @@ def _yolo11_total_kernel(
     normaliser = tl.load(normaliser_ptr).to(DTYPE)
     if grads is not None:
         num_broken = (normaliser != normaliser).to(tl.int64)
-        fill(grads.dist.ptr, float("nan"), num_broken * counts[0], BLOCK)
-        fill(grads.scores.ptr, float("nan"), num_broken * counts[1], BLOCK)
+        fill(grads.dist.ptr, float("nan"), num_broken * counts[0], tl.program_id(0), tl.num_programs(0), BLOCK)
+        fill(grads.scores.ptr, float("nan"), num_broken * counts[1], tl.program_id(0), tl.num_programs(0), BLOCK)
     if tl.program_id(0) == 0:
         cls = total(dense_ptr, dense, DTYPE, BLOCK)
         is_broken = cls != cls

@@ -10,7 +10,7 @@ from ..arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_typ
 from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
 from ..fill import Fill
-from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, Buffers, FusedLaunch, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..pairs import Rule
 from ..reduce import TOTAL_SIZES
 from ..rows import Pack, row_sizes
@@ -39,11 +39,11 @@ class _Matching:
 
     def __init__(
         self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int,
-        *, is_final: bool,
+        *, is_final: bool, is_proper: bool = False,
     ) -> None:  # fmt: skip
         rule = Rule(
             assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
-            compute_type(dtype),
+            is_proper, compute_type(dtype),
         )  # fmt: skip
         self.is_wide = dtype == torch.float64
         self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 1)
@@ -54,7 +54,9 @@ class _Matching:
         self.split_g, self.num_parts, self.part_claims = split["BLOCK_G"], split["PARTS"], of_part["K"]
         self.num_claims = claimed["K"]
         self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **of_part, **split)
-        self.merge = Launch(_task_aligned_merge_kernel, PART_K=self.part_claims, **merged, **tiles)
+        self.merge = Launch(
+            _task_aligned_merge_kernel, PART_K=self.part_claims, **merged, **{**tiles, "BLOCK_P": max(block_p, 128)}
+        )
         self.contests = [
             Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
             for is_tie_break in ((False, True) if self.is_wide else (False,))
@@ -151,11 +153,13 @@ class YOLO11Assigning:
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
         self.programs = cdiv(num_anchors, block), batch_size, 1
         self.num_poisons = self.programs[0] * batch_size
-        self.prepare = Launch(
+        self.prepare = FusedLaunch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
             IS_FINAL=not is_whole, PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
         )  # fmt: skip
-        self.matching = _Matching(x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=not is_whole)
+        self.matching = _Matching(
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=not is_whole, is_proper=x.reg_max > 1
+        )
         self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
         self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
         if (num_rows or fills) and self.num_poisons:

@@ -18,7 +18,7 @@ from ..._signatures import (
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..classes import _yolo11_class_kernel, class_layout, class_sizes
 from ..fill import Fill
-from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..targets import packed_rows
 from ..yolo11 import (
@@ -61,14 +61,17 @@ class _Criterion:
         )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
         self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
-        self.counts = tuple(x.numel() for x in grads) if grads else None
+        self.counts = tuple(x.numel() for x in grads) if grads else ()
         self.num_dense = self.class_grid[0] * batch_size
-        self.launches = (self.total,) if has_loss else ()
-        if self.num_cells:
-            self.launches += self.classes, *((self.positives,) if self._num_slots(num_rows) else ())
-            self.launches += (self.fill,) if grads and not num_claims else ()
+        self.has_fill = grads is not None and not num_claims
+        used = {
+            self.total: has_loss, self.classes: self.num_cells, self.positives: self._num_slots(num_rows),
+            self.fill: self.num_cells and self.has_fill,
+        }  # fmt: skip
+        self.launches = [launch for launch, is_used in used.items() if is_used]
         self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        self.fixed, self.by_row = {}, {}
+        self.fixed: Buffers = {}
+        self.by_row: Buffers = {}
         if has_loss:
             self.fixed["dense"] = dtype, self.num_dense
             held, of = (self.by_row, num_claims) if num_claims else (self.fixed, self.num_cells)
@@ -89,7 +92,7 @@ class _Criterion:
                 run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, grad, normaliser, scores,
                 weights, x.gains[1], *self.per_image,
             )  # fmt: skip
-            if self.fill in self.launches:
+            if grads is not None and self.has_fill:
                 programs = cdiv(self.counts[0], FILL_BLOCK), 1, 1
                 self.fill(run.stream, programs, grads.dist.ptr, grad, normaliser, self.counts[0])
             if num_slots:
@@ -99,10 +102,10 @@ class _Criterion:
                 )  # fmt: skip
 
     def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
-        programs = 1 if grads is None or INTERPRETED else 256, 1, 1
-        counts, num_partial = None if grads is None else self.counts, cdiv(self._num_slots(run.num_rows), self.slots)
+        programs = 1 if grads is None or INTERPRETED else 32, 1, 1
+        num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
-            run.stream, programs, loss, grads, counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
+            run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
             self.num_dense, num_partial,
         )  # fmt: skip
 
@@ -137,7 +140,7 @@ class _LossPlan(Plan):
 
 class _GradientPlan(Plan):
     def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
-        self.criterion = _Criterion(x, tuple(out), x.target_score.dtype, has_loss=False)
+        self.criterion = _Criterion(x, (out.grad_pred_dist, out.grad_pred_scores), x.target_score.dtype, has_loss=False)
         super().__init__(Workspace(), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
