@@ -47,11 +47,11 @@ def make_case(
 def least_bytes(system: str, case: Case, itemsize: int) -> int:
     """The fewest bytes that a criterion moves forward and backward.
 
-    YOLO11 reads class and box logits once, class logits again, and writes both gradients. YOLOX reads its output twice and
+    YOLO11 reads class and box logits once, and writes both gradients. YOLOX reads its output twice and
     writes its gradient.
     """
     num_anchors = case.batch_size * sum(height * width for height, width in case.feat_shapes)
-    numbers = 3 * case.num_classes + 8 * case.reg_max if system == "yolo11" else 3 * (5 + case.num_classes)
+    numbers = 2 * case.num_classes + 8 * case.reg_max if system == "yolo11" else 3 * (5 + case.num_classes)
     return num_anchors * numbers * itemsize
 
 

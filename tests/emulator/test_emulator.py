@@ -173,6 +173,8 @@ def test_integers():
     assert operations["div",](np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-3, -3]
     assert operations["rem",](np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-1, 1]
     assert operations["mul", "wide"](u32(2**31), u32(6)).tolist() == [6 * 2**31]
+    assert operations["mul", "hi"](u32(2**31), u32(6)).tolist() == [3]
+    assert operations["mul", "hi"](np.array([-(2**31)], np.int32), np.array([3], np.int32)).tolist() == [-2]
 
 
 def test_comparisons_with_nan():
@@ -187,6 +189,10 @@ def test_comparisons_with_nan():
 def test_fused_multiply_add_rounds_once():
     a = f32(1 + 2**-12)
     assert arithmetic.OPERATIONS["fma",](a, a, f32(-1))[0] == np.float32(2**-11 + 2**-24)
+
+
+def test_reciprocal_square_root():
+    assert arithmetic.OPERATIONS["rsqrt",](f32(4, 0.25)).tolist() == [0.5, 2]
 
 
 def test_pairs():

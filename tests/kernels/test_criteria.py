@@ -69,12 +69,22 @@ def x_in_parts(module: ModuleType, x: of.YOLOX) -> of.YOLOXOutputs:
     return of.YOLOXOutputs(*out, num_fg / num_gt.clamp(min=1), *grads)
 
 
-def check_whole(whole, parts, unwanted) -> None:
-    """What one operation puts out is what the parts do, to the bit, with the gradients or without."""
-    assert same(whole, parts)
-    assert same(unwanted[:3], parts[:3])
+def check_whole(whole, parts, unwanted, *, order: float = 0) -> None:
+    """What one operation puts out is what the parts do, to the bit, with the gradients or without.
+
+    Where sums are taken in another ``order``, that is how much loss and terms may differ.
+    """
+    assert same(whole[2:], parts[2:])
+    assert same(unwanted[:3], whole[:3])
+    for have, want in zip(whole[:2], parts[:2], strict=True):
+        torch.testing.assert_close(have, want, rtol=order, atol=0)
     assert [x.numel() for x in unwanted[3:]] == [0] * len(unwanted[3:])
     assert [x.dtype for x in unwanted[3:]] == [x.dtype for x in parts[3:]]
+
+
+def order_of(module: ModuleType, whole: of.YOLO11Outputs) -> float:
+    """Kernels of the whole criterion sum over claims, those of the parts, which know none, over anchors."""
+    return 0 if module is eager else 4 * torch.finfo(whole.loss.dtype).eps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,7 +98,9 @@ def test_yolo11_is_the_sum_of_its_parts(module, layout, dtype, form):
     whole = module.yolo11_criterion(x)
     assert whole.num_fg > 3
     assert whole.grad_pred_dist.stride() == torch.empty_like(case.dist).stride()
-    check_whole(whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)))
+    check_whole(
+        whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -109,7 +121,10 @@ def test_yolox_is_the_sum_of_its_parts(module, layout, dtype, form):
 def test_few_rows(module, num_rows):
     case, x_case = make_case(5, num_rows=num_rows), make_yolox_case(5, num_rows=num_rows)
     x, y = criterion(assign(case)), x_criterion(x_assign(x_case))
-    check_whole(module.yolo11_criterion(x), in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)))
+    whole = module.yolo11_criterion(x)
+    check_whole(
+        whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
+    )
     check_whole(module.yolox_criterion(y), x_in_parts(module, y), module.yolox_criterion(y._replace(wants_grad=False)))
 
 

@@ -132,9 +132,9 @@ def test_padded_stages(layout, dtype):
 def use_tiles(monkeypatch, module, rows, parts, anchors):
     """Tiles of so many rows and anchors; lists of ``parts`` of them. Plans are made for the sizes of their time."""
     monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
-    monkeypatch.setattr(module, "claim_sizes", lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
+    sizes = "split_sizes" if hasattr(module, "split_sizes") else "claim_sizes"
+    monkeypatch.setattr(module, sizes, lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (4, 1, 8), (16, 1, 32), (1, 4, 2), (1, 2, 16)])

@@ -32,8 +32,9 @@ def side_logits(dist, image, offs_a, mask_a, side, R: tl.constexpr, RP: tl.const
     mask = mask_a[None, :]
     if R != RP:
         mask = mask & (bins < R)[:, None]
-    offs = (side * R + bins).to(tl.int64)[:, None] * dist.channel + offs_a.to(tl.int64)[None, :] * dist.anchor
-    logits = tl.load(dist.ptr + image * dist.image + offs, mask=mask, other=0.0).to(DTYPE)
+    offs = bins.to(tl.int64)[:, None] * dist.channel + offs_a.to(tl.int64)[None, :] * dist.anchor  # the same for every side
+    ptr = dist.ptr + image * dist.image + tl.full((), side * R, tl.int64) * dist.channel
+    logits = tl.load(ptr + offs, mask=mask, other=0.0).to(DTYPE)
     if R != RP:
         logits = tl.where((bins < R)[:, None], logits, float("-inf"))
     return logits

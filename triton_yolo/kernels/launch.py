@@ -38,9 +38,11 @@ class Launch:
     No contraction to fused multiply-adds: two kernels that evaluate one formula get the same bits.
     """
 
+    _is_fused = False
+
     def __init__(self, kernel: Any, num_warps: int, **constants: Any) -> None:
         self._kernel, self._constants = kernel, constants
-        self._options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        self._options = {"num_warps": num_warps, "enable_fp_fusion": self._is_fused}
         self._bound: tuple[Any, Any, Any, tuple[Any, ...]] | None = None
 
     def __call__(self, stream: int | None, grid: Grid, *args: Any) -> None:
@@ -58,6 +60,12 @@ class Launch:
     @property
     def is_bound(self) -> bool:
         return self._bound is not None
+
+
+class FusedLaunch(Launch):
+    """A kernel whose formulas no other evaluates, with contraction."""
+
+    _is_fused = True
 
 
 def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:

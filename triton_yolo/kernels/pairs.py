@@ -11,11 +11,14 @@ import triton.language as tl
 
 from .boxes import overlap, power, sigmoid
 from .grid import load_points, rectangle_cells, rectangle_size
-from .rows import Box, load_anchor_boxes, load_listed
+from .rows import Box, load_anchor_boxes, load_listed, load_row_boxes
 
 
 class Rule(NamedTuple):
-    """Constants of the task-aligned assigner, for cells of a grid with these strides or for arbitrary points."""
+    """Constants of the task-aligned assigner, for cells of a grid with these strides or for arbitrary points.
+
+    ``IS_PROPER``: no predicted box has a negative side.
+    """
 
     ALPHA: float
     BETA: float
@@ -23,6 +26,7 @@ class Rule(NamedTuple):
     EPS: float
     STRIDES: tuple[float, ...]
     IS_GRID: bool
+    IS_PROPER: bool
     DTYPE: Any
 
 
@@ -46,6 +50,23 @@ def walk_length(truth, wide, grid, RULE: tl.constexpr):
     else:
         length = tl.zeros_like(truth.row) + grid.A
     return tl.where(truth.is_gt, length, 0)
+
+
+@triton.jit
+def longest_walk(rows, offs_g, N, grid, RULE: tl.constexpr):
+    """What no walk of rows [g] is longer than, for a fraction of the instructions that its length takes."""
+    if RULE.IS_GRID:
+        STRIDES: tl.constexpr = RULE.STRIDES
+        box = load_row_boxes(rows.xyxy_ptr, 4, 1, offs_g, offs_g < N, tl.float32)
+        width, height = tl.maximum(box.x2 - box.x1, RULE.MIN_SIDE), tl.maximum(box.y2 - box.y1, RULE.MIN_SIDE)
+        # The sum of (width / stride + 2) * (height / stride + 2) over the levels.
+        of_area, of_sides = 0.0, 0.0
+        for level in tl.static_range(len(STRIDES)):
+            of_area, of_sides = of_area + 1 / (STRIDES[level] * STRIDES[level]), of_sides + 2 / STRIDES[level]
+        length = width * height * of_area + (width + height) * of_sides + (4 * len(STRIDES) + 1)
+    else:
+        length = tl.zeros_like(offs_g).to(tl.float32) + grid.A
+    return tl.where((offs_g < N) & (length >= 0), length, -1.0)  # not NaN
 
 
 @triton.jit
@@ -78,15 +99,17 @@ def load_contested(nth, length, num_contested, truth, wide, contested, grid, RUL
     mask = (nth >= 0) & (nth < tl.minimum(num_contested, length))
     anchor = load_listed(contested, truth.image, nth, mask & is_listed, grid.A)
     if RULE.IS_GRID:
-        anchor = tl.where(is_listed, anchor, rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE).anchor)
+        are_listed = tl.min(is_listed.to(tl.int32))
+        if are_listed == 0:
+            anchor = tl.where(is_listed, anchor, rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE).anchor)
     return anchor, mask
 
 
 @triton.jit
-def pair_overlaps(truth, anchor, mask, boxes, DTYPE: tl.constexpr):
+def pair_overlaps(truth, anchor, mask, boxes, RULE: tl.constexpr):
     """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
-    gt, box = truth.box, load_anchor_boxes(boxes, truth.image, anchor, mask, DTYPE)
-    ciou = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "ciou", 1e-7)
+    gt, box = truth.box, load_anchor_boxes(boxes, truth.image, anchor, mask, RULE.DTYPE)
+    ciou = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "ciou", 1e-7, RULE.IS_PROPER)
     return tl.where(mask & (ciou > 0), ciou, 0.0)
 
 

@@ -36,7 +36,7 @@ def _scale_kernel(first_ptr, second_ptr, grad_ptr, first_count, second_count, DT
 
 class _ScalePlan(Plan):
     def __init__(self, x: Scale, out: list[Tensor], num_rows: int) -> None:
-        self.block = 2**16 if INTERPRETED else 2048
+        self.block = 2**16 if INTERPRETED else 8192
         self.scale = Launch(_scale_kernel, 4, DTYPE=compute_type(x.grad.dtype), BLOCK=self.block)
         super().__init__(Workspace(), self.scale)
 

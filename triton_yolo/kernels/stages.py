@@ -23,7 +23,7 @@ def _align_metric_kernel(
     wide = widened(truth.box, RULE.MIN_SIDE)
     nth = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     anchor, mask = candidates(nth, walk_length(truth, wide, grid, RULE), wide, points, grid, RULE)
-    overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE.DTYPE)
+    overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)
     metric = pair_metrics(truth, anchor, mask, overlaps, scores, RULE)
     offs = truth.row.to(tl.int64) * grid.A + nth
     mask = (truth.row < N) & (nth < grid.A)
@@ -75,7 +75,7 @@ class _AlignMetric(Plan):
         self.tiles = cdiv(num_anchors, block_p)
         dtype = out.metric.dtype
         self.pack = packing(x.targets, x.scores.shape[2], dtype)
-        rule = Rule(x.alpha, x.beta, x.min_box_side, 1e-9, (1.0,), False, compute_type(dtype))
+        rule = Rule(x.alpha, x.beta, x.min_box_side, 1e-9, (1.0,), False, False, compute_type(dtype))
         self.align = Launch(_align_metric_kernel, num_warps, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p)
         super().__init__(Workspace({}, packed_rows(dtype)), self.pack, self.align)
 

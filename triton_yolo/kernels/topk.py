@@ -113,6 +113,22 @@ def keep_best(best, best_order, key, order):
 
 
 @triton.jit
+def best_of(key, order, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
+    """The list [g, KP] of the K best of candidates [g, n], ``none`` for what is not one: as ``keep_best``, but nothing goes."""
+    best, best_order = empty_list(key.shape[0], K, KP, DTYPE)
+    place = tl.arange(0, KP)[None, :]
+    top, top_order = _best_of(key, order)
+    nth = 0
+    while (tl.max(top) > none(top)) & (nth < K):
+        is_nth = (place == nth) & (top > none(top))
+        best, best_order = tl.where(is_nth, top, best), tl.where(is_nth, top_order, best_order)
+        key = tl.where(order == top_order, none(key), key)
+        top, top_order = _best_of(key, order)
+        nth += 1
+    return best, best_order
+
+
+@triton.jit
 def merged(best, best_order, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
     """One list [1, KP] of the best in several [parts, KP]."""
     place = tl.zeros((best.shape[0], 1), tl.int32) + tl.arange(0, KP)[None, :]

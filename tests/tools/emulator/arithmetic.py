@@ -124,6 +124,11 @@ def _wide(a: np.ndarray) -> np.ndarray:
     return a.astype(np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}"))
 
 
+def _upper_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    bits = 8 * a.dtype.itemsize
+    return (_wide(a) * _wide(b) >> _wide(a).dtype.type(bits)).astype(a.dtype)
+
+
 def _through_double(function: Operation) -> Operation:
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
@@ -145,13 +150,13 @@ OPERATIONS: dict[tuple[str, ...], Operation] = {
     ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("div",): _divide,
     ("rem",): _remainder, ("fma",): _fused, ("mad", "lo"): lambda a, b, c: a * b + c,
     ("mul", "wide"): lambda a, b: _wide(a) * _wide(b), ("mad", "wide"): lambda a, b, c: _wide(a) * _wide(b) + c,
-    ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
+    ("mul", "hi"): _upper_half, ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
     ("abs",): np.abs, ("neg",): np.negative,
     ("and",): np.bitwise_and, ("or",): np.bitwise_or, ("xor",): np.bitwise_xor, ("not",): np.invert,
     ("shl",): _shift_left, ("shr",): _shift_right, ("bfe",): _extract_bits, ("prmt",): _permute,
     ("popc",): np.bitwise_count, ("selp",): lambda a, b, choice: np.where(choice, a, b),
     ("ex2",): _through_double(np.exp2), ("lg2",): _through_double(np.log2), ("sqrt",): _through_double(np.sqrt),
-    ("rcp",): _reciprocal,
+    ("rsqrt",): _through_double(lambda a: 1 / np.sqrt(a)), ("rcp",): _reciprocal,
 }  # fmt: skip
 
 COMPARISONS: dict[str, Operation] = {

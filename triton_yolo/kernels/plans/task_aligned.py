@@ -7,76 +7,96 @@ import triton
 
 from ..._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
 from ..arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
+from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
-from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..fill import Fill
+from ..launch import INTERPRETED, Buffers, FusedLaunch, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..pairs import Rule
 from ..reduce import TOTAL_SIZES
-from ..rows import (
-    Pack,
-    claim_sizes,
-    row_sizes,
-)
+from ..rows import Pack, row_sizes
 from ..targets import packed_rows
 from ..task_aligned import (
     Result,
     _background_kernel,
     _task_aligned_claim_kernel,
     _task_aligned_contest_kernel,
+    _task_aligned_merge_kernel,
     _task_aligned_score_kernel,
     _yolo11_prepare_kernel,
     _yolo11_sum_kernel,
 )
 from ..topk import list_sizes
 
+_FILLING_ROWS = 1 if INTERPRETED else 64
+"""For so many there are programs where memory is filled: a few would take long."""
+
 
 class _Matching:
-    """The launches that match rows with anchors which are background yet."""
+    """The launches that match rows with anchors which are background yet.
+
+    What they leave is final or, for the criterion, the states of ``claims``, with scores at positive anchors only.
+    """
 
     def __init__(
-        self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int
-    ) -> None:
+        self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int,
+        *, is_final: bool, is_proper: bool = False,
+    ) -> None:  # fmt: skip
         rule = Rule(
             assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
-            compute_type(dtype),
+            is_proper, compute_type(dtype),
         )  # fmt: skip
-        self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 2)
-        claimed = list_sizes(assigner.topk, num_anchors)
-        self.num_claims = claimed["K"]
+        self.is_wide = dtype == torch.float64
+        self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 1)
         tiles: dict[str, Any] = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
-        self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **claimed, **claim_sizes(N, num_anchors, 32, 8))
+        split, claimed = split_sizes(N, num_anchors, 128), list_sizes(assigner.topk, num_anchors)
+        merged = {"PARTS": split["PARTS"], "PART_P": split["BLOCK_P"], **claimed}
+        of_part = part_sizes(assigner.topk, num_anchors, split)
+        self.split_g, self.num_parts, self.part_claims = split["BLOCK_G"], split["PARTS"], of_part["K"]
+        self.num_claims = claimed["K"]
+        self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **of_part, **split)
+        self.merge = Launch(
+            _task_aligned_merge_kernel, PART_K=self.part_claims, **merged, **{**tiles, "BLOCK_P": max(block_p, 128)}
+        )
         self.contests = [
             Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
-            for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
+            for is_tie_break in ((False, True) if self.is_wide else (False,))
         ]
         self.score = Launch(
-            _task_aligned_score_kernel, CLAIMS=self.num_claims, **list_sizes(assigner.topk2 or 0, num_anchors), **tiles
-        )
-        self.launches = self.claim, *self.contests, self.score
+            _task_aligned_score_kernel, IS_FINAL=is_final, CLAIMS=self.num_claims,
+            **list_sizes(assigner.topk2 or 0, num_anchors), **tiles,
+        )  # fmt: skip
+        self.launches = self.claim, *((self.merge, *self.contests, self.score) if N else ())
 
     def fixed(self, batch_size: int, num_anchors: int) -> Buffers:
         cells = batch_size * num_anchors
-        return {"best": (torch.int64, cells), "contested": (torch.int32, cells), "num_contested": (torch.int32, batch_size)}
+        ties = {"order": (torch.int32, cells)} if self.is_wide else {}
+        return {
+            "best": (torch.int64, cells), "contested": (torch.int32, cells), "num_contested": (torch.int32, batch_size), **ties
+        }  # fmt: skip
 
     def by_row(self, dtype: torch.dtype) -> Buffers:
-        return {"claims": (torch.int32, self.num_claims), "row_sum": (dtype, 1), "row_count": (torch.int32, 1)}
+        in_parts = self.num_parts * self.part_claims
+        return {
+            "claims": (torch.int32, self.num_claims), "keys": (torch.int64 if self.is_wide else torch.int32, in_parts),
+            "orders": (torch.int32, in_parts), "row_sum": (dtype, 1), "row_count": (torch.int32, 1),
+        }  # fmt: skip
 
     def __call__(
-        self,
-        run: Run,
-        result: Result,
-        state: State,
-        boxes: Tensor3,
-        scores: Tensor3,
-        points: Points | None,
-        rows: Rows,
-        grid: Grid,
-    ) -> None:
-        stream, num_rows, claims = run.stream, run.num_rows, run.buffers.claims
-        programs = cdiv(num_rows, self.block_g), 1, 1
-        self.claim(stream, programs, claims, state, boxes, scores, points, rows, grid, num_rows)
-        for contest in self.contests:
-            contest(stream, programs, state, boxes, points, rows, grid, num_rows)
-        self.score(stream, programs, result, state, claims, boxes, scores, rows, grid, num_rows)
+        self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None, rows: Rows,
+        grid: Grid, zeros: Fill | None = None,
+    ) -> None:  # fmt: skip
+        """Launch them; ``zeros`` are filled on the way."""
+        stream, num_rows, buffers = run.stream, run.num_rows, run.buffers
+        least = 0 if zeros is None else _FILLING_ROWS
+        programs = cdiv(max(num_rows, least), self.split_g), self.num_parts, 1
+        lists, order = new(Lists, (buffers.keys, buffers.orders)), buffers.order if self.is_wide else None
+        self.claim(stream, programs, lists, zeros, boxes, scores, points, rows, grid, num_rows)
+        if num_rows:
+            programs = cdiv(num_rows, self.block_g), 1, 1
+            self.merge(stream, programs, buffers.claims, lists, state, order, rows, grid, num_rows)
+            for contest in self.contests:
+                contest(stream, programs, state, order, boxes, points, rows, grid, num_rows)
+            self.score(stream, programs, result, state, order, buffers.claims, boxes, scores, rows, grid, num_rows)
 
 
 def state_of(run: Run, target_row: Any) -> State:
@@ -95,9 +115,10 @@ class TaskAlignedPlan(Plan):
         self.clear = Launch(
             _background_kernel, 4, PACK=Pack(num_classes, False, False, 128), DTYPE=compute_type(dtype), BLOCK_A=block
         )
-        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows)
+        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows, is_final=True)
         fixed, by_row = self.matching.fixed(batch_size, num_anchors), self.matching.by_row(dtype)
-        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype)}), self.clear, *self.matching.launches)
+        launches = self.matching.launches if num_rows else ()
+        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype)}), self.clear, *launches)
 
     def launch(self, run: Run) -> None:
         x, address, buffers = run.x, run.address, run.buffers
@@ -120,22 +141,28 @@ def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
 
 
 class YOLO11Assigning:
-    """The launches of YOLO11's assignment, from raw predictions."""
+    """The launches of YOLO11's assignment, from raw predictions: as an operation, or as part of the whole criterion.
 
-    def __init__(self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_normaliser: bool) -> None:
+    Args:
+        fills: whether a gradient is zeroed on the way.
+    """
+
+    def __init__(self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_whole: bool, fills: bool) -> None:
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
         self.programs = cdiv(num_anchors, block), batch_size, 1
         self.num_poisons = self.programs[0] * batch_size
-        self.prepare = Launch(
+        self.prepare = FusedLaunch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
+            IS_FINAL=not is_whole, PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
         )  # fmt: skip
-        self.matching = _Matching(x.assigner, dtype, num_anchors, x.levels.strides, num_rows)
-        self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_normaliser, DTYPE=kind, **TOTAL_SIZES)
+        self.matching = _Matching(
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=not is_whole, is_proper=x.reg_max > 1
+        )
+        self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
         self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
-        if num_rows and self.num_poisons:
+        if (num_rows or fills) and self.num_poisons:
             self.launches += self.matching.launches
         self.grid = Grid(x.levels.feat_shapes, num_anchors)
         self.size = x.levels.image_size
@@ -146,8 +173,9 @@ class YOLO11Assigning:
         self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
 
     def __call__(
-        self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows
-    ) -> None:
+        self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows,
+        zeros: Fill | None = None,
+    ) -> None:  # fmt: skip
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
         boxes = new(Tensor3, (buffers.boxes, 4 * grid.A, 1, grid.A))
@@ -159,6 +187,6 @@ class YOLO11Assigning:
                 stream, self.programs, boxes, result, state, buffers.poison, dist, rows, targets, grid, *self.size,
                 num_rows, batch_size,
             )  # fmt: skip
-        if num_rows:
-            self.matching(run, result, state, boxes, scores, None, rows, grid)
+        if num_rows or zeros is not None:
+            self.matching(run, result, state, boxes, scores, None, rows, grid, zeros)
         self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-import triton
+from torch import Tensor
 
 from ..._signatures import (
     YOLO11,
@@ -16,45 +16,108 @@ from ..._signatures import (
     YOLO11Outputs,
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
-from ..decode import decode_sizes
-from ..launch import Launch, Plan, Run, Workspace, cdiv, new, run
+from ..classes import _yolo11_class_kernel, class_layout, class_sizes
+from ..fill import Fill
+from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..targets import packed_rows
-from ..yolo11 import Loss, Matched, _box_grad_kernel, _class_grad_kernel, _yolo11_loss_kernel, _yolo11_total_kernel, dense_sizes
-from .task_aligned import YOLO11Assigning
+from ..yolo11 import (
+    FILL_BLOCK,
+    Claims,
+    Gradients,
+    Loss,
+    Matched,
+    _fill_kernel,
+    _yolo11_positives_kernel,
+    _yolo11_total_kernel,
+    slot_sizes,
+)
+from .task_aligned import YOLO11Assigning, state_of
 
 
-class _Loss:
-    """The launches of the loss of an assignment."""
+class _Criterion:
+    """The launches of loss and gradients of an assignment, either or both.
 
-    def __init__(self, x: YOLO11 | YOLO11Loss, dtype: torch.dtype) -> None:
-        batch_size, num_anchors, self.num_classes = x.pred_scores.shape
-        block_a, block_c, num_warps = dense_sizes(num_anchors, self.num_classes, x.pred_scores.stride(2))
-        kind = compute_type(dtype)
-        self.programs = cdiv(num_anchors, block_a), batch_size, 1
-        self.num_programs = self.programs[0] * batch_size
-        self.loss = Launch(
-            _yolo11_loss_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            HAS_WEIGHTS=x.class_weights is not None, DTYPE=kind, BLOCK_A=block_a, BLOCK_C=block_c,
-        )  # fmt: skip
+    Args:
+        grads: what the gradients are written to.
+        num_claims: of a row, in the whole criterion, where claims are the slots of positives; elsewhere all anchors are.
+    """
+
+    def __init__(
+        self, x: YOLO11 | YOLO11Loss | YOLO11LossBackward, grads: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
+        *, has_loss: bool = True, num_claims: int = 0, num_rows: int = 0,
+    ) -> None:  # fmt: skip
+        batch_size, num_anchors, num_classes = x.pred_scores.shape
+        kind, self.num_claims, self.num_cells = compute_type(dtype), num_claims, batch_size * num_anchors
+        self.per_image = num_anchors, num_classes, num_anchors * num_classes
+        sizes = class_sizes(x.pred_scores)
+        self.class_grid = cdiv(self.per_image[2], sizes["BLOCK"] * sizes["STEPS"]), batch_size, 1
+        layout = class_layout(x.pred_scores, grads[1] if grads else None)
+        self.classes = Launch(_yolo11_class_kernel, DTYPE=kind, **layout, **sizes)
+        sizes = slot_sizes(self._num_slots(num_rows))
+        self.slots = sizes["SLOTS"]
+        self.positives = Launch(
+            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes
+        )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
-        self.launches = self.total, *((self.loss,) if self.num_programs else ())
+        self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
+        self.counts = tuple(x.numel() for x in grads) if grads else ()
+        self.num_dense = self.class_grid[0] * batch_size
+        self.has_fill = grads is not None and not num_claims
+        used = {
+            self.total: has_loss, self.classes: self.num_cells, self.positives: self._num_slots(num_rows),
+            self.fill: self.num_cells and self.has_fill,
+        }  # fmt: skip
+        self.launches = [launch for launch, is_used in used.items() if is_used]
         self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        self.fixed = {"partial": (dtype, 3 * self.num_programs)}
+        self.fixed: Buffers = {}
+        self.by_row: Buffers = {}
+        if has_loss:
+            self.fixed["dense"] = dtype, self.num_dense
+            held, of = (self.by_row, num_claims) if num_claims else (self.fixed, self.num_cells)
+            held["partial"] = dtype, 3 * cdiv(of, self.slots)
 
-    def __call__(self, run: Run, dist: Tensor3, scores: Tensor3, matched: Matched, normaliser: Any, loss: Loss) -> None:
-        x, partial = run.x, run.buffers.partial
+    def _num_slots(self, num_rows: int) -> int:
+        return num_rows * self.num_claims if self.num_claims else self.num_cells
+
+    def __call__(
+        self, run: Run, grads: Gradients | None, grad: Any, poison: Any, dist: Tensor3, scores: Tensor3, matched: Matched,
+        claims: Claims | None, normaliser: Any,
+    ) -> None:  # fmt: skip
+        x, num_slots = run.x, self._num_slots(run.num_rows)
         weights = None if x.class_weights is None else run.address(x.class_weights)
-        if self.num_programs:
-            self.loss(
-                run.stream, self.programs, partial, dist, scores, matched, weights, self.grid, *self.size, self.num_classes
-            )
-        self.total(run.stream, (1, 1, 1), loss, partial, normaliser, *x.gains, self.num_programs)
+        dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
+        if self.num_cells:
+            self.classes(
+                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, grad, normaliser, scores,
+                weights, x.gains[1], *self.per_image,
+            )  # fmt: skip
+            if grads is not None and self.has_fill:
+                programs = cdiv(self.counts[0], FILL_BLOCK), 1, 1
+                self.fill(run.stream, programs, grads.dist.ptr, grad, normaliser, self.counts[0])
+            if num_slots:
+                self.positives(
+                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, grad, normaliser, dist, scores, matched,
+                    claims, weights, self.grid, *self.size, *x.gains, num_slots,
+                )  # fmt: skip
+
+    def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
+        programs = 1 if grads is None or INTERPRETED else 32, 1, 1
+        num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
+        self.total(
+            run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
+            self.num_dense, num_partial,
+        )  # fmt: skip
+
+
+def gradients(run: Run) -> Gradients:
+    out, address = run.out, run.address
+    return new(Gradients, (tensor3(address, out.grad_pred_dist), tensor3(address, out.grad_pred_scores)))
 
 
 class _AssignPlan(Plan):
     def __init__(self, x: YOLO11Assign, out: YOLO11Assignment, num_rows: int) -> None:
-        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_normaliser=False)
+        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, fills=False)
         super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
     def launch(self, run: Run) -> None:
@@ -65,86 +128,61 @@ class _AssignPlan(Plan):
 
 class _LossPlan(Plan):
     def __init__(self, x: YOLO11Loss, out: YOLO11LossOutputs, num_rows: int) -> None:
-        self.loss = _Loss(x, out.loss.dtype)
-        super().__init__(Workspace(self.loss.fixed), *self.loss.launches)
+        self.criterion = _Criterion(x, None, out.loss.dtype)
+        super().__init__(Workspace(self.criterion.fixed), *self.criterion.launches)
+
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
+        dist, scores, normaliser = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores), address(x.normaliser)
+        self.criterion(run, None, None, None, dist, scores, matched(run), None, normaliser)
+        self.criterion.add_up(run, None, normaliser, new(Loss, map(address, run.out)))
+
+
+class _GradientPlan(Plan):
+    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
+        self.criterion = _Criterion(x, (out.grad_pred_dist, out.grad_pred_scores), x.target_score.dtype, has_loss=False)
+        super().__init__(Workspace(), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        matched = new(Matched, (address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes)))
-        self.loss(run, dist, scores, matched, address(x.normaliser), new(Loss, map(address, run.out)))
+        self.criterion(run, gradients(run), address(x.grad), None, dist, scores, matched(run), None, address(x.held))
 
 
-class _Gradient:
-    """The launches of the gradients for an assignment."""
-
-    def __init__(self, x: YOLO11 | YOLO11LossBackward, dtype: torch.dtype) -> None:
-        batch_size, num_anchors, num_classes = x.pred_scores.shape
-        block_a, block_c, num_warps = dense_sizes(num_anchors, num_classes, x.pred_scores.stride(2))
-        kind = compute_type(dtype)
-        self.class_programs = cdiv(num_anchors, block_a), cdiv(num_classes, block_c), batch_size
-        self.class_grad = Launch(
-            _class_grad_kernel, num_warps, C=num_classes, HAS_WEIGHTS=x.class_weights is not None, DTYPE=kind,
-            BLOCK_A=block_a, BLOCK_C=block_c,
-        )  # fmt: skip
-        block_a, num_warps = decode_sizes(num_anchors, x.reg_max, 512)  # CIoU's derivative needs the other registers
-        self.box_programs = cdiv(num_anchors, block_a), batch_size, 1
-        self.box_grad = Launch(
-            _box_grad_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            DTYPE=kind, BLOCK_A=block_a,
-        )  # fmt: skip
-        self.launches = self.class_grad, self.box_grad
-        self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-
-    def __call__(self, run: Run, grad: Any, dist: Tensor3, scores: Tensor3, matched: Matched, normaliser: Any) -> None:
-        x, out, address = run.x, run.out, run.address
-        weights = None if x.class_weights is None else address(x.class_weights)
-        box_gain, cls_gain, dfl_gain = x.gains
-        self.class_grad(
-            run.stream, self.class_programs, tensor3(address, out.grad_pred_scores), grad, normaliser, scores, matched,
-            weights, cls_gain, self.grid.A,
-        )  # fmt: skip
-        self.box_grad(
-            run.stream, self.box_programs, tensor3(address, out.grad_pred_dist), grad, normaliser, dist, matched, self.grid,
-            *self.size, box_gain, dfl_gain,
-        )  # fmt: skip
+def matched(run: Run) -> Matched:
+    x, address = run.x, run.address
+    return new(Matched, map(address, (x.target_row, x.target_score, x.gt_labels, x.gt_boxes)))
 
 
 class _CriterionPlan(Plan):
     def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
         (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
-        self.assign = YOLO11Assigning(x, dtype, num_rows, is_normaliser=True)
-        self.loss = _Loss(x, dtype)
-        self.gradient = _Gradient(x, dtype) if out.grad_pred_dist.numel() else None
+        self.has_grad = x.wants_grad and batch_size * num_anchors > 0
+        grads = (out.grad_pred_dist, out.grad_pred_scores) if self.has_grad else None
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, fills=self.has_grad)
+        self.criterion = _Criterion(x, grads, dtype, num_claims=self.assign.matching.num_claims, num_rows=num_rows)
         fixed = {
-            **self.assign.fixed, **self.loss.fixed, "target_row": (torch.int32, batch_size * num_anchors),
+            **self.assign.fixed, **self.criterion.fixed, "target_row": (torch.int32, batch_size * num_anchors),
             "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
         }  # fmt: skip
-        launches = *self.assign.launches, *self.loss.launches, *(self.gradient.launches if self.gradient else ())
-        super().__init__(Workspace(fixed, {**self.assign.by_row, **packed_rows(dtype)}), *launches)
+        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype)})
+        super().__init__(memory, *self.assign.launches, *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         x, out, buffers, address = run.x, run.out, run.buffers, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        row, score, normaliser = buffers.target_row, buffers.target_score, buffers.normaliser
         rows = new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
-        matched = new(Matched, (buffers.target_row, buffers.target_score, buffers.label, buffers.xyxy))
-        normaliser, held = buffers.normaliser, buffers.held
-        self.assign(run, dist, scores, buffers.target_row, buffers.target_score, normaliser, address(out.num_fg), rows)
-        self.loss(run, dist, scores, matched, normaliser, new(Loss, (address(out.loss), address(out.terms), held)))
-        if self.gradient is not None:
-            self.gradient(run, None, dist, scores, matched, held)
-
-
-class _GradientPlan(Plan):
-    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
-        self.gradient = _Gradient(x, x.target_score.dtype)
-        super().__init__(Workspace(), *self.gradient.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        matched = new(Matched, (address(x.target_row), address(x.target_score), address(x.gt_labels), address(x.gt_boxes)))
-        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        self.gradient(run, address(x.grad), dist, scores, matched, address(x.held))
+        order = buffers.order if self.assign.matching.is_wide else None
+        claims = new(Claims, (buffers.claims, buffers.image, state_of(run, row), order))
+        grads, zeros, poison = None, None, None
+        if self.has_grad:
+            grads, poison = gradients(run), normaliser
+            zeros = new(Fill, (grads.dist.ptr, out.grad_pred_dist.numel()))
+        self.assign(run, dist, scores, row, score, normaliser, address(out.num_fg), rows, zeros)
+        matched = new(Matched, (row, score, buffers.label, buffers.xyxy))
+        self.criterion(run, grads, None, poison, dist, scores, matched, claims, normaliser)
+        self.criterion.add_up(run, grads, normaliser, new(Loss, (address(out.loss), address(out.terms), buffers.held)))
 
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
