@@ -59,7 +59,7 @@ def try_advice(folder: Path) -> None:
     for extra in ("ultralytics", "yolox", "libreyolo", "lightning"):
         line = [word.replace("[ultralytics]", f"[{extra}]") for word in second]
         report = folder / f"{extra}.json"
-        run(python, "-m", "pip", *line, "--quiet", "--dry-run", "--report", str(report), cwd=ROOT)
+        run(python, "-m", "pip", *line, "-qq", "--dry-run", "--report", str(report), cwd=ROOT)
         names = {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]}
         replaced = sorted(name for name in names if name in BUILDS or name.startswith("nvidia-cu"))
         print(f"{extra}: {len(names)} packages, {', '.join(replaced) or 'none'} in place of what was there")
