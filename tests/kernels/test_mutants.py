@@ -13,6 +13,8 @@ YOLO11, YOLOX, IOU, STAGES = (f"{LAUNCHES}_{name}" for name in ("yolo11", "yolox
 DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "decode_yolox", "unpack_rows"))
 SIMOTA, CLASSES = f"{LAUNCHES}_simota_with_points_in_any_order", f"{LAUNCHES}_classes_of_several_tiles"
 TILES = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_the_assignment"
+TILES_X = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_yolox_assignment"
+CRITERION = "tests/kernels/test_criteria.py::test_yolo11_is_the_sum_of_its_parts"
 FAR, BROKEN, BROKEN_X = (
     f"{VALUES}_{name}"
     for name in ("addresses_past_two_to_the_31", "no_number_stays_at_its_anchor", "no_number_of_yolox_stays_at_its_anchor")
@@ -29,7 +31,8 @@ MEANT = {
     "a tie's derivative goes to one side": (Mutant("overlap_derivative", "tl.where(_a == _b, 0.5, _c)", "tl.where(_a == _b, 1.0, _c)", 0, 4), IOU),
     "boxes that touch overlap on one side": (Mutant("overlap_derivative", "tl.where(_a == 0, _b / 2, 0.0)", "tl.where(_a == 0, _b, 0.0)", 0, 2), IOU),
     "log of one minus p as it stands": (Mutant("log_rest", "tl.where(_a <= 0.5, _b, _c)", "_c"), LOG_NOT),
-    "infinite logits hidden": (Mutant("split_softplus", "_a + tl.abs(_a) + _b * 0.0", "tl.maximum(_b, 0.0)"), BROKEN),
+    "infinite logits hidden": (Mutant("split_softplus", "_a + tl.abs(_a) + _b * 0.0", "tl.maximum(_b, 0.0)"), BROKEN_X),
+    "infinite class logits hidden": (Mutant("_yolo11_class_kernel", "tl.sum(_a.to(_b) * 0.0)", "0.0"), BROKEN),
     "bins not masked": (Mutant("side_logits", "tl.where(_a, _b, float('-inf'))", "_b"), DECODE),
     "store not masked": (Mutant("_decode_dfl_kernel", "_a[:, None]", "_a[:, None] | True", 2, 3), DECODE),
     "channel address in 32 bits": (Mutant("side_logits", "_a.to(tl.int64)", "_a", 0, 2), FAR),
@@ -37,15 +40,15 @@ MEANT = {
     "ties to the higher index": (Mutant("ordered", "_n - _a", "_a"), YOLO11),
     "the list forgets the worst's place": (Mutant("_worst_of", "tl.min(_a, 1)[:, None]", "tl.max(_a, 1)[:, None]", 0, 2), TILES),
     "one candidate too many": (Mutant("empty_list", "_a < _b", "_a <= _b", 1, 2), YOLO11),
-    "contested places listed by every late claim": (Mutant("claim", "_a & (_b < CONTESTED)", "_a"), CROWD),
-    "conflict unseen": (Mutant("claim", "_a >= 0", "_a > 1000"), YOLO11),
+    "contested places listed by every late claim": (Mutant("claim_owned", "_a & (_b < CONTESTED)", "_a", 1, 2), CROWD),
+    "conflict unseen": (Mutant("claim_owned", "_a >= 0", "_a > 1000"), YOLO11),
     "conflict by row only": (Mutant("contest", "pack(_a, _b, _c)", "pack(_a * 0, _b, _c)"), f"{VALUES}_contested_anchor_goes_to_the_higher_overlap_in_either_order"),
     "contested list not cleared": (Mutant("_clear", "tl.store(_a, 0)", "tl.store(_a, 1)"), YOLO11),
     "a short walk reads the list": (Mutant("load_contested", "tl.where(_a, _b, _c)", "_b"), CROWD),
     "claims of other rows": (Mutant("_owned_pairs", "_a + _b.row.to(tl.int64) * _c + _d", "_a + _d"), YOLO11),
-    "dropped anchors stay": (Mutant("_task_aligned_score_kernel", "tl.where(_a, _b, -1)", "_b + 0 * tl.where(_a, _b, -1)"), YOLO11),
+    "dropped anchors stay": (Mutant("_settle", "tl.where(_a, _b, -1)", "_b + 0 * tl.where(_a, _b, -1)"), YOLO11),
     "no widening": (Mutant("widened", "_a > 0", "_a > 100"), f"{VALUES}_short_sides_are_widened_for_the_candidate_test"),
-    "places past K are merged": (Mutant("merged", "tl.where(_a < _b, _c, none(_c))", "_c"), YOLO11),
+    "places past K are merged": (Mutant("merged", "tl.where(_a < _b, _c, none(_c))", "_c"), TILES_X),
     "members listed more than once": (Mutant("_simota_member_kernel", "_a & ((_b & _c) == 0)", "_a"), YOLOX),
     "k at least two": (Mutant("_simota_claim_kernel", "tl.maximum(_a, 1)", "tl.maximum(_a, 2)"), YOLOX),
     "k rounded": (Mutant("_simota_claim_kernel", "_a >> 52", "(_a + (1 << 51)) >> 52"), YOLOX),
@@ -58,10 +61,10 @@ MEANT = {
     "L1 always on": (Mutant("_yolox_total_kernel", "tl.where(_a > 0, _b, 0.0)", "_b"), YOLOX),
     "gradient of IoU, not of its square": (Mutant("_yolox_grad_kernel", "-2 * _a", "0 * _a - 1"), YOLOX),
     "objectness gradient only on positives": (Mutant("_yolox_grad_kernel", "_a | _b", "_b"), YOLOX),
-    "DFL target not clamped": (Mutant("_bin_weights", "_a - 0.01", "_a + 1"), YOLO11),
-    "product of softplus without what is small": (Mutant("_class_loss", "tl.fma(_a, _b, _a + _b)", "_a + _b"), CLASSES),
-    "weights of the positives forgotten": (Mutant("_yolo11_loss_kernel", "tl.load(_a + _b, mask=_c, other=0.0)", "tl.load(_a + 0 * _b, mask=_c, other=0.0)", 2, 3), YOLO11),
-    "batch size forgotten backward": (Mutant("_loss_scale", "_a / _b", "1 / _b"), YOLO11),
+    "DFL target not clamped": (Mutant("_bin_target", "_a - 0.01", "_a + 1"), YOLO11),
+    "product of softplus without what is small": (Mutant("_yolo11_class_kernel", "tl.fma(_a, 1 + _b, _b)", "_a + _b"), CLASSES),
+    "weights of the positives forgotten": (Mutant("_load_labels", "tl.load(_a + _b, mask=_c, other=0.0)", "tl.load(_a + 0 * _b, mask=_c, other=0.0)", 0, 2), YOLO11),
+    "batch size forgotten backward": (Mutant("loss_scale", "_a / _b", "1 / _b"), YOLO11),
 }  # fmt: skip
 
 # Any slip in these functions; so many of them are tried.
@@ -70,9 +73,9 @@ SLIPS = {
     "expectation": (DECODE, 1), "raw_corners": (DECODE_X, 1), "raw_grad": (DECODE_X, 1), "cell_centres": (YOLO11, 1),
     "cell_span": (YOLO11, 1), "rectangle_cells": (YOLO11, 2), "rectangle_size": (YOLO11, 1), "widened": (YOLO11, 1),
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),
-    "claim": (YOLO11, 1), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),
-    "_in_regions": (SIMOTA, 2), "_pair_costs": (YOLOX, 2), "_target_sides": (YOLO11, 1), "_target_boxes": (YOLOX, 2),
-    "_side_loss": (YOLO11, 1), "_side_grad": (YOLO11, 2), "_bin_weights": (YOLO11, 1), "_with_l1": (YOLOX, 1),
+    "claim_owned": (YOLO11, 1), "best_of": (YOLO11, 1), "merge_parts": (TILES, 1), "_claimed_anchors": (CRITERION, 2), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),
+    "_in_regions": (SIMOTA, 2), "_pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "_target_boxes": (YOLOX, 2),
+    "_side_losses": (YOLO11, 1), "_write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_with_l1": (YOLOX, 1),
 }  # fmt: skip
 ALIKE: dict[str, str] = {}
 """Slips that change no result, and why."""

@@ -93,19 +93,29 @@ def rectangle_cells(nth, box, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr, 
     """
     shapes = grid.shapes
     position = nth + tl.zeros_like(box.x1).to(tl.int32)
-    columns, first_x, first_y = position * 0 + 1, position * 0, position * 0
-    width, first_anchor, stride = position * 0, position * 0, position.to(DTYPE)
     before, start = tl.zeros_like(box.x1).to(tl.int32), 0
     for level in tl.static_range(len(STRIDES)):
         level_x, level_columns = _reaching_span(box.x1, box.x2, shapes[2 * level + 1], STRIDES[level], REACH)
         level_y, level_rows = _reaching_span(box.y1, box.y2, shapes[2 * level], STRIDES[level], REACH)
-        is_here = (nth >= before) & (level_columns > 0)
-        position = tl.where(is_here, nth - before, position)
-        columns = tl.where(is_here, level_columns, columns)
-        first_x, first_y = tl.where(is_here, level_x, first_x), tl.where(is_here, level_y, first_y)
-        width = tl.where(is_here, shapes[2 * level + 1], width)
-        first_anchor = tl.where(is_here, start, first_anchor)
-        stride = tl.where(is_here, scalar(STRIDES[level], DTYPE), stride)
+        level_width, level_stride = shapes[2 * level + 1], scalar(STRIDES[level], DTYPE)
+        if level == 0:  # there is nothing to choose yet
+            columns, first_x, first_y = (
+                position * 0 + tl.maximum(level_columns, 1),
+                position * 0 + level_x,
+                position * 0 + level_y,
+            )
+            width, first_anchor, stride = (
+                position * 0 + level_width,
+                position * 0,
+                tl.zeros_like(position).to(DTYPE) + level_stride,
+            )
+        else:
+            is_here = (nth >= before) & (level_columns > 0)
+            position = tl.where(is_here, nth - before, position)
+            columns = tl.where(is_here, level_columns, columns)
+            first_x, first_y = tl.where(is_here, level_x, first_x), tl.where(is_here, level_y, first_y)
+            width, first_anchor = tl.where(is_here, level_width, width), tl.where(is_here, start, first_anchor)
+            stride = tl.where(is_here, level_stride, stride)
         before += level_columns * level_rows
         start += shapes[2 * level] * shapes[2 * level + 1]
     row = position // columns

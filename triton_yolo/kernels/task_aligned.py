@@ -132,7 +132,7 @@ def _task_aligned_claim_kernel(
     """
     part = tl.program_id(1)
     if zeros is not None:
-        _fill_by_last(zeros, part, PARTS, min(PARTS, 8))
+        _fill_by_last(zeros, part, PARTS, min(PARTS, 4))
     start = part * BLOCK_P
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):

@@ -102,7 +102,7 @@ class _Criterion:
                 )  # fmt: skip
 
     def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
-        programs = 1 if grads is None or INTERPRETED else 32, 1, 1
+        programs = 1 if grads is None or INTERPRETED else 8, 1, 1
         num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
             run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
