@@ -41,7 +41,7 @@ def blocks(page: str, needs: str = "") -> list[str]:
 CASES = [pytest.param(page, needs, marks=MARKS[needs]) for page in PAGES for needs in MARKS if blocks(page, needs)]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of PyTorch about itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # of PyTorch about itself
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("page", "needs"), CASES)
 def test_python_blocks_run_one_after_the_other(page, needs):
