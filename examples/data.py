@@ -66,7 +66,9 @@ def place(
     matrix = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
     if is_mirrored:
         matrix[0] = -matrix[0] + (0, 0, imgsz)
-    image = cv2.warpAffine(sample.image, matrix, (imgsz, imgsz), borderValue=(GREY, GREY, GREY))
+    pixels = matrix.copy()
+    pixels[:, 2] += (matrix[:, :2].diagonal() - 1) / 2  # OpenCV counts from the centre of the first pixel, boxes from its edge
+    image = cv2.warpAffine(sample.image, pixels, (imgsz, imgsz), borderValue=(GREY, GREY, GREY))
     corners = sample.boxes_xyxy.reshape(-1, 2, 2) * matrix[:, :2].diagonal() + matrix[:, 2]
     whole = np.concatenate([corners.min(1), corners.max(1)], 1)
     boxes = whole.clip(0, imgsz)

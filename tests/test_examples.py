@@ -113,6 +113,21 @@ def test_boxes_move_with_their_image(scale: float, shift: tuple[float, float], i
     np.testing.assert_allclose(placed.boxes_xyxy[0], [x.min(), y.min(), x.max() + 1, y.max() + 1], atol=1.5)
 
 
+@pytest.mark.parametrize(
+    ("scale", "is_mirrored", "columns"),
+    [(1.0, False, (30, 69)), (1.0, True, (58, 97)), (2.0, False, (60, 139)), (2.0, True, (116, 195))],
+)
+def test_pixels_lie_in_their_box(scale: float, is_mirrored: bool, columns: tuple[int, int]) -> None:
+    """Columns 30 to 69 are a box from 30 to 70; mirrored in 128 columns it is one from 58 to 98."""
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[:, 30:70] = 255
+    sample = Sample(image, np.array([[30, 0, 70, 128]], np.float32), np.array([0]))
+    placed = place(sample, int(128 * scale), scale=scale, is_mirrored=is_mirrored)
+    bright = np.nonzero(placed.image[64, :, 0] > 127)[0]
+    assert (bright[0], bright[-1]) == columns
+    assert placed.boxes_xyxy[0, ::2].tolist() == [columns[0], columns[1] + 1]
+
+
 def test_a_box_that_leaves_the_image_is_dropped() -> None:
     sample = Sample(np.zeros((64, 64, 3), np.uint8), np.array([[0, 0, 8, 8], [28, 28, 36, 36]], np.float32), np.array([4, 5]))
     assert place(sample, 64, scale=2.0).labels.tolist() == [5]

@@ -221,7 +221,7 @@ def raw_rows(argument: str, rows: Tensor) -> None:
     if (largest_boxes > 10).sum() * 2 > len(largest_boxes):
         warn(
             f"{argument} have boxes up to {largest_boxes.max():.6g} images wide or away: rows are normalised to 0-1 of the "
-            "image, and boxes in pixels go through triton_yolo.Targets"
+            "image, and boxes in pixels go through triton_yolo.Targets.from_list or from_padded"
         )
 
 

@@ -33,10 +33,10 @@ def import_trainer(extra: str, *names: str) -> list[Any]:
     package = names[0].partition(".")[0]
     try:
         importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise ImportError(f'{package} is not installed: pip install "{REQUIREMENTS[extra]}"', name=package) from error
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise ImportError(f'{package} is not installed: pip install "{REQUIREMENTS[extra]}"', name=package) from error
+        raise ImportError(f"{package} is installed, but does not import: {error}", name=package) from error
     return [importlib.import_module(name) for name in names]
 
 
