@@ -14,7 +14,7 @@ PARTS = (
     ("hip:gfx90a", "float16"), ("hip:gfx942", "float32"),
 )  # fmt: skip
 BARRED = ("cuda:80", "cuda:90")
-FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_prepare_kernel", "_yolo11_loss_kernel", "_class_grad_kernel")
+FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_class_kernel")
 CHOSEN = ("decode_dfl", "yolo11_assign", "yolo11_loss")
 CHOSEN_YOLOX = ("yolox_assign", "yolox_loss")
 FULL_WIDTH_YOLOX = ("_simota_prepare_kernel", "_yolox_grad_kernel")

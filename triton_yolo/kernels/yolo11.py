@@ -231,7 +231,7 @@ def _yolo11_positives_kernel(
     what the dense pass and the fill left to it.
     """
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None]
-    if claims is None:
+    if CLAIMS == 0:
         at = _matched_anchors(slot, matched, count, grid.A, DTYPE)
     else:
         at = _claimed_anchors(slot, matched, claims, count, grid.A, CLAIMS, DTYPE)
