@@ -151,6 +151,7 @@ OPERATIONS: dict[tuple[str, ...], Operation] = {
     ("shl",): _shift_left, ("shr",): _shift_right, ("bfe",): _extract_bits, ("prmt",): _permute,
     ("popc",): np.bitwise_count, ("selp",): lambda a, b, choice: np.where(choice, a, b),
     ("ex2",): _through_double(np.exp2), ("lg2",): _through_double(np.log2), ("sqrt",): _through_double(np.sqrt),
+    ("rsqrt",): _through_double(lambda a: 1 / np.sqrt(a)),
     ("rcp",): _reciprocal,
 }  # fmt: skip
 
