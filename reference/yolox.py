@@ -10,8 +10,8 @@ from torch import Tensor
 from .anchors import make_anchors
 from .boxes import bbox_iou, working_precision, xywh_to_xyxy
 from .finite import poison
-from .simota import SimOTAResult, decode_yolox, find_regions, simota_assign
-from .targets import is_box, pad_targets
+from .simota import SimOTAResult, decode_yolox, simota_assign
+from .targets import pad_targets
 
 
 class YOLOXLossOutput(NamedTuple):
@@ -100,11 +100,8 @@ def yolox_loss(
     else:
         l1 = raw.new_zeros(())
 
-    # A prediction that is not finite shows, if it takes part, even where no formula reads it.
-    xyxy, points_px = xywh_to_xyxy(boxes), points * point_strides[:, None]
-    is_gt = mask & is_box(xyxy)
-    takes_part, _ = find_regions(points_px, point_strides, xyxy, boxes[..., :2], is_gt, candidates, center_radius)
-    not_finite = poison(raw[..., 4].isfinite().all() & raw[takes_part].isfinite().all(), raw)
+    # What takes part in the loss and is not finite shows, even where no formula reads it.
+    not_finite = poison(raw[..., 4].isfinite().all() & raw[fg].isfinite().all(), raw)
     iou, obj, cls, l1 = iou_gain * iou + not_finite, obj + not_finite, cls + not_finite, l1 + not_finite
     positives_per_box = fg.sum().to(raw.dtype) / mask.sum().clamp(min=1)
     return YOLOXLossOutput(iou + obj + cls + l1, iou.detach(), obj.detach(), cls.detach(), l1.detach(), positives_per_box)

@@ -252,21 +252,58 @@ def test_yolo11_shows_a_prediction_that_is_no_number(by, bad, which, num_rows):
 @BY
 @NOT_FINITE
 @pytest.mark.parametrize("channel", [0, 3, 4, 6])
-def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part(by, bad, channel):
+def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part_in_the_loss(by, bad, channel):
     _, preds, shapes, rows = small_yolox()
     criterion = loss_by(by, "yolox", 3, strides=(8, 16))
-    clean, (clean_grad,) = with_gradients(lambda p: criterion(p, shapes, rows), preds)
-    # The box of image 1 has its centre at (12.8, 16): 12 px around it are cells 0-2 x 1-2 of the first level, 24 px all others.
-    for anchor, takes_part in ((0, False), (7, False), (15, False), (5, True), (10, True), (19, True)):
+    found = []
+    for anchor in range(20):
         broken = preds.clone()
         broken[1, anchor, channel] = bad
-        out, (grad,) = with_gradients(lambda p: criterion(p, shapes, rows), broken)
-        if takes_part or channel == 4:
-            check_is_nothing_but_nan(out, [grad])
+        found.append(bool(ref.yolox_assign(broken, shapes, rows, strides=(8, 16)).fg_mask[1, anchor]))
+        out, grads = with_gradients(lambda p: criterion(p, shapes, rows), broken)
+        if found[-1] or channel == 4:
+            check_is_nothing_but_nan(out, grads)
             assert out.num_fg.isfinite()
         else:
-            assert all(torch.equal(a, b) for a, b in zip(out, clean, strict=True))
-            assert torch.equal(grad, clean_grad)
+            assert out.loss.isfinite()
+            assert grads[0].isfinite().all()
+    assert not all(found)
+
+
+@BY
+@pytest.mark.parametrize(
+    ("places", "bad", "expected"),
+    [
+        ([], 0.0, 3 * math.log(2)),
+        ([(1, 5), (1, 0), (1, 2)], torch.nan, 3 * math.log(2)),  # of the cell that is not chosen
+        ([(1, 5)], torch.inf, 3 * math.log(2)),
+        ([(0, 5)], torch.nan, 3.75 + 3 * math.log(2)),  # the other is chosen in its place
+        ([(0, 5)], -torch.inf, 3.75 + 3 * math.log(2)),
+        ([(0, 2)], torch.nan, 3.75 + 3 * math.log(2)),
+        ([(0, 5)], torch.inf, torch.nan),  # costs less, is chosen
+        ([(0, 5), (1, 5)], torch.nan, torch.nan),  # one has to be chosen
+        ([(0, 4)], -torch.inf, torch.nan),
+        ([(1, 4)], torch.inf, torch.nan),
+    ],
+)
+def test_only_a_chosen_cell_shows_that_its_logits_are_no_numbers(by, places, bad, expected):
+    """Two cells with logits of 0 in the region of a box of 8 x 8 px: one predicts the box, the other one twice as wide; k is 1.
+
+    Two objectness logits and a class logit of 0 cost log 2 each; an IoU of 1/2 costs 5 * (1 - 1/4).
+    """
+    preds = torch.zeros(1, 2, 6, device=DEVICE)
+    preds[0, 0, :2], preds[0, 1, :3] = preds.new_tensor([1.0, 0.5]), preds.new_tensor([0.0, 0.5, math.log(2)])
+    for cell, channel in places:
+        preds[0, cell, channel] = bad
+    rows = torch.tensor([[0, 0, 0.5, 0.5, 0.5, 1.0]], device=DEVICE)
+    criterion = loss_by(by, "yolox", 1, strides=(8,))
+    out, grads = with_gradients(lambda p: criterion(p, [(1, 2)], rows), preds)
+    if math.isnan(expected):
+        check_is_nothing_but_nan(out, grads)
+    else:
+        assert out.loss.item() == pytest.approx(expected, rel=1e-6)
+        assert grads[0].isfinite().all()
+    assert out.num_fg == 1
 
 
 @NOT_FINITE

@@ -51,7 +51,7 @@ MEANT = {
     "later blocks win ties": Planted(Mutant("_cheapest_rows", "_a < _b", "_a <= _b", 0, 3, at="is_cheaper"), f"{ASSIGNERS}_crowded_image_is_cut_into_blocks_without_a_trace"),
     "feasible anchors are always cheaper": Planted(Mutant("_choose_rows", "_a / 2", "torch.inf"), INFEASIBLE),
     "conflict among feasible rows only": Planted(Mutant("_choose_rows", "_cheapest_rows([_a, _b], _c, _d)", "_cheapest_rows([_a], _c, _d)"), INFEASIBLE),
-    "anchors that take part may hold anything": Planted(Mutant("yolox_assign", "_a & is_finite(_b)", "_a"), f"{LOSSES}_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part"),
+    "positives may hold anything": Planted(Mutant("yolox_assign", "_a & is_finite(_b)", "_a"), f"{LOSSES}_only_a_chosen_cell_shows_that_its_logits_are_no_numbers"),
     "class target is one": Planted(Mutant("_loss", "_a[_c] * _b[_c]", "_a[_c]"), LOSSX),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),

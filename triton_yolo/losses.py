@@ -242,9 +242,10 @@ class YOLOXLoss(Criterion):
     """The criterion of YOLOX: SimOTA assignment, IoU loss, BCE and, late in training, L1 (arXiv 2107.08430).
 
     Everything is computed in float32 whatever the type of the predictions, also under autocast (in float64 for float64).
-    A prediction that takes part and is NaN or infinite makes the loss, its terms and every gradient NaN, and changes the
-    assignment of no other image. What takes part: every objectness logit, and the box and class logits of the anchors that take
-    part in the assignment of their image (see ``SimOTAAssigner``). A finite one never does, however large.
+    A prediction that takes part in the loss and is NaN or infinite makes the loss, its terms and every gradient NaN, and
+    changes the assignment of no other image. What takes part: every objectness logit, and the box and class logits of matched
+    anchors. Among those that compete for a box (see ``SimOTAAssigner``) one whose cost is NaN is the most expensive. A finite
+    prediction never makes anything NaN, however large.
 
     Args:
         num_classes: number of classes C.

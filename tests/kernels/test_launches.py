@@ -134,7 +134,8 @@ def use_tiles(monkeypatch, module, rows, parts, anchors):
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(module, "row_sizes", lambda *_: (rows, anchors, 1))
     sizes = "split_sizes" if hasattr(module, "split_sizes") else "claim_sizes"
-    monkeypatch.setattr(module, sizes, lambda *_: {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1})
+    chosen = {"BLOCK_G": rows, "PARTS": parts, "BLOCK_P": anchors, "num_warps": 1}
+    monkeypatch.setattr(module, sizes, lambda *_: chosen, raising=False)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (4, 1, 8), (16, 1, 32), (1, 4, 2), (1, 2, 16)])

@@ -19,7 +19,7 @@ FAR, BROKEN, BROKEN_X = (
     f"{VALUES}_{name}"
     for name in ("addresses_past_two_to_the_31", "no_number_stays_at_its_anchor", "no_number_of_yolox_stays_at_its_anchor")
 )
-TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_it_takes_part"
+TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_it_takes_part_in_the_loss"
 CROWD, CLAMPED = (
     f"{VALUES}_{name}" for name in ("small_boxes_among_many_that_want_the_same_anchors", "logarithms_of_the_cost_are_clamped")
 )
@@ -49,18 +49,17 @@ MEANT = {
     "dropped anchors stay": (Mutant("_settle", "tl.where(_a, _b, -1)", "_b + 0 * tl.where(_a, _b, -1)"), YOLO11),
     "no widening": (Mutant("widened", "_a > 0", "_a > 100"), f"{VALUES}_short_sides_are_widened_for_the_candidate_test"),
     "places past K are merged": (Mutant("merged", "tl.where(_a < _b, _c, none(_c))", "_c"), TILES_X),
-    "members listed more than once": (Mutant("_simota_member_kernel", "_a & ((_b & _c) == 0)", "_a"), YOLOX),
-    "k at least two": (Mutant("_simota_claim_kernel", "tl.maximum(_a, 1)", "tl.maximum(_a, 2)"), YOLOX),
-    "k rounded": (Mutant("_simota_claim_kernel", "_a >> 52", "(_a + (1 << 51)) >> 52"), YOLOX),
+    "members listed more than once": (Mutant("_enlist", "_a & ((_b & _c) == 0)", "_a"), YOLOX),
+    "k at least two": (Mutant("_dynamic_k", "tl.maximum(_a, 1)", "tl.maximum(_a, 2)"), YOLOX),
+    "k rounded": (Mutant("_dynamic_k", "_a >> 52", "(_a + (1 << 51)) >> 52"), YOLOX),
     "infeasible pairs cost nothing": (Mutant("_INFEASIBLE_COST", "_n", "0.0"), YOLOX),
     "logarithms not clamped": (Mutant("_clamped", "tl.where(_a < -100, -100.0, _a)", "tl.where(_a < -1000, -1000.0, _a)"), CLAMPED),
     "conflict to the dearest": (Mutant("_simota_contest_kernel", "-_a", "_a"), YOLOX),
-    "states that are not finite stay": (Mutant("_simota_settle_kernel", "tl.maximum(_a, -1)", "_a"), TAKES_PART),
-    "anchors that take part may hold anything": (Mutant("_simota_member_kernel", "_a == _BROKEN", "_a == -3"), TAKES_PART),
-    "class target is one": (Mutant("_yolox_loss_kernel", "tl.where(_a == _b, _c[:, None], 0.0)", "tl.where(_a == _b, 1.0, 0.0)"), YOLOX),
-    "L1 always on": (Mutant("_yolox_total_kernel", "tl.where(_a > 0, _b, 0.0)", "_b"), YOLOX),
-    "gradient of IoU, not of its square": (Mutant("_yolox_grad_kernel", "-2 * _a", "0 * _a - 1"), YOLOX),
-    "objectness gradient only on positives": (Mutant("_yolox_grad_kernel", "_a | _b", "_b"), YOLOX),
+    "box logits of positives may hold anything": (Mutant("_sum_losses", "_a * 0.0 + _b + _c + _d", "_a * 0.0"), TAKES_PART),
+    "class target is one": (Mutant("class_losses", "_a - _b * _c", "_a - _b"), YOLOX),
+    "L1 always on": (Mutant("store_terms", "tl.where(_a > 0, _b, 0.0)", "_b"), YOLOX),
+    "gradient of IoU, not of its square": (Mutant("box_gradient", "-2 * _a", "0 * _a - 1"), YOLOX),
+    "objectness gradient only on positives": (Mutant("store_logit_gradient", "_a | _b", "_b"), YOLOX),
     "DFL target not clamped": (Mutant("_bin_target", "_a - 0.01", "_a + 1"), YOLO11),
     "product of softplus without what is small": (Mutant("_yolo11_class_kernel", "tl.fma(_a, 1 + _b, _b)", "_a + _b"), CLASSES),
     "weights of the positives forgotten": (Mutant("_load_labels", "tl.load(_a + _b, mask=_c, other=0.0)", "tl.load(_a + 0 * _b, mask=_c, other=0.0)", 0, 2), YOLO11),

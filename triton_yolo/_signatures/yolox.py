@@ -32,7 +32,7 @@ class SimOTAAssign(NamedTuple):
 
 
 class YOLOXAssignment(NamedTuple):
-    """An assignment; counts (3,) int64 of positives, ground truths and predictions that poison the loss; rows' label and box.
+    """An assignment; counts (3,) int64 of positives, ground truths, and 1 if predictions poison the loss; rows' label and box.
 
     ``gt_boxes`` are centre and size.
     """

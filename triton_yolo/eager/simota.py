@@ -147,14 +147,14 @@ def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
 
     regions = Regions(points.T.contiguous(), strides, *x.assigner, find_near, find_in_box)
     gt = GroundTruth(*x.targets)
-    target_row, matched_iou, _ = match(x.cls_logits, x.obj_logits, lambda *at: x.boxes[at], regions, gt)
+    target_row, matched_iou = match(x.cls_logits, x.obj_logits, lambda *at: x.boxes[at], regions, gt)
     return SimOTAAssignment(target_row, matched_iou.to(working_dtype(x.boxes.dtype)))
 
 
 def match(
     cls_logits: Tensor, obj_logits: Tensor, boxes_at: Callable[[Tensor, Tensor], Tensor], regions: Regions, gt: GroundTruth
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row of every anchor (B, A), int32, -1 for background; its IoU with it, 0 for background; whether it takes part.
+) -> tuple[Tensor, Tensor]:
+    """Row of every anchor (B, A), int32, -1 for background; its IoU with it, 0 for background.
 
     ``boxes_at`` gives the predicted boxes (M, 4) at images and anchors (M,).
     """
@@ -179,7 +179,7 @@ def match(
     target_row[at] = rows.ids[winner].int()
     matched_iou = torch.zeros_like(takes_part, dtype=members.boxes.dtype)
     matched_iou[at] = _iou(rows.boxes[:, winner], members.boxes[:, positive])
-    return target_row, matched_iou, takes_part
+    return target_row, matched_iou
 
 
 def _choose_rows(rows: _Rows, members: _Members, nth: Tensor, member: Tensor, cost_of: _Cost) -> Tensor:

@@ -43,13 +43,13 @@ def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
         return boxes_from_raw(preds[images, anchors, :4], points.T[anchors], point_strides[anchors])
 
     regions = Regions((points * point_strides).contiguous(), point_strides, *x.assigner, find_near, find_in_box)
-    target_row, matched_iou, takes_part = match(preds[..., 5:], preds[..., 4], boxes_at, regions, gt)
+    target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, gt)
     num_gt = is_valid(gt.image_index, gt.labels, gt.boxes_xyxy, len(preds), preds.shape[2] - 5).sum()
     is_whole = is_finite(preds[..., 4])
-    images, anchors = takes_part.nonzero().unbind(-1)
+    images, anchors = (target_row >= 0).nonzero().unbind(-1)
     for part in row_parts(images, preds.shape[2]):
         is_whole = is_whole & is_finite(preds[images[part], anchors[part]])
-    counts = torch.stack([(target_row >= 0).count_nonzero(), num_gt, (~is_whole).long()])
+    counts = torch.stack([num_gt.new_tensor(len(images)), num_gt, (~is_whole).long()])
     return YOLOXAssignment(target_row, matched_iou, counts, gt.labels.clone(), gt.boxes_xywh.clone())
 
 

@@ -196,25 +196,32 @@ class Raw(NamedTuple):
 
 
 @triton.jit
-def load_raw(preds, image, offs_a, mask_a, DTYPE: tl.constexpr):
-    """The first four channels of anchors [n] of one image."""
+def load_raw_at(preds, offs, mask, DTYPE: tl.constexpr):
+    """The first four channels [...] of what begins ``offs`` [...] from the start."""
     # One channel after the other: 3 * channel can pass 2^31.
-    ptr = preds.ptr + image * preds.image + offs_a.to(tl.int64) * preds.anchor
-    dx = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    ptr = preds.ptr + offs
+    dx = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
     ptr += preds.channel
-    dy = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    dy = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
     ptr += preds.channel
-    log_w = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    log_w = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
     ptr += preds.channel
-    log_h = tl.load(ptr, mask=mask_a, other=0.0).to(DTYPE)
+    log_h = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
     return Raw(dx, dy, log_w, log_h)
 
 
 @triton.jit
+def load_raw(preds, image, offs_a, mask_a, DTYPE: tl.constexpr):
+    """The first four channels of anchors [n] of one image, or of an image each."""
+    return load_raw_at(preds, image * preds.image + offs_a.to(tl.int64) * preds.anchor, mask_a, DTYPE)
+
+
+@triton.jit
 def store_raw(out, image, raw, offs_a, mask_a):
-    offs = offs_a.to(tl.int64)[:, None] * out.anchor + tl.arange(0, 4).to(tl.int64)[None, :] * out.channel
+    offs = (image * out.image + offs_a.to(tl.int64) * out.anchor)[:, None]
+    offs = offs + tl.arange(0, 4).to(tl.int64)[None, :] * out.channel
     boxes = rounded(box_rows(raw.dx, raw.dy, raw.log_w, raw.log_h), out.ptr.dtype.element_ty)
-    tl.store(out.ptr + image * out.image + offs, boxes, mask=mask_a[:, None])
+    tl.store(out.ptr + offs, boxes, mask=mask_a[:, None])
 
 
 @triton.jit

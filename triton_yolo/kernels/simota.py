@@ -1,7 +1,8 @@
-"""SimOTA assignment (YOLOX, arXiv 2107.08430): one program a ground-truth row, no tensor of pairs.
+"""SimOTA assignment (YOLOX, arXiv 2107.08430): of most anchors nothing but the objectness is read.
 
-The anchors that take part in an image, its ``members``, are listed. A bit an anchor in ``words`` (B, ceil(A / 32)) keeps each
-in the list once. Anchors are cells of a grid (``IS_GRID``), or any points, each with its stride.
+A feasible pair of a cheap member costs less than any infeasible one, whatever its class and IoU: a row with k of those in its
+own centre region needs the IoUs of the other members, for k, but not their costs. Which anchors are positive is known after
+the claims; whose the contested ones are, after the contest.
 """
 
 from typing import Any, NamedTuple
@@ -9,330 +10,265 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import Anchors
-from .boxes import log_not, log_rest, overlap, sigmoid
-from .decode import load_raw, raw_corners
-from .grid import Cell, anchor_points, cell_centres, rectangle_cells, rectangle_size
-from .rows import (
-    CONTESTED,
-    Box,
-    append,
-    claim,
-    contest,
-    list_length,
-    load_anchor_boxes,
-    load_listed,
-    load_row_boxes,
-    load_rows,
-    pack_rows,
-    places,
-    store_anchor_boxes,
-    winner,
-)
-from .topk import empty_list, index_of, is_taken, keep_best, merged, none, ordered, rank, value_of
+from .boxes import cross_entropy_with_logits, sigmoid
+from .members import boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
+from .rows import CONTESTED, claim, contest, list_length, load_listed, load_row_boxes, winner
+from .simota_cost import pair_costs, pair_iou
+from .topk import empty_list, index_of, keep_best, none, ordered, rank, value_of
 
-_INFEASIBLE_COST: tl.constexpr = tl.constexpr(1e6)
+SLOTS: tl.constexpr = tl.constexpr(16)  # places a row for its claims, of which there are at most 10
+IS_CONTESTED: tl.constexpr = tl.constexpr(1 << 30)  # a bit on the anchor of a claim
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
-_BROKEN: tl.constexpr = tl.constexpr(-2)
-"""State of an anchor whose box or class logits are not finite: background otherwise."""
+_SURE_COST: tl.constexpr = tl.constexpr(5e5)  # a feasible cost below is less than any infeasible one
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
 
-class Rule(NamedTuple):
-    """Constants of SimOTA, for cells of a grid with these strides or for arbitrary points."""
+class Owned(NamedTuple):
+    """Claims [n]: place, image, anchor, the row that it is matched with, IoU, whether it is a positive that its row owns."""
 
-    RADIUS: float
-    HAS_BOX: bool
-    STRIDES: tuple[float, ...]
-    IS_GRID: bool
-    DTYPE: Any
-
-
-class Table(NamedTuple):
-    """What pairs need of anchors (B, A): the cost of no class, and the objectness probability."""
-
-    cost_ptr: Any
-    obj_ptr: Any
+    slot: Any
+    image: Any
+    anchor: Any
+    row: Any
+    iou: Any
+    is_pos: Any
 
 
-class Counts(NamedTuple):
-    """Numbers (3,) of positives, ground truths and predictions that poison the loss; and that of each program that looked."""
+class Objectness(NamedTuple):
+    """Objectness probability (B, A), None if unwanted, and the sum of its cross entropy over each of some programs."""
 
-    ptr: Any
-    broken_ptr: Any
-
-
-class Members(NamedTuple):
-    """The list of members, and the bits that keep each in it once."""
-
-    anchors: Anchors
-    words_ptr: Any
+    prob_ptr: Any
+    sum_ptr: Any
 
 
-# ---- tiles
+# ---- claims
 
 
 @triton.jit
-def _cells(anchor, mask, points, grid, RULE: tl.constexpr):
-    """Anchors [g, n] with their points and strides in pixels."""
-    STRIDES: tl.constexpr = RULE.STRIDES
-    x, y = anchor_points(anchor, mask, points, grid, STRIDES, RULE.IS_GRID, RULE.DTYPE)
-    if RULE.IS_GRID:
-        stride = cell_centres(anchor, grid, STRIDES, RULE.DTYPE)[2]
-    else:
-        stride = tl.load(points.strides_ptr + anchor.to(tl.int64) * points.step, mask=mask, other=0.0).to(RULE.DTYPE)
-    return Cell(anchor, x, y, stride)
-
-
-@triton.jit
-def _in_regions(cell, box, centre_x, centre_y, RADIUS: tl.constexpr):
-    """Whether cells [g, n] are in the centre regions and in the boxes of rows [g, 1]."""
-    x, y = cell.x, cell.y
-    reach = tl.full(cell.stride.shape, RADIUS, cell.stride.dtype) * cell.stride
-    in_centre = (tl.abs(x - centre_x) < reach) & (tl.abs(y - centre_y) < reach)
-    in_box = (x - box.x1 > 0) & (y - box.y1 > 0) & (box.x2 - x > 0) & (box.y2 - y > 0)
-    return in_centre, in_box
-
-
-@triton.jit
-def _load_centres(rows, truth, N, DTYPE: tl.constexpr):
-    ptr = rows.xywh_ptr + truth.row.to(tl.int64) * 4
-    mask = truth.row < N
-    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE), tl.load(ptr + 1, mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _joint_probability(cls_logits, obj_probs):
-    return tl.sqrt(sigmoid(cls_logits) * obj_probs)
-
-
-@triton.jit
-def _clamped(logs):
-    """Not below -100; NaN stays."""
-    return tl.where(logs < -100, -100.0, logs).to(logs.dtype)
-
-
-@triton.jit
-def _iou(gt, box):
-    """IoU, 0 where it is undefined."""
-    iou = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "iou", 0.0)
-    return tl.where(iou > 0, iou, 0.0).to(iou.dtype)
-
-
-@triton.jit
-def _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE: tl.constexpr):
-    """Cost, infinite rather than NaN, and IoU of rows [g, 1] with anchors [g, n] that take part."""
-    iou = _iou(truth.box, load_anchor_boxes(boxes, truth.image, anchor, mask, RULE.DTYPE))
-    cell = truth.image * grid.A + anchor
-    cost = tl.load(table.cost_ptr + cell, mask=mask, other=0.0)
-    obj_probs = tl.load(table.obj_ptr + cell, mask=mask, other=0.0)
-    offs = truth.image * logits.image + anchor.to(tl.int64) * logits.anchor + truth.label * logits.channel
-    probs = _joint_probability(tl.load(logits.ptr + offs, mask=mask, other=0.0).to(RULE.DTYPE), obj_probs)
-    # BCE against the one-hot class differs from that against no class by two terms.
-    cost = cost + _clamped(log_not(probs)) - _clamped(tl.log(probs))
-    cost = cost + 3 * -tl.log(iou + tl.full(iou.shape, 1e-8, RULE.DTYPE))
-    in_centre, in_box = _in_regions(_cells(anchor, mask, points, grid, RULE), truth.box, centre_x, centre_y, RULE.RADIUS)
-    is_feasible = in_centre
+def _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE: tl.constexpr):
+    """Cost of rows [g, 1] with members [g, n] wherever they are."""
+    cell = cells_of(anchor, mask, preds, grid, RULE)
+    is_feasible = in_centre(cell, centre, RULE.RADIUS)
     if RULE.HAS_BOX:
-        is_feasible = in_centre & in_box
-    cost = tl.where(is_feasible, cost, cost + _INFEASIBLE_COST)
-    return tl.where(cost < float("inf"), cost, float("inf")).to(RULE.DTYPE), iou
+        is_feasible = is_feasible & in_box(cell, truth.box)
+    background = tl.load(members.cost_ptr + truth.image * grid.A + anchor, mask=mask, other=0.0)
+    iou = pair_iou(truth.box, boxes_of(preds, truth.image, anchor, mask, grid, RULE))
+    return pair_costs(background, preds, truth, anchor, mask, iou, is_feasible, RULE.DTYPE)
 
 
 @triton.jit
-def _class_cost(logits, image, offs_a, mask_a, obj_probs, C, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Cost of no class [n] of anchors of one image, and the sum of their class logits times 0."""
-    ptr = logits.ptr + image * logits.image
-    cost = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
-    poison = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE)
-    start = 0
-    while start < C:
-        # The sum of log(1 - p) is the logarithm of a product; four factors that are not 0 stay above the smallest float32.
-        p, rest = tl.zeros((offs_a.shape[0], BLOCK_C), DTYPE), tl.full((offs_a.shape[0], BLOCK_C), 1, DTYPE)
-        end = tl.minimum(start + 4 * BLOCK_C, C)
-        while start < end:
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask = mask_a[:, None] & (offs_c < C)[None, :]
-            offs = offs_a.to(tl.int64)[:, None] * logits.anchor + offs_c.to(tl.int64)[None, :] * logits.channel
-            x = tl.load(ptr + offs, mask=mask, other=-1e4).to(DTYPE)  # a probability of 0
-            probs = _joint_probability(x, obj_probs[:, None])
-            cost += tl.where(probs >= 1, 100.0, 0.0)  # the logarithm of 0 counts -100
-            probs = tl.where(probs >= 1, 0.0, probs).to(DTYPE)
-            p, rest = tl.fma(probs, rest, p), tl.fma(-probs, rest, rest)
-            poison += x * 0.0
-            start += BLOCK_C
-        cost -= log_rest(p, rest)
-    return tl.sum(cost, 1), tl.sum(poison, 1)
+def _keep_largest(kept, keys, nth):
+    """Keep in the places [g, LIST] the largest of them and of keys [g, n] > 0; ``nth`` tells equal ones apart."""
+    lane = tl.arange(0, _LIST)[None, :]
+    lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
+    while tl.max((top > lowest).to(tl.int32)) > 0:
+        takes = top > lowest
+        at = tl.min(tl.where(kept == lowest, lane, _LIST), 1)[:, None]
+        kept = tl.where(takes & (lane == at), top, kept)
+        at = tl.min(tl.where(keys == top, nth, 0x7FFFFFFF), 1)[:, None]
+        keys = tl.where(takes & (nth == at), 0, keys)
+        lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
+    return kept
 
 
-# ---- kernels
-
-
-@triton.jit(do_not_specialize=["N", "B"])
-def _simota_prepare_kernel(
-    boxes, table, state, members, counts, raw_boxes, obj_logits, logits, rows, targets, grid, height: tl.float64,
-    width: tl.float64, N, B, RULE: tl.constexpr, PACK: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A program reads everything of BLOCK_A anchors of one image, and makes them background that does not take part.
-
-    It writes their boxes, decoded if ``IS_GRID``, and the ``table``; to ``broken`` 1 if an objectness logit is not finite, else
-    0. Other logits count where an anchor takes part, so its state keeps whether they are finite. It clears what the next
-    launches count in. All programs together pack the ground truth.
-    """
-    STRIDES: tl.constexpr = RULE.STRIDES
-    image = tl.program_id(1).to(tl.int64)
-    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < grid.A
-    cell = image * grid.A + offs_a
-    raw = load_raw(raw_boxes, image, offs_a, mask_a, RULE.DTYPE)
-    obj_ptr = obj_logits.ptr + image * obj_logits.row + offs_a.to(tl.int64) * obj_logits.column
-    obj = tl.load(obj_ptr, mask=mask_a, other=0.0).to(RULE.DTYPE)
-    obj_probs = sigmoid(obj)
-    poison = raw.dx * 0.0 + raw.dy * 0.0 + raw.log_w * 0.0 + raw.log_h * 0.0
-    box = Box(raw.dx, raw.dy, raw.log_w, raw.log_h)
-    if RULE.IS_GRID:
-        x, y, stride = cell_centres(offs_a, grid, STRIDES, RULE.DTYPE)
-        box = raw_corners(raw, x - 0.5, y - 0.5, stride)
-    store_anchor_boxes(boxes, image, offs_a, mask_a, box)
-    cost, cls_poison = _class_cost(logits, image, offs_a, mask_a, obj_probs, PACK.C, RULE.DTYPE, BLOCK_C)
-    tl.store(table.cost_ptr + cell, cost, mask=mask_a)
-    tl.store(table.obj_ptr + cell, obj_probs, mask=mask_a)
-    tl.store(state.row_ptr + cell, tl.where(poison + cls_poison == 0, -1, _BROKEN), mask=mask_a)
-    num_words = (grid.A + 31) // 32
-    word = tl.program_id(0) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)
-    tl.store(members.words_ptr + image * num_words + word, tl.zeros((BLOCK_A // 32,), tl.int32), mask=word < num_words)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(counts.broken_ptr + program, (tl.sum(obj * 0.0) != 0).to(tl.int32))
-    if tl.program_id(0) == 0:
-        tl.store(members.anchors.count_ptr + image, 0)
-        tl.store(state.contested.count_ptr + image, 0)
-    if program == 0:
-        tl.store(counts.ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64), mask=tl.arange(0, 4) < 3)
-    pack_rows(rows, targets, height, width, N, B, PACK, RULE.DTYPE)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _simota_member_kernel(
-    members, counts, state, points, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """A program lists the anchors that take part because of BLOCK_G rows, counts those rows, and says if an anchor is broken.
-
-    It walks the cells of a rectangle around the regions, a thousandth wider; the test is exact.
-    """
-    STRIDES: tl.constexpr = RULE.STRIDES
-    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
-    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
-    tl.atomic_add(counts.ptr + 1, tl.sum(truth.is_gt.to(tl.int64)), sem="relaxed")
-    region = Box(centre_x, centre_y, centre_x, centre_y)
-    if RULE.HAS_BOX:
-        region = truth.box
-    length = tl.zeros_like(truth.row) + grid.A
-    if RULE.IS_GRID:
-        length = rectangle_size(region, grid, STRIDES, 1.001 * RULE.RADIUS)
-    length = tl.where(truth.is_gt, length, 0)
+@triton.jit
+def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr):
+    """How many anchors each row takes [g, 1]: the sum of its largest IoUs, at least 1."""
+    place = tl.arange(0, _LIST)[None, :] + tl.zeros_like(truth.row)
+    is_place = place < _MAX_DYNAMIC_K
+    kept = ordered(tl.where(is_place, 0.0, float("inf")).to(DTYPE), place)[0]
     limit = tl.max(length)
-    lowest = tl.full((), -1, tl.int32)
     start = 0
     while start < limit:
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         mask = nth < length
-        if RULE.IS_GRID:
-            cell = rectangle_cells(nth, region, grid, STRIDES, RULE.DTYPE, 1.001 * RULE.RADIUS)
-        else:
-            cell = _cells(nth + tl.zeros_like(length), mask, points, grid, RULE)
-        in_centre, in_box = _in_regions(cell, truth.box, centre_x, centre_y, RULE.RADIUS)
-        takes_part = in_centre
-        if RULE.HAS_BOX:
-            takes_part = in_centre | in_box
-        mask = mask & takes_part
-        anchor = cell.anchor
-        word = tl.where(mask, truth.image * ((grid.A + 31) // 32) + anchor // 32, 0)
-        bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
-        is_new = mask & ((tl.atomic_or(members.words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
-        append(members.anchors, truth.image, anchor, is_new, grid.A)
-        owner = tl.load(state.row_ptr + truth.image * grid.A + anchor, mask=is_new, other=-1)
-        lowest = tl.minimum(lowest, tl.min(owner))
+        iou = pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, mask, A))
+        key = ordered(tl.where(mask, iou, 0.0).to(DTYPE), nth)[0]
+        kept = _keep_largest(kept, key, nth)
         start += BLOCK_P
-    if lowest == _BROKEN:
-        tl.atomic_max(counts.ptr + 2, tl.full((), 1, tl.int64), sem="relaxed")
+    # Added up as integers, since the order of a list is any.
+    ious = (value_of(tl.where(is_place, kept, 0)).to(tl.float64) * _UNIT).to(tl.int64)
+    return tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)[:, None]
+
+
+@triton.jit
+def _nth_cheapest(cost, k, CELLS: tl.constexpr):
+    """The place of cells [g, n] among the ``k`` [g, 1] cheapest of their row, of equal ones the first; -1 for the others."""
+    place = tl.arange(0, CELLS)[None, :]
+    key = ordered(-cost, place)[0]
+    nth = tl.full(cost.shape, -1, tl.int32)
+    limit = tl.max(k)
+    i = 0
+    while i < limit:
+        at = tl.min(tl.where(key == tl.max(key, 1)[:, None], place, CELLS), 1)[:, None]
+        is_next = (place == at) & (i < k)
+        nth, key = tl.where(is_next, i, nth), tl.where(is_next, none(key), key)
+        i += 1
+    return nth
+
+
+@triton.jit
+def _store_claims(state, claims, truth, anchor, nth, A):
+    """Claim anchors [g, n] as the ``nth`` of their rows, where that is not negative."""
+    claim(state, truth, anchor, nth >= 0, A)
+    tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + nth, anchor, mask=nth >= 0)
+
+
+@triton.jit
+def _claim_anywhere(
+    members,
+    state,
+    claims,
+    preds,
+    truth,
+    centre,
+    length,
+    k,
+    grid,
+    RULE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Claim the ``k`` cheapest of all members, ``length`` [g, 1] in each row's list; how many [g, 1] these are."""
+    best, best_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
+    limit = tl.max(length)
+    start = 0
+    while start < limit:
+        nth = start + tl.arange(0, BLOCK_P)[None, :]
+        mask = nth < length
+        anchor = load_listed(members.anchors, truth.image, nth, mask, grid.A)
+        cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
+        key, order = ordered(-cost, anchor)
+        best, best_order = keep_best(best, best_order, tl.where(mask, key, none(key)), order)
+        start += BLOCK_P
+    place = rank(best, best_order, _MAX_DYNAMIC_K, _LIST)
+    _store_claims(state, claims, truth, index_of(best_order), tl.where(place < k, place, -1), grid.A)
+    return tl.sum((place < k).to(tl.int32), 1)[:, None]
 
 
 @triton.jit(do_not_specialize=["N"])
 def _simota_claim_kernel(
-    state, members, boxes, table, logits, points, rows, grid, N, RULE: tl.constexpr,
-    BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    members, state, claims, region, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors."""
-    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
-    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
-    cheapest, cheapest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
-    largest, largest_order = empty_list(BLOCK_G * PARTS, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
-    length = list_length(members, truth)
-    limit = tl.max(length)
-    start = 0
-    while start < limit:
-        nth = places(start, PARTS, BLOCK_P)
-        mask = nth < length
-        anchor = load_listed(members, truth.image, nth, mask, grid.A)
-        cost, iou = _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE)
-        key, order = ordered(-cost, anchor)
-        cheapest, cheapest_order = keep_best(cheapest, cheapest_order, tl.where(mask, key, none(key)), order)
-        key, order = ordered(iou, anchor)
-        key = tl.where(mask & (iou > 0), key, none(key))
-        largest, largest_order = keep_best(largest, largest_order, key, order)
-        start += PARTS * BLOCK_P
-    if PARTS > 1:
-        cheapest, cheapest_order = merged(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
-        largest, largest_order = merged(largest, largest_order, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
-
-    is_overlap = is_taken(largest, _MAX_DYNAMIC_K, _LIST)
-    # Added up as integers, since the order of a list is any.
-    ious = tl.where(is_overlap, value_of(largest).to(tl.float64) * _UNIT, 0.0).to(tl.int64)
-    k = tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K)[:, None]
-    is_claim = rank(cheapest, cheapest_order, _MAX_DYNAMIC_K, _LIST) < k
-    claim(state, truth, index_of(cheapest_order), is_claim, grid.A)
+    truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
+    length = list_length(members.anchors, truth)
+    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P)
+    number = tl.zeros_like(truth.row)
+    is_short = truth.is_gt
+    if RULE.SPAN > 0:
+        offs = truth.row.to(tl.int64) * RULE.CELLS + tl.arange(0, RULE.CELLS)[None, :]
+        cost = tl.load(region.cost_ptr + offs, mask=truth.is_gt, other=float("inf"))
+        anchor = tl.load(region.anchor_ptr + offs, mask=truth.is_gt, other=0)
+        is_short = is_short & (tl.sum((cost < _SURE_COST).to(tl.int32), 1)[:, None] < k)
+        number = tl.where(truth.is_gt & ~is_short, k, 0)
+        _store_claims(state, claims, truth, anchor, _nth_cheapest(cost, number, RULE.CELLS), grid.A)
+    if tl.max(is_short.to(tl.int32)) > 0:
+        length = tl.where(is_short, length, 0)
+        number += _claim_anywhere(members, state, claims, preds, truth, centre, length, k, grid, RULE, BLOCK_G, BLOCK_S)
+    slot = tl.arange(0, SLOTS)[None, :]
+    none_there = tl.full((BLOCK_G, SLOTS), -1, tl.int32)
+    tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + slot, none_there, mask=(slot >= number) & (truth.row < N))
 
 
-@triton.jit(do_not_specialize=["N"])
-def _simota_contest_kernel(
-    state, boxes, table, logits, points, rows, grid, N, RULE: tl.constexpr, IS_TIE_BREAK: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """A program raises ``best`` of the contested anchors of the images of BLOCK_G rows to their negated cost."""
-    IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
-    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
-    centre_x, centre_y = _load_centres(rows, truth, N, RULE.DTYPE)
-    length = list_length(state.contested, truth)
-    limit = tl.max(length)
-    start = 0
-    while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
-        mask = nth < length
-        anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
-        cost, _ = _pair_costs(truth, centre_x, centre_y, anchor, mask, boxes, table, logits, points, grid, RULE)
-        contest(state, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
-        start += BLOCK_P
+# ---- conflicts, and the objectness of all
 
 
 @triton.jit
-def _simota_settle_kernel(state, matched_iou_ptr, counts, boxes, gt_ptr, A, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
-    """A program settles BLOCK_A anchors of one image, the same as when they were prepared, and adds to the counts."""
-    image = tl.program_id(1).to(tl.int64)
-    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < A
-    cell = image * A + offs_a
-    owner = tl.load(state.row_ptr + cell, mask=mask_a, other=-1)
-    is_contested = owner >= CONTESTED
-    won = winner(state, cell, owner, is_contested, tl.float64 == DTYPE)
-    row = tl.where(is_contested, won, tl.maximum(owner, -1))
-    is_pos = row >= 0
-    iou = tl.zeros((BLOCK_A,), DTYPE)
-    if tl.max(row) >= 0:
-        box = load_anchor_boxes(boxes, image, offs_a, is_pos, DTYPE)
-        iou = tl.where(is_pos, _iou(load_row_boxes(gt_ptr, 4, 1, row, is_pos, DTYPE), box), 0.0)
-    tl.store(state.row_ptr + cell, row, mask=mask_a & (row != owner))
-    tl.store(matched_iou_ptr + cell, iou, mask=mask_a)
-    tl.atomic_add(counts.ptr, tl.sum(is_pos.to(tl.int64)), sem="relaxed")
-    broken = tl.load(counts.broken_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
-    tl.atomic_max(counts.ptr + 2, broken.to(tl.int64), sem="relaxed")
+def _raise_owners(claims, state, truth, is_any, A):
+    """Mark the claims of rows [g, 1] that are contested, if any are; the largest row that claimed an anchor will own it."""
+    ptr = claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[None, :]
+    anchor = tl.load(ptr, mask=truth.is_gt & is_any, other=-1)
+    cell = tl.where(anchor >= 0, truth.image * A + anchor, 0)
+    is_contested = tl.load(state.row_ptr + cell, mask=anchor >= 0, other=-1) >= CONTESTED
+    tl.atomic_max(claims.owner_ptr + cell, truth.row + tl.zeros(cell.shape, tl.int32), mask=is_contested, sem="relaxed")
+    tl.store(ptr, anchor | IS_CONTESTED, mask=is_contested)
+
+
+@triton.jit
+def _objectness(objectness, state, members, obj_logits, A, index, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
+    """Probability of BLOCK_A anchors of one image, and the sum of their cross entropy; positives are claimed by now."""
+    chunks = (A + BLOCK_A - 1) // BLOCK_A
+    image = (index // chunks).to(tl.int64)
+    word = (index % chunks) * (BLOCK_A // 32) + tl.arange(0, BLOCK_A // 32)[:, None]
+    bit = tl.arange(0, 32)[None, :]
+    offs = word * 32 + bit
+    mask = offs < A
+    num_words = (A + 31) // 32
+    members_of = tl.load(members.words_ptr + image * num_words + word, mask=word < num_words, other=0)
+    is_member = mask & (((members_of >> bit) & 1) != 0)
+    is_pos = tl.load(state.row_ptr + image * A + offs, mask=is_member, other=-1) >= 0
+    ptr = obj_logits.ptr + image * obj_logits.row + offs.to(tl.int64) * obj_logits.column
+    x = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    if objectness.prob_ptr is not None:
+        tl.store(objectness.prob_ptr + image * A + offs, sigmoid(x), mask=mask)
+    tl.store(objectness.sum_ptr + index, tl.sum(tl.where(mask, cross_entropy_with_logits(x, is_pos.to(DTYPE)), 0.0)))
+
+
+@triton.jit(do_not_specialize=["N", "row_programs"])
+def _simota_contest_kernel(
+    objectness, members, state, claims, preds, rows, grid, N, row_programs, RULE: tl.constexpr, IS_TIE_BREAK: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """A program raises ``best`` of the contested anchors of the images of BLOCK_G rows to their negated cost.
+
+    The programs after those of the rows read the objectness of BLOCK_A anchors of an image each.
+    """
+    if tl.program_id(0) < row_programs:
+        IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
+        truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
+        length = list_length(state.contested, truth)
+        limit = tl.max(length)
+        if not IS_TIE_BREAK:
+            _raise_owners(claims, state, truth, limit > 0, grid.A)
+        start = 0
+        while start < limit:
+            nth = start + tl.arange(0, BLOCK_P)[None, :]
+            mask = nth < length
+            anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
+            cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
+            contest(state, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
+            start += BLOCK_P
+    elif objectness.sum_ptr is not None:
+        index = tl.program_id(0) - row_programs
+        _objectness(objectness, state, members, preds.obj_logits, grid.A, index, RULE.DTYPE, BLOCK_A)
+
+
+# ---- results
+
+
+@triton.jit
+def load_claims(claims, rows, slot, N):
+    """Claims [n] of places ``slot``: their image, anchor, whether there is one and whether it is contested."""
+    row = slot // SLOTS
+    anchor = tl.load(claims.anchor_ptr + slot, mask=row < N, other=-1)
+    image = tl.maximum(tl.load(rows.image_ptr + row, mask=row < N, other=0), 0).to(tl.int64)
+    is_claim = anchor >= 0
+    return image, tl.where(is_claim, anchor & (IS_CONTESTED - 1), 0), is_claim, is_claim & (anchor >= IS_CONTESTED)
+
+
+@triton.jit
+def settled(state, claims, preds, rows, program, N, grid, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The claims that BLOCK_G rows own, with the rows that won them: all that a row alone claimed, some of the contested."""
+    slot = program * BLOCK_G * SLOTS + tl.arange(0, BLOCK_G * SLOTS)
+    image, anchor, is_claim, is_contested = load_claims(claims, rows, slot, N)
+    cell = image * grid.A + anchor
+    own_row = (slot // SLOTS).to(tl.int32)
+    owner = tl.load(claims.owner_ptr + cell, mask=is_contested, other=-1)
+    is_pos = is_claim & ((owner == own_row) | ~is_contested)
+    is_contested = is_contested & is_pos
+    mark = tl.load(state.row_ptr + cell, mask=is_contested, other=0)
+    row = tl.where(is_contested, winner(state, cell, mark, is_contested, tl.float64 == RULE.DTYPE), own_row)
+    tl.store(state.row_ptr + cell, row, mask=is_contested)
+    gt = load_row_boxes(rows.xyxy_ptr, 4, 1, row, is_pos, RULE.DTYPE)
+    iou = tl.where(is_pos, pair_iou(gt, boxes_of(preds, image, anchor, is_pos, grid, RULE)), 0.0).to(RULE.DTYPE)
+    return Owned(slot, image, anchor, tl.where(is_pos, row, -1), iou, is_pos)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _simota_settle_kernel(iou_ptr, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """A program settles the anchors that BLOCK_G rows own, and writes their IoU (B, A)."""
+    own = settled(state, claims, preds, rows, tl.program_id(0), N, grid, RULE, BLOCK_G)
+    tl.store(iou_ptr + own.image * grid.A + own.anchor, own.iou, mask=own.is_pos)

@@ -285,13 +285,16 @@ def _barrier(name: str, modifiers: list[str], operands: tuple[str, ...], guard: 
 def _shuffle(name: str, modifiers: list[str], operands: tuple[str, ...], guard: Any) -> Step:
     _, how, kind = modifiers
     write, read, lane = _write(operands[0], kind), _read(operands[1], kind), _read(operands[2], "u32")
-    if operands[3:] != ("31", "-1"):
+    if operands[3:] != ("0" if how == "up" else "31", "-1"):
         raise EmulationError(f"unknown shuffle {operands}")
 
     def step(machine: Machine) -> None:
         source = machine.lanes(lane(machine)).astype(np.int64) % WARP
         if how == "bfly":
             source = source ^ np.arange(WARP)
+        elif how == "up":
+            source = np.arange(WARP) - source
+            source = np.where(source < 0, np.arange(WARP), source)  # none that far below: its own
         elif how != "idx":
             raise EmulationError(f"unknown instruction shfl.{how}")
         value = np.take_along_axis(machine.lanes(read(machine)), source, -1)

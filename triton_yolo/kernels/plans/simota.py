@@ -1,115 +1,137 @@
 """Launches of SimOTA, to arbitrary points or as a part of YOLOX's criterion."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
+import triton
 
-from ..._signatures import YOLOX, SimOTA, SimOTAAssign, SimOTAAssignment, YOLOXAssign
-from ..arguments import Anchors, Grid, Points, Rows, State, Tensor2, Tensor3, compute_type, points_of, targets_of, tensor3
-from ..decode import channel_sizes
-from ..launch import Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
-from ..rows import (
-    Pack,
-    claim_sizes,
-    row_sizes,
-)
-from ..simota import (
-    Counts,
-    Members,
-    Rule,
-    Table,
-    _simota_claim_kernel,
-    _simota_contest_kernel,
-    _simota_member_kernel,
-    _simota_prepare_kernel,
-    _simota_settle_kernel,
-)
+from ..._signatures import SimOTA, SimOTAAssign, SimOTAAssignment
+from ..arguments import Anchors, Grid, Rows, State, Tensor2, compute_type, points_of, targets_of, tensor3
+from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..members import Claims, Members, Predictions, Region, Rule, _simota_member_kernel, _simota_prepare_kernel
+from ..rows import Pack, row_sizes
+from ..simota import Objectness, _simota_claim_kernel, _simota_contest_kernel, _simota_settle_kernel
+from ..simota_cost import Product
+
+_MOST_CELLS = 128  # of a centre region that one program looks at
+_WALKERS = 16  # programs a row that list the anchors of its box
+ONE = 1, 1, 1
 
 
-class Predictions(NamedTuple):
-    """Raw boxes or boxes (B, A, 4), objectness (B, A) and class logits (B, A, C)."""
+def region_sizes(radius: float, num_levels: int) -> tuple[int, int]:
+    """``SPAN`` and ``CELLS`` of a rule: an open interval of 2 radii holds at most so many centres."""
+    span = math.ceil(2 * radius)
+    cells = max(triton.next_power_of_2(num_levels * span**2), 32)
+    return (span, cells) if cells <= _MOST_CELLS else (0, 32)
 
-    boxes: Tensor3
-    obj_logits: Tensor2
-    logits: Tensor3
+
+def few_rows(num_rows: int, places: int) -> int:
+    """Rows a program, of which each has so many places in its widest tile."""
+    return max(1, min(triton.next_power_of_2(num_rows), 2**19 // places)) if INTERPRETED else 1
 
 
 class Matching:
-    """The launches of SimOTA: on a grid if it has ``strides``."""
+    """The launches up to the contest: on a grid if it has ``strides``."""
 
     def __init__(
         self, assigner: SimOTA, shape: tuple[int, int, int], grid: Grid, strides: tuple[float, ...] | None, is_raw: bool,
-        channel_stride: int, dtype: torch.dtype, num_rows: int,
+        dtype: torch.dtype, num_rows: int,
     ) -> None:  # fmt: skip
         self.batch_size, num_anchors, num_classes = shape
-        self.grid, self.dtype = grid, dtype
-        kind, cells = compute_type(dtype), self.batch_size * num_anchors
-        rule = Rule(assigner.radius, assigner.candidates == "box_and_center", strides or (1.0,), strides is not None, kind)
-        block_a, block_c, num_warps = channel_sizes(num_anchors, num_classes, channel_stride)
-        self.programs = cdiv(num_anchors, block_a), self.batch_size, 1
-        self.prepare = Launch(
-            _simota_prepare_kernel, num_warps, RULE=rule, PACK=Pack(num_classes, is_raw, True, 32), BLOCK_A=block_a,
-            BLOCK_C=block_c,
+        self.grid, self.dtype, kind = grid, dtype, compute_type(dtype)
+        self.cells, self.words = self.batch_size * num_anchors, self.batch_size * cdiv(num_anchors, 32)
+        has_box = assigner.candidates == "box_and_center"
+        span, cells = region_sizes(assigner.radius, len(strides)) if strides else (0, 32)
+        is_grid = strides is not None
+        self.rule = rule = Rule(num_classes, assigner.radius, has_box, is_grid, strides or (1.0,), span, cells, kind)
+        self.parts = (span > 0) + (1 if INTERPRETED else _WALKERS) * (has_box or span == 0)
+
+        self.block = 2**14 if INTERPRETED else 1024
+        pack = Pack(num_classes, is_raw, True, 32)
+        self.prepare = Launch(_simota_prepare_kernel, 4, PACK=pack, DTYPE=kind, BLOCK=self.block)
+        product = _product(num_classes, cells)
+        self.member_rows = few_rows(num_rows, cells * product.BLOCK_C)
+        self.member = Launch(
+            _simota_member_kernel, 1 if INTERPRETED else cells // 16, RULE=rule, PRODUCT=product,
+            BLOCK_G=self.member_rows, BLOCK_P=cells,
         )  # fmt: skip
-        self.block_g, block_p, row_warps = row_sizes(num_rows, num_anchors, 64, 2)
-        tiles: dict[str, Any] = {"RULE": rule, "num_warps": row_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
-        self.member = Launch(_simota_member_kernel, **tiles)
-        self.claim = Launch(_simota_claim_kernel, RULE=rule, **claim_sizes(num_rows, num_anchors, 128, 1))
-        self.contests = [
-            Launch(_simota_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
+        self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 256, 1)
+        block_s = block_p if INTERPRETED else 64
+        self.claim = Launch(_simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, BLOCK_S=block_s)
+        self.block_a = max(32, triton.next_power_of_2(num_anchors)) if INTERPRETED else 512
+        self.contest, *self.tie_break = [
+            Launch(
+                _simota_contest_kernel, 1, RULE=rule, IS_TIE_BREAK=is_tie_break, BLOCK_G=self.block_g, BLOCK_P=block_s,
+                BLOCK_A=self.block_a,
+            )
             for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
-        ]
-        self.settle = Launch(_simota_settle_kernel, num_warps, DTYPE=kind, BLOCK_A=block_a)
-        self.launches = self.prepare, self.settle, *((self.member, self.claim, *self.contests) if num_rows else ())
+        ]  # fmt: skip
+        self.launches = self.prepare, *((self.member, self.claim, self.contest, *self.tie_break) if num_rows else ())
         self.fixed: Buffers = {
-            "boxes": (dtype, 4 * cells), "cost": (dtype, cells), "obj": (dtype, cells), "best": (torch.int64, cells),
-            "words": (torch.int32, self.batch_size * cdiv(num_anchors, 32)),
-            "broken": (torch.int32, self.programs[0] * self.batch_size),
-            "members": (torch.int32, cells), "num_members": (torch.int32, self.batch_size),
-            "contested": (torch.int32, cells), "num_contested": (torch.int32, self.batch_size),
+            "boxes": (dtype, 4 * self.cells), "cost": (dtype, self.cells), "best": (torch.int64, self.cells),
+            "owner": (torch.int32, self.cells), "words": (torch.int32, self.words),
+            "members": (torch.int32, self.cells), "num_members": (torch.int32, self.batch_size),
+            "contested": (torch.int32, self.cells), "num_contested": (torch.int32, self.batch_size),
         }  # fmt: skip
-        self.by_row: Buffers = {"image": (torch.int32, 1), "xyxy": (dtype, 4)}
+        self.by_row: Buffers = {
+            "image": (torch.int32, 1), "xyxy": (dtype, 4), "claims": (torch.int32, 16), "region_cost": (dtype, cells),
+            "region_anchor": (torch.int32, cells),
+        }  # fmt: skip
 
     def __call__(
-        self, run: Run, preds: Predictions, points: Points | None, size: tuple[float, float], row: Any, iou: Any, counts: Any,
-        rows: Rows,
-    ) -> None:  # fmt: skip
+        self, run: Run, preds: Predictions, rows: Rows, size: tuple[float, float], row: Any, iou: Any, objectness: Objectness,
+        num_others: int,
+    ) -> tuple[State, Claims]:  # fmt: skip
+        """Claim and contest: ``row`` and ``iou``, if that is wanted, are of background then but where something was claimed.
+
+        ``num_others`` programs read the objectness.
+        """
         stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
-        boxes = new(Tensor3, (b.boxes, 4 * grid.A, 1, grid.A))
-        table, state = new(Table, (b.cost, b.obj)), new(State, (row, b.best, new(Anchors, (b.contested, b.num_contested))))
-        members, tally = new(Members, (new(Anchors, (b.members, b.num_members)), b.words)), new(Counts, (counts, b.broken))
+        state = new(State, (row, b.best, new(Anchors, (b.contested, b.num_contested))))
+        members = new(Members, (new(Anchors, (b.members, b.num_members)), b.words, b.boxes, b.cost))
+        claims, region = new(Claims, (b.claims, b.owner)), new(Region, (b.region_cost, b.region_anchor))
+        programs = cdiv(max(self.words, self.batch_size, self.cells if iou is not None else 0), self.block), 1, 1
         targets = targets_of(run.address, run.x.targets)
         self.prepare(
-            stream, self.programs, boxes, table, state, members, tally, *preds, rows, targets, grid, *size, num_rows,
-            self.batch_size,
-        )  # fmt: skip
+            stream, programs, state, iou, members, rows, targets, *size, num_rows, self.batch_size, self.cells, self.words
+        )
+        row_programs = cdiv(num_rows, self.block_g)
         if num_rows:
-            programs = cdiv(num_rows, self.block_g), 1, 1
-            self.member(stream, programs, members, tally, state, points, rows, grid, num_rows)
-            pairs = boxes, table, preds.logits, points, rows, grid, num_rows
-            self.claim(stream, programs, state, members.anchors, *pairs)
-            for contest in self.contests:
-                contest(stream, programs, state, *pairs)
-        self.settle(stream, self.programs, state, iou, tally, boxes, rows.xyxy_ptr, grid.A)
+            programs = cdiv(num_rows, self.member_rows), self.parts, 1
+            self.member(stream, programs, members, state, claims, region, preds, rows, grid, num_rows)
+            self.claim(stream, (row_programs, 1, 1), members, state, claims, region, preds, rows, grid, num_rows)
+        pairs = objectness, members, state, claims, preds, rows, grid, num_rows, row_programs
+        if row_programs + num_others:
+            self.contest(stream, (row_programs + num_others, 1, 1), *pairs)
+        if num_rows:
+            for tie_break in self.tie_break:
+                tie_break(stream, (row_programs, 1, 1), *pairs)
+        return state, claims
 
 
 class _SimOTAPlan(Plan):
     """Assignment to arbitrary points."""
 
     def __init__(self, x: SimOTAAssign, out: SimOTAAssignment, num_rows: int) -> None:
-        grid, dtype = Grid((1, 1), x.cls_logits.shape[1]), out.matched_iou.dtype
-        shape = x.cls_logits.shape[0], x.cls_logits.shape[1], x.cls_logits.shape[2]
-        self.match = Matching(x.assigner, shape, grid, None, False, x.cls_logits.stride(2), dtype, num_rows)
+        shape, dtype = x.cls_logits.shape, out.matched_iou.dtype
+        self.match = Matching(x.assigner, (shape[0], shape[1], shape[2]), Grid((1, 1), shape[1]), None, False, dtype, num_rows)
+        self.rows = few_rows(num_rows, 16)
+        self.settle = Launch(_simota_settle_kernel, 1, RULE=self.match.rule, BLOCK_G=self.rows)
         by_row = {**self.match.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        super().__init__(Workspace({**self.match.fixed, "counts": (torch.int64, 3)}, by_row), *self.match.launches)
+        super().__init__(Workspace(self.match.fixed, by_row), *self.match.launches, *((self.settle,) if num_rows else ()))
 
     def launch(self, run: Run) -> None:
         x, address, b = run.x, run.address, run.buffers
         obj = new(Tensor2, (address(x.obj_logits), *x.obj_logits.stride()))
-        preds = new(Predictions, (tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits)))
+        points = points_of(address, x.points, x.strides)
+        preds = new(Predictions, (tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits), points))
         row, iou = map(address, run.out)
-        rows = new(Rows, (b.image, b.label, b.xyxy, b.xywh))
-        self.match(run, preds, points_of(address, x.points, x.strides), (0.0, 0.0), row, iou, b.counts, rows)
+        rows, nothing = new(Rows, (b.image, b.label, b.xyxy, b.xywh)), new(Objectness, (None, None))
+        state, claims = self.match(run, preds, rows, (0.0, 0.0), row, iou, nothing, 0)
+        if run.num_rows:
+            programs = cdiv(run.num_rows, self.rows), 1, 1
+            self.settle(run.stream, programs, iou, state, claims, preds, rows, self.match.grid, run.num_rows)
 
 
 def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
@@ -119,30 +141,9 @@ def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
     return out
 
 
-class YOLOXAssigning(Matching):
-    """The launches of YOLOX's assignment, from raw predictions."""
-
-    def __init__(self, x: YOLOX | YOLOXAssign, dtype: torch.dtype, num_rows: int) -> None:
-        batch_size, num_anchors, num_channels = x.preds.shape
-        grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
-        shape = batch_size, num_anchors, num_channels - 5
-        is_raw = len(x.targets) == 1
-        super().__init__(x.assigner, shape, grid, x.levels.strides, is_raw, x.preds.stride(2), dtype, num_rows)
-
-    def assign(self, run: Run, preds: Predictions, row: Any, iou: Any, counts: Any, rows: Rows) -> None:
-        self(run, preds, None, self.size, row, iou, counts, rows)
-
-
-def predictions(run: Run) -> Predictions:
-    """Parts of raw predictions (B, A, 5 + C)."""
-    preds = run.x.preds
-    image, anchor, channel = preds.stride()
-    boxes = new(Tensor3, (run.address(preds), image, anchor, channel))
-    return new(
-        Predictions,
-        (
-            boxes,
-            new(Tensor2, (run.channels(preds, 4), image, anchor)),
-            new(Tensor3, (run.channels(preds, 5), image, anchor, channel)),
-        ),
-    )
+def _product(num_classes: int, cells: int) -> Product:
+    """Four logits a thread and tile, or two; all classes, up to 80, in ten or twenty factors a product."""
+    if INTERPRETED:
+        return Product(min(triton.next_power_of_2(num_classes), 16), 1)
+    block_c = min(triton.next_power_of_2(num_classes), 8 if cells == 32 else 4)
+    return Product(block_c, min(80 // block_c, cdiv(num_classes, block_c)))

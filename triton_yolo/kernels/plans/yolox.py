@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+import triton
+from torch import Tensor
 
 from ..._signatures import (
     YOLOX,
@@ -16,17 +18,89 @@ from ..._signatures import (
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import channel_sizes
-from ..launch import Launch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..members import Claims
 from ..reduce import TOTAL_SIZES
 from ..yolox import Matched, _yolox_grad_kernel, _yolox_loss_kernel, _yolox_total_kernel, positive_sizes
-from .simota import Predictions, YOLOXAssigning, predictions
+from ..yolox_criterion import _yolox_background_kernel, _yolox_positive_kernel, _yolox_words_kernel
+from .simota import ONE, few_rows
+from .yolox_assign import YOLOXMatching, predictions
 
 
-class _Loss:
-    """The launches of the loss of an assignment."""
+class _AssignPlan(Plan):
+    def __init__(self, x: YOLOXAssign, out: YOLOXAssignment, num_rows: int) -> None:
+        self.assign = YOLOXMatching(x, out.matched_iou.dtype, num_rows)
+        super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
-    def __init__(self, x: YOLOX | YOLOXLoss, dtype: torch.dtype) -> None:
-        batch_size, num_anchors, num_channels = x.preds.shape
+    def launch(self, run: Run) -> None:
+        row, iou, counts, label, xywh = map(run.address, run.out)
+        rows = new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
+        results = None, None, None, None, counts, None, 0.0
+        self.assign.sum_up(run, predictions(run), rows, row, iou, None, results)
+
+
+class _Background:
+    """The launch of the gradient of background: of whole words where the channels of an anchor are neighbours."""
+
+    def __init__(self, x: YOLOX, grad: Tensor) -> None:
+        self.batch_size, self.num_anchors, self.num_channels = x.preds.shape
+        kind, each = compute_type(grad.dtype), 8 // grad.element_size()
+        self.has_words = grad.is_contiguous() and grad.numel() % each == 0
+        if self.has_words:
+            self.words, block = grad.numel() // each, 2**16 if INTERPRETED else 2048
+            self.programs = cdiv(self.words, block), 1, 1
+            self.launch = Launch(_yolox_words_kernel, 4, CHANNELS=self.num_channels, DTYPE=kind, BLOCK=block)
+        else:
+            block = max(32, triton.next_power_of_2(self.num_anchors)) if INTERPRETED else 1024
+            self.programs = cdiv(self.num_anchors, block), self.batch_size, 1
+            self.launch = Launch(_yolox_background_kernel, 4, DTYPE=kind, BLOCK_A=block)
+
+    def __call__(self, run: Run, out: Tensor3, prob: Any, normaliser: Any) -> None:
+        if self.has_words:
+            self.launch(run.stream, self.programs, out.ptr, prob, normaliser, self.words)
+        else:
+            self.launch(run.stream, self.programs, out, prob, normaliser, self.num_anchors, self.num_channels)
+
+
+class _CriterionPlan(Plan):
+    def __init__(self, x: YOLOX, out: YOLOXOutputs, num_rows: int) -> None:
+        dtype = out.loss.dtype
+        self.assign = assign = YOLOXMatching(x, dtype, num_rows, x.iou_loss)
+        self.wants_grad = out.grad_preds.numel() > 0
+        launches = assign.launches
+        if self.wants_grad:
+            self.background = _Background(x, out.grad_preds)
+            self.rows = few_rows(num_rows, 16 * assign.block_c)
+            self.positive = Launch(
+                _yolox_positive_kernel, 1, RULE=assign.rule, KIND=x.iou_loss, BLOCK_G=self.rows, BLOCK_C=assign.block_c
+            )
+            launches = *launches, self.background.launch, *((self.positive,) if num_rows else ())
+        fixed = {**assign.fixed, "target_row": (torch.int32, assign.cells), "normaliser": (dtype, 1)}
+        by_row = {**assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
+        super().__init__(Workspace(fixed, by_row), *launches)
+
+    def launch(self, run: Run) -> None:
+        x, out, b, address, num_rows = run.x, run.out, run.buffers, run.address, run.num_rows
+        preds, rows, l1_gain = predictions(run), new(Rows, (b.image, b.label, b.xyxy, b.xywh)), address(x.l1_gain)
+        prob = b.boxes if self.wants_grad else None  # nobody reads the members' boxes any more
+        results = address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, None, l1_gain, x.iou_gain
+        self.assign.sum_up(run, preds, rows, b.target_row, None, prob, results)
+        if self.wants_grad:
+            grad = tensor3(address, out.grad_preds)
+            self.background(run, grad, prob, b.normaliser)
+            if num_rows:
+                claims = new(Claims, (b.claims, b.owner))
+                self.positive(
+                    run.stream, (cdiv(num_rows, self.rows), 1, 1), grad, b.normaliser, self.assign.positives(run), claims,
+                    preds.boxes, rows, l1_gain, self.assign.grid, x.iou_gain, num_rows,
+                )  # fmt: skip
+
+
+class _LossPlan(Plan):
+    """The loss of a given assignment."""
+
+    def __init__(self, x: YOLOXLoss, out: YOLOXLossOutputs, num_rows: int) -> None:
+        (batch_size, num_anchors, num_channels), dtype = x.preds.shape, out.loss.dtype
         self.num_classes, self.grid = num_channels - 5, Grid(x.levels.feat_shapes, num_anchors)
         block_a, block_c, num_warps = positive_sizes(num_anchors, self.num_classes, x.preds.stride(2))
         self.programs = cdiv(num_anchors, block_a), batch_size, 1
@@ -37,99 +111,45 @@ class _Loss:
             BLOCK_C=block_c,
         )  # fmt: skip
         self.total = Launch(_yolox_total_kernel, DTYPE=kind, **TOTAL_SIZES)
-        self.launches = self.total, *((self.loss,) if self.num_programs else ())
-        self.fixed = {"partial": (dtype, 4 * self.num_programs)}
+        launches = self.total, *((self.loss,) if self.num_programs else ())
+        super().__init__(Workspace({"partial": (dtype, 4 * self.num_programs)}), *launches)
 
-    def __call__(
-        self, run: Run, preds: Predictions, matched: Matched, loss: Any, terms: Any, num_fg: Any, normaliser: Any, counts: Any
-    ) -> None:
-        partial = run.buffers.partial
+    def launch(self, run: Run) -> None:
+        x, address, partial = run.x, run.address, run.buffers.partial
         if self.num_programs:
-            self.loss(run.stream, self.programs, partial, *preds, matched, self.grid, self.num_classes)
-        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
-        one = 1, 1, 1
-        self.total(run.stream, one, loss, terms, num_fg, normaliser, partial, counts, l1_gain, iou_gain, self.num_programs)
+            matched = _matched(run)
+            self.loss(run.stream, self.programs, partial, *predictions(run)[:3], matched, self.grid, self.num_classes)
+        loss, terms = map(address, run.out)
+        self.total(
+            run.stream, ONE, loss, terms, address(x.normaliser), partial, address(x.l1_gain), x.iou_gain, self.num_programs
+        )
 
 
-class _Gradient:
-    """The launch of the gradient for an assignment."""
+class _GradientPlan(Plan):
+    """The gradient for a given assignment."""
 
-    def __init__(self, x: YOLOX | YOLOXLossBackward, dtype: torch.dtype) -> None:
+    def __init__(self, x: YOLOXLossBackward, out: GradPreds, num_rows: int) -> None:
         batch_size, num_anchors, self.num_channels = x.preds.shape
         self.grid = Grid(x.levels.feat_shapes, num_anchors)
         block_a, block_c, num_warps = channel_sizes(num_anchors, self.num_channels, x.preds.stride(2))
         self.programs = cdiv(num_anchors, block_a), batch_size, 1
         self.gradient = Launch(
-            _yolox_grad_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=compute_type(dtype),
+            _yolox_grad_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=compute_type(x.matched_iou.dtype),
             BLOCK_A=block_a, BLOCK_C=block_c,
         )  # fmt: skip
-        self.launches = (self.gradient,)
+        super().__init__(Workspace(), self.gradient)
 
-    def __call__(self, run: Run, grad: Any, preds: Tensor3, matched: Matched, normaliser: Any) -> None:
-        out = tensor3(run.address, run.out.grad_preds)
-        l1_gain, iou_gain = run.address(run.x.l1_gain), run.x.iou_gain
+    def launch(self, run: Run) -> None:
+        x, address = run.x, run.address
         self.gradient(
-            run.stream, self.programs, out, grad, normaliser, preds, matched, l1_gain, self.grid, iou_gain, self.num_channels
-        )
+            run.stream, self.programs, tensor3(address, run.out.grad_preds), address(x.grad), address(x.normaliser),
+            tensor3(address, x.preds), _matched(run), address(x.l1_gain), self.grid, x.iou_gain, self.num_channels,
+        )  # fmt: skip
 
 
-class _AssignPlan(Plan):
-    def __init__(self, x: YOLOXAssign, out: YOLOXAssignment, num_rows: int) -> None:
-        self.assign = YOLOXAssigning(x, out.matched_iou.dtype, num_rows)
-        super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
-
-    def launch(self, run: Run) -> None:
-        row, iou, counts, label, xywh = map(run.address, run.out)
-        self.assign.assign(
-            run, predictions(run), row, iou, counts, new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
-        )
-
-
-class _LossPlan(Plan):
-    def __init__(self, x: YOLOXLoss, out: YOLOXLossOutputs, num_rows: int) -> None:
-        self.loss = _Loss(x, out.loss.dtype)
-        super().__init__(Workspace(self.loss.fixed), *self.loss.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        matched = new(Matched, (address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes)))
-        loss, terms = map(address, run.out)
-        self.loss(run, predictions(run), matched, loss, terms, None, address(x.normaliser), None)
-
-
-class _CriterionPlan(Plan):
-    def __init__(self, x: YOLOX, out: YOLOXOutputs, num_rows: int) -> None:
-        (batch_size, num_anchors, _), dtype = x.preds.shape, out.loss.dtype
-        self.assign, self.loss = YOLOXAssigning(x, dtype, num_rows), _Loss(x, dtype)
-        self.gradient = _Gradient(x, dtype) if out.grad_preds.numel() else None
-        cells = batch_size * num_anchors
-        fixed = {
-            **self.assign.fixed, **self.loss.fixed, "target_row": (torch.int32, cells), "matched_iou": (dtype, cells),
-            "counts": (torch.int64, 3), "normaliser": (dtype, 1),
-        }  # fmt: skip
-        by_row = {**self.assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        launches = *self.assign.launches, *self.loss.launches, *(self.gradient.launches if self.gradient else ())
-        super().__init__(Workspace(fixed, by_row), *launches)
-
-    def launch(self, run: Run) -> None:
-        out, b, address = run.out, run.buffers, run.address
-        preds = predictions(run)
-        self.assign.assign(run, preds, b.target_row, b.matched_iou, b.counts, new(Rows, (b.image, b.label, b.xyxy, b.xywh)))
-        matched = new(Matched, (b.target_row, b.matched_iou, b.label, b.xywh))
-        self.loss(run, preds, matched, address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, b.counts)
-        if self.gradient is not None:
-            self.gradient(run, None, preds.boxes, matched, b.normaliser)
-
-
-class _GradientPlan(Plan):
-    def __init__(self, x: YOLOXLossBackward, out: GradPreds, num_rows: int) -> None:
-        self.gradient = _Gradient(x, x.matched_iou.dtype)
-        super().__init__(Workspace(), *self.gradient.launches)
-
-    def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        matched = new(Matched, (address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes)))
-        self.gradient(run, address(x.grad), tensor3(address, x.preds), matched, address(x.normaliser))
+def _matched(run: Run) -> Matched:
+    x, address = run.x, run.address
+    return new(Matched, (address(x.target_row), address(x.matched_iou), address(x.gt_labels), address(x.gt_boxes)))
 
 
 def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
