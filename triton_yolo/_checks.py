@@ -248,6 +248,14 @@ def rows_in_range(
     require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", wrong[:5].long().tolist())
 
 
+def matched_rows(argument: str, rows: Tensor, is_matched: Tensor) -> None:
+    """Check on the CPU, but for a graph, that rows (B, A) that are not negative are those of targets."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(rows) is not Tensor:
+        return
+    wrong = rows[(rows >= 0) & ~is_matched]
+    require(wrong.numel() == 0, argument, "be rows of targets with the anchor's image and a class", wrong[:5].tolist())
+
+
 def targets(rows: Sequence[Tensor], batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")) -> None:
     """Check the values of what operations take as targets, on the CPU."""
     if rows[0].device.type != "cpu":

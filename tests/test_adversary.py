@@ -1,0 +1,61 @@
+"""What an adversary of the public functions found: unusual arguments, with values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+import triton_yolo as ty
+from tests.conftest import DEVICE
+
+ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on the CPU only: elsewhere it would synchronise")
+SHAPES = [(2, 2)]
+
+
+def given_assignment():
+    """A criterion and the arguments of ``loss_of``: two images with a box each, which has one anchor of its image."""
+    criterion = ty.YOLO11Loss(3, strides=(8,))
+    preds = torch.zeros(2, 4, 64, device=DEVICE), torch.zeros(2, 4, 3, device=DEVICE)
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5], [1, 2, 0.5, 0.5, 0.5, 0.5]], device=DEVICE)
+    target_row = torch.tensor([[0, -1, -1, -1], [-1, -1, 1, -1]], device=DEVICE)
+    target_score = torch.full((2, 4), 0.5, device=DEVICE)
+    return criterion, [*preds, SHAPES, ty.Targets.from_yolo(rows, 16), target_row, target_score, torch.ones((), device=DEVICE)]
+
+
+def test_loss_of_a_given_assignment():
+    criterion, args = given_assignment()
+    out = criterion.loss_of(*args)
+    # All logits 0: ln 2 for each of 24 classes, whatever the target. Bins are uniform: each is ln 16, weighted by 1/2 twice.
+    torch.testing.assert_close(out.cls, torch.tensor(0.5 * 24 * math.log(2), device=DEVICE))
+    torch.testing.assert_close(out.dfl, torch.tensor(1.5 * math.log(16), device=DEVICE))
+    torch.testing.assert_close(out.loss, 2 * (out.box + out.cls + out.dfl))
+    assert out.num_fg == 2
+
+
+@ON_CPU
+@pytest.mark.parametrize("row", [2, 1000, 2**32, 1], ids=["after the last", "far after it", "beyond int32", "of another image"])
+def test_loss_of_a_row_that_is_not_there(row):
+    criterion, args = given_assignment()
+    args[4][0, 0] = row
+    with pytest.raises(ValueError, match=f"target_row must be rows of targets .* got \\[{row}\\]"):
+        criterion.loss_of(*args)
+
+
+@ON_CPU
+@pytest.mark.parametrize("field", [{"labels": torch.tensor([1, -1])}, {"labels": torch.tensor([1, 3])},
+                                   {"image_index": torch.tensor([0, -1])}])  # fmt: skip
+def test_loss_of_a_row_that_is_no_ground_truth(field):
+    criterion, args = given_assignment()
+    args[3] = args[3]._replace(**field)
+    with pytest.raises(ValueError, match=r"target_row must be rows of targets .* got \[1\]"):
+        criterion.loss_of(*args)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="an error on the CPU")
+@pytest.mark.parametrize("row", [2, 1000, 2**32, 1])
+def test_loss_of_a_row_that_is_not_there_is_background_elsewhere(row):
+    criterion, args = given_assignment()
+    args[4][0, 0] = -1
+    expected = criterion.loss_of(*args)
+    args[4][0, 0] = row
+    assert torch.equal(criterion.loss_of(*args).loss, expected.loss)
