@@ -59,3 +59,24 @@ def test_loss_of_a_row_that_is_not_there_is_background_elsewhere(row):
     expected = criterion.loss_of(*args)
     args[4][0, 0] = row
     assert torch.equal(criterion.loss_of(*args).loss, expected.loss)
+
+
+def test_second_backward_after_targets_were_changed_in_place():
+    criterion, (dist, scores, shapes, _, *_) = given_assignment()
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9]], device=DEVICE)
+    dist.requires_grad_()
+    out = criterion(dist, scores, shapes, rows)
+    out.loss.backward(retain_graph=True)
+    rows[:, 4:] = 0.3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+def test_second_backward_after_l1_was_switched():
+    criterion = ty.YOLOXLoss(3, strides=(8,), use_l1=True).to(DEVICE)
+    preds = torch.zeros(1, 4, 8, device=DEVICE, requires_grad=True)
+    out = criterion(preds, SHAPES, torch.tensor([[0, 1, 0.5, 0.5, 0.9, 0.9]], device=DEVICE))
+    out.loss.backward(retain_graph=True)
+    criterion.use_l1 = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()

@@ -210,8 +210,8 @@ class YOLO11Loss(Criterion):
             The loss, B times the sum of the weighted terms, and what ``forward`` returns beside it.
 
         Raises:
-            ValueError: sizes or devices do not agree; on the CPU also for a row that there is not, not in this image, or whose label
-                is out of range (elsewhere its anchor is background).
+            ValueError: sizes or devices do not agree; on the CPU also for a row that there is not, or that has another image or
+                no class (elsewhere its anchor is background).
             TypeError: a type is wrong.
         """
         _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
