@@ -80,3 +80,16 @@ def test_second_backward_after_l1_was_switched():
     criterion.use_l1 = False
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_class_weights_are_finite_and_not_negative(wrong):
+    with pytest.raises(ValueError, match="class_weights must be finite and not negative"):
+        ty.YOLO11Loss(3, class_weights=torch.tensor([1.0, wrong, 1.0]))
+
+
+def test_topk_beyond_64_bits():
+    metric = torch.rand(1, 2, 5, device=DEVICE) + 0.1
+    assert ty.select_topk_candidates(metric, 2**63 - 1).all()
+    with pytest.raises(ValueError, match="topk must fit in 64 bits"):
+        ty.select_topk_candidates(metric, 2**63)

@@ -52,6 +52,7 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
         raise TypeError(f"{argument} must be a whole number, got {value!r}")
     number = int(value)
     require(number >= least, argument, f"be at least {least}", number)
+    require(number < 2**63, argument, "fit in 64 bits", number)
     return number
 
 
@@ -74,6 +75,14 @@ def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     result = tuple(real(argument, value, is_positive=True) for value in values)
     require(len(result) > 0, argument, "have one number a level", result)
     return result
+
+
+def class_weights(argument: str, x: Tensor, num_classes: int) -> None:
+    """Check weights (C,), on the CPU their values too."""
+    tensor(argument, x, (num_classes,))
+    require(not x.is_meta, argument, "have values", "a tensor on meta")
+    if x.device.type == "cpu" and not ((x >= 0) & x.isfinite()).all():
+        raise ValueError(f"{argument} must be finite and not negative, got {x.tolist()}")
 
 
 def image_size(argument: str, value: Any) -> tuple[float, float]:

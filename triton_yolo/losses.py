@@ -122,8 +122,7 @@ class YOLO11Loss(Criterion):
         gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
         self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
         if class_weights is not None:
-            _checks.tensor("class_weights", class_weights, (self.num_classes,))
-            _checks.require(not class_weights.is_meta, "class_weights", "have values", "a tensor on meta")
+            _checks.class_weights("class_weights", class_weights, self.num_classes)
         self.register_buffer("class_weights", class_weights, persistent=False)
         self._last_weights = class_weights  # with values
 
