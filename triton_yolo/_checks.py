@@ -52,6 +52,7 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
         raise TypeError(f"{argument} must be a whole number, got {value!r}")
     number = int(value)
     require(number >= least, argument, f"be at least {least}", number)
+    require(number < 2**63, argument, "fit in 64 bits", number)
     return number
 
 
@@ -74,6 +75,14 @@ def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
     result = tuple(real(argument, value, is_positive=True) for value in values)
     require(len(result) > 0, argument, "have one number a level", result)
     return result
+
+
+def class_weights(argument: str, x: Tensor, num_classes: int) -> None:
+    """Check weights (C,), on the CPU their values too."""
+    tensor(argument, x, (num_classes,))
+    require(not x.is_meta, argument, "have values", "a tensor on meta")
+    if x.device.type == "cpu" and not ((x >= 0) & x.isfinite()).all():
+        raise ValueError(f"{argument} must be finite and not negative, got {x.tolist()}")
 
 
 def image_size(argument: str, value: Any) -> tuple[float, float]:
@@ -246,6 +255,14 @@ def rows_in_range(
     require(largest < batch_size, names[0], f"have image indices below the batch size {batch_size}", largest)
     wrong = labels[is_row & ((labels < 0) | (labels >= num_classes))]
     require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", wrong[:5].long().tolist())
+
+
+def matched_rows(argument: str, rows: Tensor, is_matched: Tensor) -> None:
+    """Check on the CPU, but for a graph, that rows (B, A) that are not negative are those of targets."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(rows) is not Tensor:
+        return
+    wrong = rows[(rows >= 0) & ~is_matched]
+    require(wrong.numel() == 0, argument, "be rows of targets with the anchor's image and a class", wrong[:5].tolist())
 
 
 def targets(rows: Sequence[Tensor], batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")) -> None:

@@ -278,6 +278,7 @@ class _GradientsInside(_Differentiable):
         def grads_of(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
             grads, ctx.grads = ctx.grads, None
             if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
+                _require_unchanged(ctx.rest, ctx.versions)
                 with _backend.backend(ctx.backend):
                     grads = operation.run(operation.inputs._make((*ctx.saved_tensors, *ctx.rest)))[first:]
             _scale(grads, grad, ctx.backend)
@@ -289,6 +290,7 @@ class _GradientsInside(_Differentiable):
                 output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x)
                 ctx.save_for_backward(*leaves)
                 ctx.rest = x[len(leaves) :]
+                ctx.versions = _versions(ctx.rest)
                 ctx.grads, ctx.backend = output[first:], _backend.current()
                 ctx.mark_non_differentiable(*output[1:first])
                 ctx.set_materialize_grads(False)
@@ -312,6 +314,17 @@ class _GradientsInside(_Differentiable):
         if _is_traced():
             return super().__call__(x)
         return self._in_place.apply(x, *x[: self._num_leaves])
+
+
+def _versions(values: Sequence[Any]) -> list[int]:
+    """How often the tensors among them were changed. One that was made in inference mode has no count."""
+    tensors = [x for value in values for x in (value if type(value) is list else (value,)) if isinstance(x, Tensor)]
+    return [0 if x.is_inference() else x._version for x in tensors]
+
+
+def _require_unchanged(values: Sequence[Any], versions: list[int]) -> None:
+    if _versions(values) != versions:
+        raise RuntimeError("targets or settings of triton_yolo were modified by an inplace operation before a second backward")
 
 
 def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:

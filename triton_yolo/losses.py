@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _ops
@@ -121,8 +122,7 @@ class YOLO11Loss(Criterion):
         gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
         self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
         if class_weights is not None:
-            _checks.tensor("class_weights", class_weights, (self.num_classes,))
-            _checks.require(not class_weights.is_meta, "class_weights", "have values", "a tensor on meta")
+            _checks.class_weights("class_weights", class_weights, self.num_classes)
         self.register_buffer("class_weights", class_weights, persistent=False)
         self._last_weights = class_weights  # with values
 
@@ -200,6 +200,7 @@ class YOLO11Loss(Criterion):
             feat_shapes: (height, width) of every level in cells.
             targets: ground truth in pixels.
             target_row: (B, A) int32 or int64, the row of ``targets`` that every anchor is matched with, -1 for background.
+                The row is one of the anchor's image.
             target_score: (B, A), target of the matched class, which also weights the box terms; not read at background.
             normaliser: () number that the terms are divided by, as it is: ``target_score`` summed over the batch and at least
                 1, or whatever takes its place.
@@ -208,7 +209,8 @@ class YOLO11Loss(Criterion):
             The loss, B times the sum of the weighted terms, and what ``forward`` returns beside it.
 
         Raises:
-            ValueError: sizes or devices do not agree.
+            ValueError: sizes or devices do not agree; on the CPU also for a row that there is not, or that has another image or
+                no class (elsewhere its anchor is background).
             TypeError: a type is wrong.
         """
         _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
@@ -223,8 +225,12 @@ class YOLO11Loss(Criterion):
         _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
         _checks.tensor("normaliser", normaliser, (), like=pred_dist)
         dtype = working_dtype(pred_dist.dtype)
-        is_fg = target_row >= 0
-        row, score = target_row.int().contiguous(), target_score.detach().to(dtype).where(is_fg, 0).contiguous()
+        is_fg = _is_matched(target_row, targets, self.num_classes)
+        _checks.matched_rows("target_row", target_row, is_fg)
+        row, score = (
+            target_row.where(is_fg, -1).int().contiguous(),
+            target_score.detach().to(dtype).where(is_fg, 0).contiguous(),
+        )
         scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
         labels, boxes = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
         given = pred_dist, pred_scores, row, score, scale, labels, boxes
@@ -236,6 +242,15 @@ class YOLO11Loss(Criterion):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
+
+
+def _is_matched(target_row: Tensor, targets: Targets, num_classes: int) -> Tensor:
+    """Whether anchors (B, A) have a row of ``targets``, of their image and with a class."""
+    image_index, labels, _, _ = targets
+    image_index = image_index.where((labels >= 0) & (labels < num_classes), -1)
+    image_index = F.pad(image_index, (0, 1), value=-1)  # what is no row is the last
+    images = torch.arange(len(target_row), device=target_row.device).unsqueeze(1)
+    return image_index[target_row.long().clamp(-1, labels.shape[0])] == images
 
 
 class YOLOXLoss(Criterion):

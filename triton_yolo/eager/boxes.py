@@ -54,19 +54,19 @@ def overlap_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     x1_inner, x2_inner = share(ax1 > bx1, ax1 == bx1), share(ax2 < bx2, ax2 == bx2)
     y1_inner, y2_inner = share(ay1 > by1, ay1 == by1), share(ay2 < by2, ay2 == by2)
 
-    d_inter, d_union = 1 / union, -inter / union.square()
+    d_inter, d_union = 1 / union, -(inter / union) / union  # a square overflows for sides from 4e9 on
     enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
     enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     d_wa = d_ha = d_enclosing_w = d_enclosing_h = d_dx = d_dy = torch.zeros_like(union)
     if kind == "giou":
         enclosing_area = enclosing_w * (enclosing_h + 2 * eps) + eps
         d_union = d_union + 1 / enclosing_area
-        d_enclosing_area = -union / enclosing_area.square()
+        d_enclosing_area = -(union / enclosing_area) / enclosing_area
         d_enclosing_w, d_enclosing_h = d_enclosing_area * (enclosing_h + 2 * eps), d_enclosing_area * enclosing_w
     elif kind in ("diou", "ciou"):
         diagonal2 = enclosing_w.square() + enclosing_h.square() + eps
         dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
-        d_diagonal2 = (dx.square() + dy.square()) / diagonal2.square()
+        d_diagonal2 = (dx.square() + dy.square()) / diagonal2 / diagonal2
         d_enclosing_w, d_enclosing_h = 2 * enclosing_w * d_diagonal2, 2 * enclosing_h * d_diagonal2
         d_dx, d_dy = -2 * dx / diagonal2, -2 * dy / diagonal2
     if kind == "ciou":
