@@ -98,14 +98,17 @@ def split_sigmoid(x):
 
 
 @triton.jit
-def sigmoid_of(is_up, e):
-    """sigmoid(x) from what ``split_sigmoid`` made of x."""
+def sigmoid_of(is_up, e, DTYPE: tl.constexpr):
+    """sigmoid(x) from what ``split_sigmoid`` made of x, as exact as a type to store needs."""
     over = tl.where(is_up, 1.0, e).to(e.dtype)
     if e.dtype == tl.float64:
         result = over / (1 + e)
     else:
         root = tl.rsqrt(1 + e)  # its square is right to 4e-7; a division takes three times the instructions
-        result = over * (root * root)
+        inverse = root * root
+        if tl.float32 == DTYPE:
+            inverse = tl.fma(inverse, tl.fma(-inverse, 1 + e, 1.0), inverse)
+        result = over * inverse
     return result
 
 

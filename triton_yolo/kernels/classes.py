@@ -86,7 +86,7 @@ def _yolo11_class_kernel(
                 larger = tl.fma(x, tl.where(is_up, 1.0, 0.0).to(DTYPE), larger)  # NaN of -inf
                 excess = tl.fma(excess, 1 + e, e)
         if out is not None:
-            error = sigmoid_of(is_up, e)
+            error = sigmoid_of(is_up, e, out.ptr.dtype.element_ty)
             if weights_ptr is not None:
                 error = error * weight
             error = rounded(error * scale, out.ptr.dtype.element_ty)

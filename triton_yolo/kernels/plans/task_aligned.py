@@ -46,9 +46,9 @@ class _Matching:
             is_proper, compute_type(dtype),
         )  # fmt: skip
         self.is_wide = dtype == torch.float64
-        self.block_g, block_p, num_warps = row_sizes(N, num_anchors, 64, 1)
+        self.block_g, block_p, num_warps = row_sizes(max(N, 1), num_anchors, 64, 1)
         tiles: dict[str, Any] = {"RULE": rule, "num_warps": num_warps, "BLOCK_G": self.block_g, "BLOCK_P": block_p}
-        split, claimed = split_sizes(N, num_anchors, 128), list_sizes(assigner.topk, num_anchors)
+        split, claimed = split_sizes(max(N, 1), num_anchors, 128), list_sizes(assigner.topk, num_anchors)
         merged = {"PARTS": split["PARTS"], "PART_P": split["BLOCK_P"], **claimed}
         of_part = part_sizes(assigner.topk, num_anchors, split)
         self.split_g, self.num_parts, self.part_claims = split["BLOCK_G"], split["PARTS"], of_part["K"]
