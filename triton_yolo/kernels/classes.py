@@ -1,5 +1,7 @@
 """One dense pass over class logits as if no anchor had an object: cross entropy and gradient, knowing nothing of rows."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,12 +29,19 @@ def class_layout(scores: Tensor, out: Tensor | None = None) -> dict[str, bool]:
     return {"IS_LAST": is_last, "IS_FLAT": all(x is None or x.stride()[1:] == strides for x in (scores, out))}
 
 
+class Upstream(NamedTuple):
+    """The gradient of the loss (), 1 if it is not given, and the normaliser (2,)."""
+
+    grad_ptr: Any
+    normaliser_ptr: Any
+
+
 @triton.jit
-def loss_scale(grad_ptr, normaliser_ptr, DTYPE: tl.constexpr):
-    """What every gradient of a sum over anchors is multiplied by; the loss's own is 1 if it is not given."""
-    batch_size, normaliser = tl.load(normaliser_ptr + 1).to(DTYPE), tl.load(normaliser_ptr).to(DTYPE)
-    if grad_ptr is not None:
-        batch_size = tl.load(grad_ptr).to(DTYPE) * batch_size
+def loss_scale(upstream, DTYPE: tl.constexpr):
+    """What every gradient of a sum over anchors is multiplied by."""
+    batch_size, normaliser = tl.load(upstream.normaliser_ptr + 1).to(DTYPE), tl.load(upstream.normaliser_ptr).to(DTYPE)
+    if upstream.grad_ptr is not None:
+        batch_size = tl.load(upstream.grad_ptr).to(DTYPE) * batch_size
     return batch_size / normaliser
 
 
@@ -54,7 +63,7 @@ def _label(nth, A, C, IS_LAST: tl.constexpr):
 
 @triton.jit
 def _yolo11_class_kernel(
-    partial_ptr, out, poison_ptr, grad_ptr, normaliser_ptr, logits, weights_ptr, cls_gain: tl.float64, A, C, count,
+    partial_ptr, out, poison_ptr, upstream, logits, weights_ptr, cls_gain: tl.float64, A, C, count,
     IS_LAST: tl.constexpr, IS_FLAT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     JOINS: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +76,7 @@ def _yolo11_class_kernel(
     x_ptr = logits.ptr + image * logits.image
     if out is not None:
         out_ptr = out.ptr + image * out.image
-        scale = scalar(cls_gain, DTYPE) * loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+        scale = scalar(cls_gain, DTYPE) * loss_scale(upstream, DTYPE)
     larger = tl.zeros((BLOCK,), DTYPE)  # sum of max(x, 0)
     # The sum of log(1 + e) is the logarithm of a product. Its excess over 1 keeps what is small.
     excess = tl.zeros((BLOCK,), DTYPE)

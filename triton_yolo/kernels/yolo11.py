@@ -17,7 +17,7 @@ from .grid import cell_centres
 from .launch import INTERPRETED
 from .reduce import total
 from .rows import CONTESTED, Box, load_row_boxes
-from .task_aligned import winning_row
+from .task_aligned_score import winning_row
 
 FILL_BLOCK = 2**18 if INTERPRETED else 4096
 
@@ -52,6 +52,13 @@ class Gradients(NamedTuple):
 
     dist: Any
     scores: Any
+
+
+class Sizes(NamedTuple):
+    """Numbers of elements of the gradients."""
+
+    dist: int
+    scores: int
 
 
 class Positives(NamedTuple):
@@ -221,7 +228,7 @@ def _load_labels(at, matched, logits, weights_ptr, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _yolo11_positives_kernel(
-    partial_ptr, grads, grad_ptr, normaliser_ptr, dist, logits, matched, claims, weights_ptr, grid, height: tl.float64,
+    partial_ptr, grads, upstream, dist, logits, matched, claims, weights_ptr, grid, height: tl.float64,
     width: tl.float64, box_gain: tl.float64, cls_gain: tl.float64, dfl_gain: tl.float64, count,
     STRIDES: tl.constexpr, R: tl.constexpr, CLAIMS: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +260,7 @@ def _yolo11_positives_kernel(
             hits = tl.sum(tl.where(at.mask, logit * weight * at.score, 0.0))
             dfl = tl.sum(tl.where(at.mask, _side_losses(dist, at, side, sides, R, DTYPE) * (at.score / 4), 0.0))
         if grads is not None:
-            scale = loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+            scale = loss_scale(upstream, DTYPE)
             d_x1, d_y1, d_x2, d_y2 = overlap_derivative(x1, y1, x2, y2, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7)
             d_distance = _of_side(side, d_x1, d_y1, -d_x2, -d_y2) * (scalar(box_gain, DTYPE) * at.score * scale)
             dfl_weight = scalar(dfl_gain, DTYPE) / 4 * at.score * scale
@@ -277,9 +284,9 @@ class Loss(NamedTuple):
 
 
 @triton.jit
-def _fill_kernel(out_ptr, grad_ptr, normaliser_ptr, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _fill_kernel(out_ptr, upstream, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Programs fill a gradient with that of background: 0, or NaN where no number stands for the loss."""
-    scale = loss_scale(grad_ptr, normaliser_ptr, DTYPE)
+    scale = loss_scale(upstream, DTYPE)
     fill(out_ptr, tl.where(scale == scale, 0.0, scale), count, tl.program_id(0), tl.num_programs(0), BLOCK)
 
 
@@ -296,8 +303,8 @@ def _yolo11_total_kernel(
     normaliser = tl.load(normaliser_ptr).to(DTYPE)
     if grads is not None:
         num_broken = (normaliser != normaliser).to(tl.int64)
-        fill(grads.dist.ptr, float("nan"), num_broken * counts[0], tl.program_id(0), tl.num_programs(0), BLOCK)
-        fill(grads.scores.ptr, float("nan"), num_broken * counts[1], tl.program_id(0), tl.num_programs(0), BLOCK)
+        fill(grads.dist.ptr, float("nan"), num_broken * counts.dist, tl.program_id(0), tl.num_programs(0), BLOCK)
+        fill(grads.scores.ptr, float("nan"), num_broken * counts.scores, tl.program_id(0), tl.num_programs(0), BLOCK)
     if tl.program_id(0) == 0:
         cls = total(dense_ptr, dense, DTYPE, BLOCK)
         is_broken = cls != cls

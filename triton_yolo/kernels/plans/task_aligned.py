@@ -21,10 +21,10 @@ from ..task_aligned import (
     _task_aligned_claim_kernel,
     _task_aligned_contest_kernel,
     _task_aligned_merge_kernel,
-    _task_aligned_score_kernel,
     _yolo11_prepare_kernel,
     _yolo11_sum_kernel,
 )
+from ..task_aligned_score import _task_aligned_score_kernel
 from ..topk import list_sizes
 
 _FILLING_ROWS = 1 if INTERPRETED else 64

@@ -16,7 +16,7 @@ from ..._signatures import (
     YOLO11Outputs,
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
-from ..classes import _yolo11_class_kernel, class_layout, class_sizes
+from ..classes import Upstream, _yolo11_class_kernel, class_layout, class_sizes
 from ..fill import Fill
 from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
@@ -27,6 +27,7 @@ from ..yolo11 import (
     Gradients,
     Loss,
     Matched,
+    Sizes,
     _fill_kernel,
     _yolo11_positives_kernel,
     _yolo11_total_kernel,
@@ -61,7 +62,7 @@ class _Criterion:
         )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
         self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
-        self.counts = tuple(x.numel() for x in grads) if grads else ()
+        self.counts = Sizes(*(x.numel() for x in grads)) if grads else Sizes(0, 0)
         self.num_dense = self.class_grid[0] * batch_size
         self.has_fill = grads is not None and not num_claims
         used = {
@@ -86,18 +87,19 @@ class _Criterion:
     ) -> None:  # fmt: skip
         x, num_slots = run.x, self._num_slots(run.num_rows)
         weights = None if x.class_weights is None else run.address(x.class_weights)
+        upstream = new(Upstream, (grad, normaliser))
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
         if self.num_cells:
             self.classes(
-                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, grad, normaliser, scores,
+                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, upstream, scores,
                 weights, x.gains[1], *self.per_image,
             )  # fmt: skip
             if grads is not None and self.has_fill:
-                programs = cdiv(self.counts[0], FILL_BLOCK), 1, 1
-                self.fill(run.stream, programs, grads.dist.ptr, grad, normaliser, self.counts[0])
+                programs = cdiv(self.counts.dist, FILL_BLOCK), 1, 1
+                self.fill(run.stream, programs, grads.dist.ptr, upstream, self.counts.dist)
             if num_slots:
                 self.positives(
-                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, grad, normaliser, dist, scores, matched,
+                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, upstream, dist, scores, matched,
                     claims, weights, self.grid, *self.size, *x.gains, num_slots,
                 )  # fmt: skip
 
