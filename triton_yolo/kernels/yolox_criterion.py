@@ -150,11 +150,11 @@ def _yolox_words_kernel(
 
 
 @triton.jit
-def _fill(ptr, step, number, value, mask):
-    """Write ``value`` [n] to ``number`` channels, ``step`` apart; where the next one is."""
+def _fill(ptr, offs, step, number, value, mask):
+    """Write ``value`` [n] at ``offs`` in ``number`` channels, ``step`` apart, from ``ptr`` on; where the next one begins."""
     i = 0
     while i < number:
-        tl.store(ptr, value, mask=mask)
+        tl.store(ptr + offs, value, mask=mask)
         ptr += step
         i += 1
     return ptr
@@ -170,10 +170,10 @@ def _yolox_background_kernel(out, prob_ptr, normaliser_ptr, A, CHANNELS, DTYPE: 
     scale = 1 / tl.load(normaliser_ptr).to(DTYPE)
     prob = tl.load(prob_ptr + image * A + offs_a, mask=mask, other=0.0)
     zero = rounded(tl.zeros((BLOCK_A,), DTYPE) * scale, OUT)  # NaN if the normaliser is
-    ptr = out.ptr + image * out.image + offs_a.to(tl.int64) * out.anchor
-    ptr = _fill(ptr, out.channel, 4, zero, mask)
-    tl.store(ptr, rounded(prob * scale, OUT), mask=mask)
-    _fill(ptr + out.channel, out.channel, CHANNELS - 5, zero, mask)
+    offs = offs_a.to(tl.int64) * out.anchor
+    ptr = _fill(out.ptr + image * out.image, offs, out.channel, 4, zero, mask)
+    tl.store(ptr + offs, rounded(prob * scale, OUT), mask=mask)
+    _fill(ptr + out.channel, offs, out.channel, CHANNELS - 5, zero, mask)
 
 
 @triton.jit(do_not_specialize=["N"])

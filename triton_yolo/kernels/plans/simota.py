@@ -53,10 +53,10 @@ class Matching:
         product = _product(num_classes, cells)
         self.member_rows = few_rows(num_rows, cells * product.BLOCK_C)
         self.member = Launch(
-            _simota_member_kernel, 1 if INTERPRETED else cells // 16, RULE=rule, PRODUCT=product,
+            _simota_member_kernel, 1 if INTERPRETED or cells == 32 else cells // 16, RULE=rule, PRODUCT=product,
             BLOCK_G=self.member_rows, BLOCK_P=cells,
         )  # fmt: skip
-        self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 256, 1)
+        self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 128, 1)
         block_s = block_p if INTERPRETED else 64
         self.claim = Launch(_simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, BLOCK_S=block_s)
         self.block_a = max(32, triton.next_power_of_2(num_anchors)) if INTERPRETED else 512
@@ -142,8 +142,8 @@ def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
 
 
 def _product(num_classes: int, cells: int) -> Product:
-    """Four logits a thread and tile, or two; all classes, up to 80, in ten or twenty factors a product."""
+    """Four logits a thread and tile, or two; all classes, up to 80, in twenty factors a product."""
     if INTERPRETED:
         return Product(min(triton.next_power_of_2(num_classes), 16), 1)
-    block_c = min(triton.next_power_of_2(num_classes), 8 if cells == 32 else 4)
+    block_c = min(triton.next_power_of_2(num_classes), 4)
     return Product(block_c, min(80 // block_c, cdiv(num_classes, block_c)))
