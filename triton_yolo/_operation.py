@@ -318,8 +318,12 @@ class _GradientsInside(_Differentiable):
 
 def _versions(values: Sequence[Any]) -> list[int]:
     """How often the tensors among them were changed. One that was made in inference mode has no count."""
-    tensors = [x for value in values for x in (value if type(value) is list else (value,)) if isinstance(x, Tensor)]
-    return [0 if x.is_inference() else x._version for x in tensors]
+    versions = []
+    for value in values:
+        for x in value if type(value) is list else (value,):
+            if isinstance(x, Tensor):
+                versions.append(0 if x.is_inference() else x._version)
+    return versions
 
 
 def _require_unchanged(values: Sequence[Any], versions: list[int]) -> None:

@@ -1,16 +1,15 @@
 """Criteria for training loops: assignment and loss in one call."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _ops
 from . import _signatures as signatures
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import Criterion, is_matched, normaliser_of, rows_of
 from ._precision import widened, working_dtype
 from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
 from .assigners import CANDIDATE_MODES
@@ -175,10 +174,11 @@ class YOLO11Loss(Criterion):
             assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
             row, score, sums, num_fg, labels, boxes = assigned
             normaliser = normaliser_of(sums, self._ranks)
-        given = pred_dist, pred_scores, row, score, normaliser, labels, boxes
-        loss, terms, _ = _ops.yolo11_loss(
-            signatures.YOLO11Loss(*given, self.class_weights, levels, self.reg_max, self.gains)
-        )  # fmt: skip
+        return self._loss((pred_dist, pred_scores, row, score, normaliser, labels, boxes), levels, num_fg)
+
+    def _loss(self, given: tuple[Any, ...], levels: signatures.Levels, num_fg: Tensor) -> YOLO11LossOutput:
+        x = signatures.YOLO11Loss._make((*given, self.class_weights, levels, self.reg_max, self.gains))
+        loss, terms, _ = _ops.yolo11_loss(x)
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
 
@@ -225,32 +225,16 @@ class YOLO11Loss(Criterion):
         _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
         _checks.tensor("normaliser", normaliser, (), like=pred_dist)
         dtype = working_dtype(pred_dist.dtype)
-        is_fg = _is_matched(target_row, targets, self.num_classes)
+        is_fg = is_matched(target_row, targets, self.num_classes)
         _checks.matched_rows("target_row", target_row, is_fg)
-        row, score = (
-            target_row.where(is_fg, -1).int().contiguous(),
-            target_score.detach().to(dtype).where(is_fg, 0).contiguous(),
-        )
+        row = target_row.where(is_fg, -1).int().contiguous()
+        score = target_score.detach().to(dtype).where(is_fg, 0).contiguous()
         scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
         labels, boxes = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
-        given = pred_dist, pred_scores, row, score, scale, labels, boxes
-        loss, terms, _ = _ops.yolo11_loss(
-            signatures.YOLO11Loss(*given, self.class_weights, levels, self.reg_max, self.gains)
-        )  # fmt: skip
-        box, cls, dfl = terms.unbind()
-        return YOLO11LossOutput(loss, box, cls, dfl, is_fg.sum())
+        return self._loss((pred_dist, pred_scores, row, score, scale, labels, boxes), levels, is_fg.sum())
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"
-
-
-def _is_matched(target_row: Tensor, targets: Targets, num_classes: int) -> Tensor:
-    """Whether anchors (B, A) have a row of ``targets``, of their image and with a class."""
-    image_index, labels, _, _ = targets
-    image_index = image_index.where((labels >= 0) & (labels < num_classes), -1)
-    image_index = F.pad(image_index, (0, 1), value=-1)  # what is no row is the last
-    images = torch.arange(len(target_row), device=target_row.device).unsqueeze(1)
-    return image_index[target_row.long().clamp(-1, labels.shape[0])] == images
 
 
 class YOLOXLoss(Criterion):

@@ -48,8 +48,7 @@ class YOLOXMatching(Matching):
                 run.stream, programs, sums, self.positives(run), iou, state, claims, preds, rows, self.grid, num_rows,
                 self.rule.C,
             )  # fmt: skip
-        *given, l1_gain, iou_gain = results
-        self.finish(run.stream, ONE, *given, sums, objectness, l1_gain, iou_gain, num_rows, self.num_others)
+        self.finish(run.stream, ONE, *results[:-2], sums, objectness, *results[-2:], num_rows, self.num_others)
 
     def positives(self, run: Run) -> Positives:
         return new(Positives, (run.buffers.positive_row, run.buffers.positive_iou))
