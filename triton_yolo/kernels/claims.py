@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRETED, cdiv
-from .rows import CONTESTED, append, row_sizes
+from .rows import CONTESTED, append, row_sizes, winner
 from .topk import LOWEST, best_of, keep_best, list_sizes, none
 
 _TILES = 2  # of a part, if a row walks over all anchors
@@ -93,3 +93,12 @@ def claim_owned(state, order_ptr, truth, anchor, is_claim, A):
 def owner_of(state):
     """The claiming row that states [...] name; negative for background."""
     return tl.where(state >= CONTESTED, state - CONTESTED, state)
+
+
+@triton.jit
+def winning_row(state, order_ptr, cell, is_contested, IS_WIDE: tl.constexpr):
+    """Rows that have the best of contested cells."""
+    order = 0
+    if IS_WIDE:
+        order = tl.load(order_ptr + cell, mask=is_contested, other=0)
+    return winner(state, cell, order, is_contested, IS_WIDE)

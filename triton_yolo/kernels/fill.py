@@ -21,3 +21,12 @@ def fill(ptr, value, count, program, programs, BLOCK: tl.constexpr):
         offs = start + tl.arange(0, BLOCK)
         tl.store(ptr + offs, tl.full((BLOCK,), value, ptr.dtype.element_ty), mask=offs < count)
         start += programs * BLOCK
+
+
+@triton.jit
+def fill_by_last(zeros, part, PARTS: tl.constexpr, FILLING: tl.constexpr):
+    """Have the last parts of all rows fill memory: few rows have so many."""
+    first: tl.constexpr = PARTS - FILLING
+    if part >= first:
+        nth = (part - first) * tl.num_programs(0) + tl.program_id(0)
+        fill(zeros.ptr, 0.0, zeros.size, nth, FILLING * tl.num_programs(0), 4096)

@@ -7,9 +7,9 @@ import triton.language as tl
 
 from .arguments import State
 from .boxes import expectation
-from .claims import claim_owned, merge_parts, store_part
+from .claims import claim_owned, merge_parts, store_part, winning_row
 from .decode import side_logits
-from .fill import fill
+from .fill import fill_by_last
 from .grid import anchor_points, cell_centres
 from .pairs import (
     candidates,
@@ -22,7 +22,7 @@ from .pairs import (
     widened,
 )
 from .reduce import total
-from .rows import CONTESTED, Box, contest, list_length, load_rows, pack_rows, store_anchor_boxes, winner
+from .rows import CONTESTED, Box, contest, list_length, load_rows, pack_rows, store_anchor_boxes
 from .topk import best_of, empty_list, index_of, is_among, is_taken, keep_best, none, ordered
 
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 44))
@@ -103,15 +103,6 @@ def _background_kernel(result, state, rows, targets, A, N, B, PACK: tl.constexpr
 
 
 @triton.jit
-def _fill_by_last(zeros, part, PARTS: tl.constexpr, FILLING: tl.constexpr):
-    """Have the last parts of all rows fill memory: few rows have so many."""
-    first: tl.constexpr = PARTS - FILLING
-    if part >= first:
-        nth = (part - first) * tl.num_programs(0) + tl.program_id(0)
-        fill(zeros.ptr, 0.0, zeros.size, nth, FILLING * tl.num_programs(0), 4096)
-
-
-@triton.jit
 def _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE: tl.constexpr):
     """Key and order of the metrics of the ``nth`` anchors [g, n] of each row's walk, ``none`` where there is no candidate."""
     anchor, mask = candidates(nth, length, wide, points, grid, RULE)
@@ -132,7 +123,7 @@ def _task_aligned_claim_kernel(
     """
     part = tl.program_id(1)
     if zeros is not None:
-        _fill_by_last(zeros, part, PARTS, min(PARTS, 4))
+        fill_by_last(zeros, part, PARTS, min(PARTS, 4))
     start = part * BLOCK_P
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
@@ -220,15 +211,6 @@ class Owned(NamedTuple):
     claims_ptr: Any
     state: Any
     order_ptr: Any
-
-
-@triton.jit
-def winning_row(state, order_ptr, cell, is_contested, IS_WIDE: tl.constexpr):
-    """Rows that have the best of contested cells."""
-    order = 0
-    if IS_WIDE:
-        order = tl.load(order_ptr + cell, mask=is_contested, other=0)
-    return winner(state, cell, order, is_contested, IS_WIDE)
 
 
 @triton.jit

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 
 from .boxes import overlap, overlap_derivative, rounded, scalar, sigmoid
-from .claims import owner_of
+from .claims import owner_of, winning_row
 from .classes import loss_scale
 from .fill import fill
 from .grid import cell_centres
 from .launch import INTERPRETED
 from .reduce import total
 from .rows import CONTESTED, Box, load_row_boxes
-from .task_aligned import winning_row
 
 FILL_BLOCK = 2**18 if INTERPRETED else 4096
 
