@@ -124,6 +124,11 @@ def _wide(a: np.ndarray) -> np.ndarray:
     return a.astype(np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}"))
 
 
+def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The upper half of a product."""
+    return ((a.astype(object) * b.astype(object)) >> (8 * a.dtype.itemsize)).astype(a.dtype)
+
+
 def _through_double(function: Operation) -> Operation:
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
@@ -142,7 +147,8 @@ def in_pairs(operation: Operation) -> Operation:
 
 
 OPERATIONS: dict[tuple[str, ...], Operation] = {
-    ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("div",): _divide,
+    ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("mul", "hi"): _high,
+    ("div",): _divide,
     ("rem",): _remainder, ("fma",): _fused, ("mad", "lo"): lambda a, b, c: a * b + c,
     ("mul", "wide"): lambda a, b: _wide(a) * _wide(b), ("mad", "wide"): lambda a, b, c: _wide(a) * _wide(b) + c,
     ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
