@@ -125,8 +125,8 @@ def _wide(a: np.ndarray) -> np.ndarray:
 
 
 def _upper_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    bits = 8 * a.dtype.itemsize
-    return (_wide(a) * _wide(b) >> _wide(a).dtype.type(bits)).astype(a.dtype)
+    """The upper half of a product."""
+    return ((a.astype(object) * b.astype(object)) >> (8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def _through_double(function: Operation) -> Operation:
@@ -147,10 +147,11 @@ def in_pairs(operation: Operation) -> Operation:
 
 
 OPERATIONS: dict[tuple[str, ...], Operation] = {
-    ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("div",): _divide,
+    ("add",): np.add, ("sub",): np.subtract, ("mul",): np.multiply, ("mul", "lo"): np.multiply, ("mul", "hi"): _upper_half,
+    ("div",): _divide,
     ("rem",): _remainder, ("fma",): _fused, ("mad", "lo"): lambda a, b, c: a * b + c,
     ("mul", "wide"): lambda a, b: _wide(a) * _wide(b), ("mad", "wide"): lambda a, b, c: _wide(a) * _wide(b) + c,
-    ("mul", "hi"): _upper_half, ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
+    ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
     ("abs",): np.abs, ("neg",): np.negative,
     ("and",): np.bitwise_and, ("or",): np.bitwise_or, ("xor",): np.bitwise_xor, ("not",): np.invert,
     ("shl",): _shift_left, ("shr",): _shift_right, ("bfe",): _extract_bits, ("prmt",): _permute,
