@@ -2,7 +2,7 @@
 
 Criteria, from the raw output of a head and the ground truth to the loss with its gradient:
 
-- ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10 and 12; returns ``YOLO11LossOutput``.
+- ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10, 12 and 26; returns ``YOLO11LossOutput``.
 - ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
 - ``Targets``: ground truth in other forms than YOLO's rows.
 

@@ -55,7 +55,7 @@ class YOLOXLossOutput(NamedTuple):
 
 
 class YOLO11Loss(Criterion):
-    """The criterion of YOLO11 and of YOLOv8, v9, v10 and 12: task-aligned assignment, BCE, CIoU and DFL.
+    """The criterion of YOLO11 and of YOLOv8, v9, v10, 12 and 26: task-aligned assignment, BCE, CIoU and DFL.
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
 
@@ -75,9 +75,10 @@ class YOLO11Loss(Criterion):
         cls_gain: weight of the classification term.
         dfl_gain: weight of the DFL term.
         min_box_side: sides shorter than this count as this long when candidates are sought, in pixels.
-        class_weights: (C,) weight of every class in the classification term.
+        class_weights: (C,) weight, not negative, of every class in the classification term; no part of ``state_dict``.
         process_group: if given, the loss is normalised over its ranks, so that gradients averaged over them, as
-            DistributedDataParallel does, equal those of one process on the whole batch.
+            DistributedDataParallel does, equal those of one process on the whole batch. True stands for all ranks, which are
+            looked up at every step. A copy of the criterion shares the group, a pickle drops it and says so at use.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -31,18 +31,6 @@ def row_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -> 
     return 1, block_p, num_warps
 
 
-def claim_sizes(num_rows: int, num_anchors: int, block_p: int, num_warps: int) -> dict[str, int]:
-    """The same for a kernel that keeps a list of the best: ``PARTS`` lists a row, a warp each, that are merged at the end."""
-    block_g, block_p, num_warps = row_sizes(num_rows, num_anchors, block_p, num_warps)
-    return {"BLOCK_G": block_g, "PARTS": 1 if INTERPRETED else num_warps, "BLOCK_P": block_p, "num_warps": num_warps}
-
-
-@triton.jit
-def places(start, PARTS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Numbers [parts, n] from ``start`` on, those of a part in one warp."""
-    return start + tl.arange(0, PARTS)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-
-
 class Box(NamedTuple):
     """Corners [...]."""
 
