@@ -266,13 +266,15 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
     x2_inner = tl.where(ax2 == bx2, 0.5, tl.where(ax2 < bx2, 1.0, 0.0)).to(union.dtype)
     y2_inner = tl.where(ay2 == by2, 0.5, tl.where(ay2 < by2, 1.0, 0.0)).to(union.dtype)
 
-    d_union = -inter / (union * union)
+    per_union = 1 / union  # whose square may not be a number of the type, nor that of other areas
+    d_union = -(inter * per_union) * per_union
     enclosing_w = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
     enclosing_h = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
     if KIND == "giou":
         enclosing_area = enclosing_w * (enclosing_h + 2 * EPS) + EPS
-        d_union = d_union + 1 / enclosing_area
-    d_inter = 1 / union - d_union
+        per_area = 1 / enclosing_area
+        d_union = d_union + per_area
+    d_inter = per_union - d_union
     d_wa, d_ha = d_union * ha, d_union * wa
     d_overlap_w, d_overlap_h = d_inter * inter_h, d_inter * inter_w
     d_overlap_w = tl.where(overlap_w > 0, d_overlap_w, tl.where(overlap_w == 0, d_overlap_w / 2, 0.0))
@@ -288,15 +290,16 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
     d_x2, d_y2 = d_wa + d_overlap_w * x2_inner, d_ha + d_overlap_h * y2_inner
     if KIND != "iou":
         if KIND == "giou":
-            d_area = -union / (enclosing_area * enclosing_area)
+            d_area = -(union * per_area) * per_area
             d_enclosing_w, d_enclosing_h = d_area * (enclosing_h + 2 * EPS), d_area * enclosing_w
         else:
             diagonal2 = enclosing_w * enclosing_w + enclosing_h * enclosing_h + EPS
             dx, dy = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
-            d_diagonal2 = (dx * dx + dy * dy) / (diagonal2 * diagonal2)
+            per_diagonal2 = 1 / diagonal2
+            dx_share, dy_share = dx * per_diagonal2, dy * per_diagonal2
+            d_diagonal2 = (dx * dx_share + dy * dy_share) * per_diagonal2
             d_enclosing_w, d_enclosing_h = 2 * enclosing_w * d_diagonal2, 2 * enclosing_h * d_diagonal2
-            d_x1, d_x2 = d_x1 - dx / diagonal2, d_x2 - dx / diagonal2
-            d_y1, d_y2 = d_y1 - dy / diagonal2, d_y2 - dy / diagonal2
+            d_x1, d_x2, d_y1, d_y2 = d_x1 - dx_share, d_x2 - dx_share, d_y1 - dy_share, d_y2 - dy_share
         d_x1, d_y1 = d_x1 - d_enclosing_w * (1 - x1_inner), d_y1 - d_enclosing_h * (1 - y1_inner)
         d_x2, d_y2 = d_x2 + d_enclosing_w * (1 - x2_inner), d_y2 + d_enclosing_h * (1 - y2_inner)
     return d_x1, d_y1, d_x2, d_y2
