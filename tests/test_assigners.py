@@ -1,5 +1,7 @@
 """Both assigners against the reference: exactly, wherever more than rounding decides."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -184,7 +186,7 @@ def test_simota_ties_between_infeasible_anchors_follow_float32():
     assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(1 if os.environ.get("TRITON_INTERPRET") else 4))  # minutes there
 @pytest.mark.parametrize(("candidates", "center_radius"), [("center", 0.6), ("center", 1.5), ("box_and_center", 1.5)])
 @pytest.mark.parametrize(
     ("num_classes", "num_certain"),
