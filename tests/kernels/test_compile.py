@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-# Each target once and each type three times; sm_80 and sm_90, the ones with a bar, in two types.
+# The oldest and the newest of each maker; sm_80 and sm_90, the ones with a bar, in two types. `resources` compiles for all.
 PARTS = (
-    ("cuda:75", "float16"), ("cuda:80", "bfloat16"), ("cuda:80", "float32"), ("cuda:86", "bfloat16"), ("cuda:89", "float16"),
-    ("cuda:90", "bfloat16"), ("cuda:90", "float32"), ("cuda:100", "bfloat16"), ("cuda:120", "float16"),
-    ("hip:gfx90a", "float16"), ("hip:gfx942", "float32"),
+    ("cuda:75", "float16"), ("cuda:80", "bfloat16"), ("cuda:80", "float32"), ("cuda:90", "bfloat16"), ("cuda:90", "float32"),
+    ("cuda:120", "float16"), ("hip:gfx942", "float32"),
 )  # fmt: skip
 BARRED = ("cuda:80", "cuda:90")
 FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_class_kernel")
