@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
 # Tests run side by side, each with one thread: together they are faster than one after another with two.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: train test kernels interpreted compiled emulate lint types docs mutants kernel-mutants peers matrix dist gpu clean
 
