@@ -169,7 +169,9 @@ def test_every_form_of_the_targets_gives_the_same_loss(case):
     ]
     for targets in (packed, with_padding, as_list, *padded):
         out = criterion(case.pred_dist, case.pred_scores, case.feat_shapes, targets)
-        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+        assert out.num_fg == expected.num_fg
+        for a, b in zip(out, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)  # kernels sum by row: other rows, another order
 
 
 @given(strat.yolox_cases())
@@ -185,7 +187,8 @@ def test_yolox_invariants(case):
     padded, (grad_padded,) = with_gradients(
         lambda p: criterion(p, case.feat_shapes, torch.cat([padding, case.rows])), case.preds
     )
-    assert all(torch.equal(a, b) for a, b in zip((*out, grad), (*padded, grad_padded), strict=True))
+    for a, b in zip((*out, grad), (*padded, grad_padded), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)  # kernels sum by row: other rows, another order
 
 
 def small_yolo11(num_rows: int = 3, **options):
