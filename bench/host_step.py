@@ -26,27 +26,19 @@ SHAPES = ((40, 40), (20, 20), (10, 10))
 BATCH, CLASSES, ROWS = 2, 80, 14
 
 
-class NullDriver(DriverBase):
-    """Compiles for sm_90; launches are counted."""
+class TargetDriver(DriverBase):
+    """Says what to compile for: "cuda:90", "hip:gfx942"."""
 
-    def __init__(self) -> None:
-        self.launches = 0
-        self.launcher_cls = lambda source, metadata: self._launch
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (0, 0, 0, 0, 1024),
-            unload_module=lambda module: None,
-            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "warpSize": 32},
-        )
-
-    def _launch(self, *_: Any) -> None:
-        self.launches += 1
+    def __init__(self, target: str) -> None:
+        backend, _, arch = target.partition(":")
+        self.target = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
 
     @classmethod
     def is_active(cls) -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -58,10 +50,27 @@ class NullDriver(DriverBase):
         return torch.device("meta")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError("nothing is launched from C++")
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("nothing is timed")
+
+
+class NullDriver(TargetDriver):
+    """Compiles for sm_90; launches are counted."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda:90")
+        self.launches = 0
+        self.launcher_cls = lambda source, metadata: self._launch
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (0, 0, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "warpSize": 32},
+        )
+
+    def _launch(self, *_: Any) -> None:
+        self.launches += 1
 
 
 # Mocks would make calls of their own.

@@ -11,6 +11,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-8, to
 BETWEEN_BACKENDS = 2e-6
 # Of one elementary function, relative to every single value.
 OF_A_FUNCTION = {torch.float64: 1e-14, torch.float32: 1e-6}
+# Of kernels' sums of the same numbers in another order, in units of the type's last place.
+OF_AN_ORDER = 4
 # Of a trainer's step beside the stock one: an untrained network's small class loss is itself 1.5e-5 off in their float32.
 OF_A_STEP = 1e-4
 
@@ -48,6 +50,17 @@ def assert_same(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance:
         else:
             bound = max(tolerance, 2 * torch.finfo(want.dtype).eps) * max(1.0, want.abs().max().item() if want.numel() else 0)
             torch.testing.assert_close(have, want, rtol=0, atol=bound)
+
+
+def assert_same_but_for_order(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Compare losses and terms of the same ground truth among other padding: kernels sum by row, eager PyTorch by anchor."""
+    from tests.conftest import DEVICE
+    from triton_yolo import _backend
+
+    order = 0 if _backend.current() != "triton" and DEVICE.type == "cpu" else OF_AN_ORDER
+    for have, want in zip(actual, expected, strict=True):
+        rtol = order * torch.finfo(want.dtype).eps if want.dtype.is_floating_point else 0
+        torch.testing.assert_close(have, want, rtol=rtol, atol=0, equal_nan=True)
 
 
 def is_decided(values: Tensor, count: Tensor | int, rtol: float = 1e-5, atol: float = 0.0) -> bool:

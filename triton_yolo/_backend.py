@@ -4,11 +4,12 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+from . import _checks
 
 _NAMES = ("auto", "triton", "eager")
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda too
@@ -50,10 +51,19 @@ class backend:  # noqa: N801 (a function to its users, as ``torch.set_grad_enabl
     def __enter__(self) -> None:
         if self in _calls:  # it is a block, and nobody else's business
             _calls.remove(self)
-        _blocks.set((*_blocks.get(), self._name))
+        begin(self._name)
 
     def __exit__(self, *_: object) -> None:
-        _blocks.set(_blocks.get()[:-1])
+        end()
+
+
+def begin(name: str) -> None:
+    """Begin a block of this thread or task."""
+    _blocks.set((*_blocks.get(), name))
+
+
+def end() -> None:
+    _blocks.set(_blocks.get()[:-1])
 
 
 def current() -> str:
@@ -92,7 +102,7 @@ def _has_triton() -> bool:
 def _without_triton(device: torch.device, name: str) -> Any:
     if name == "triton":
         raise RuntimeError("backend 'triton' needs Triton, which is not installed; use backend 'eager'")
-    warnings.warn(f"Triton is not installed: {device.type} tensors take the eager backend, which synchronises", stacklevel=3)
+    _checks.warn(f"Triton is not installed: {device.type} tensors take the eager backend, which synchronises")
     return _module("eager")
 
 

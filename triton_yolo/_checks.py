@@ -57,15 +57,21 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
 
 
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive. One of a tensor of one counts."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+    """A finite number that is not negative, or positive, of any kind that the host knows."""
+    value = _on_host(argument, value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
     number = float(value)
     if not ((number > 0 if is_positive else number >= 0) and number < math.inf):  # comparisons are all that a graph knows
         raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
     return number
+
+
+def _on_host(argument: str, value: Any) -> Any:
+    """Numbers of NumPy's or of a tensor as Python's."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
@@ -87,10 +93,7 @@ def class_weights(argument: str, x: Tensor, num_classes: int) -> None:
 
 def image_size(argument: str, value: Any) -> tuple[float, float]:
     """Height and width from one number or two, of any kind that the host knows."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
-    if isinstance(value, Tensor) or hasattr(value, "tolist"):
-        value = value.tolist()
+    value = _on_host(argument, value)
     sides = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     require(len(sides) == 2, argument, "be (height, width) or one number", value)
     return _side(argument, sides[0]), _side(argument, sides[1])

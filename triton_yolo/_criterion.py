@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
@@ -62,12 +61,3 @@ def normaliser_of(sums: Tensor, ranks: Ranks) -> Tensor:
     sums = sums.clamp(min=1)
     sums.view(-1)[0] /= size
     return sums
-
-
-def is_matched(target_row: Tensor, targets: Targets, num_classes: int) -> Tensor:
-    """Whether anchors (B, A) have a row of ``targets``, of their image and with a class."""
-    image_index, labels, _, _ = targets
-    image_index = image_index.where((labels >= 0) & (labels < num_classes), -1)
-    image_index = F.pad(image_index, (0, 1), value=-1)  # what is no row is the last
-    images = torch.arange(len(target_row), device=target_row.device).unsqueeze(1)
-    return image_index[target_row.long().clamp(-1, labels.shape[0])] == images

@@ -279,8 +279,11 @@ class _GradientsInside(_Differentiable):
             grads, ctx.grads = ctx.grads, None
             if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
                 _require_unchanged(ctx.rest, ctx.versions)
-                with _backend.backend(ctx.backend):
+                _backend.begin(ctx.backend)
+                try:
                     grads = operation.run(operation.inputs._make((*ctx.saved_tensors, *ctx.rest)))[first:]
+                finally:
+                    _backend.end()
             _scale(grads, grad, ctx.backend)
             return grads
 

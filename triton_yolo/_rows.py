@@ -1,5 +1,7 @@
-"""Which rows count as ground truth."""
+"""Which rows count as ground truth, and which anchors have one."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,3 +13,11 @@ def is_valid(image_index: Tensor, labels: Tensor, boxes_xyxy: Tensor, batch_size
     is_class = (labels >= 0) & (labels < num_classes)
     is_box = boxes_xyxy.isfinite().all(-1) & (sides.isfinite() & (sides > 0)).all(-1)
     return in_batch & is_class & is_box
+
+
+def is_matched(target_row: Tensor, image_index: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Whether the rows (B, A) of anchors are rows (N,) of their image and with a class."""
+    image_index = image_index.where((labels >= 0) & (labels < num_classes), -1)
+    image_index = F.pad(image_index, (0, 1), value=-1)  # what is no row is the last
+    images = torch.arange(len(target_row), device=target_row.device).unsqueeze(1)
+    return image_index[target_row.long().clamp(-1, labels.shape[0])] == images

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import _checks, _ops
 from . import _signatures as signatures
-from ._criterion import Criterion, is_matched, normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of
 from ._precision import widened, working_dtype
+from ._rows import is_matched
 from ._signatures import YOLO11, YOLOX, SimOTA, TaskAligned, YOLO11Assign, YOLOXAssign
 from .assigners import CANDIDATE_MODES
 from .targets import Targets
@@ -226,7 +227,7 @@ class YOLO11Loss(Criterion):
         _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
         _checks.tensor("normaliser", normaliser, (), like=pred_dist)
         dtype = working_dtype(pred_dist.dtype)
-        is_fg = is_matched(target_row, targets, self.num_classes)
+        is_fg = is_matched(target_row, targets.image_index, targets.labels, self.num_classes)
         _checks.matched_rows("target_row", target_row, is_fg)
         row = target_row.where(is_fg, -1).int().contiguous()
         score = target_score.detach().to(dtype).where(is_fg, 0).contiguous()

@@ -21,10 +21,11 @@ import torch
 import triton
 
 from bench import results
+from bench.host_step import TargetDriver
 
 from .launches import OPERATORS, Operator
 from .tables import RESOURCES
-from .target import TargetDriver, active
+from .target import active
 
 BARS = Path(__file__).with_name("resources_bars.json")
 

@@ -15,7 +15,8 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from tests.tools.target import TargetDriver, active
+from bench.host_step import TargetDriver
+from tests.tools.target import active
 from triton_yolo import _backend
 from triton_yolo.kernels import launch as kernels_launch
 
