@@ -71,7 +71,8 @@ def _on_host(argument: str, value: Any) -> Any:
     """Numbers of NumPy's or of a tensor as Python's."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         raise TypeError(f"{argument} must be numbers, since reading a tensor on {value.device} synchronises")
-    return value.tolist() if hasattr(value, "tolist") else value
+    # A number first, since a graph cannot ask a number of its own for an attribute.
+    return value if isinstance(value, numbers.Number) or not hasattr(value, "tolist") else value.tolist()
 
 
 def reals(argument: str, values: Iterable[Any]) -> tuple[float, ...]:
