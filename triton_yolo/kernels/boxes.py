@@ -283,8 +283,8 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
         angle = shape_angle(wa, ha, wb, hb)
         v = _FOUR_BY_PI2 * (angle * angle)
         d_angle = v / (1 - inter / union + v + EPS) * (2 * _FOUR_BY_PI2) * angle
-        radius2 = wa * wa + ha * ha
-        d_wa, d_ha = d_wa + d_angle * ha / radius2, d_ha - d_angle * wa / radius2
+        turn = d_angle / (wa * wa + ha * ha)
+        d_wa, d_ha = d_wa + turn * ha, d_ha - turn * wa
 
     d_x1, d_y1 = -d_wa - d_overlap_w * x1_inner, -d_ha - d_overlap_h * y1_inner
     d_x2, d_y2 = d_wa + d_overlap_w * x2_inner, d_ha + d_overlap_h * y2_inner
