@@ -31,6 +31,9 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     """
     ax1, ay1, ax2, ay2 = working_precision(a).unbind(-1)
     bx1, by1, bx2, by2 = working_precision(b).unbind(-1)
+    if kind == "giou":
+        ax1, ax2, bx1, bx2 = _in_range(ax1, ax2, bx1, bx2)
+        ay1, ay2, by1, by2 = _in_range(ay1, ay2, by1, by2)
     wa, ha = ax2 - ax1, ay2 - ay1 + eps
     wb, hb = bx2 - bx1, by2 - by1 + eps
     inter_w = torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)
@@ -56,3 +59,10 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     v = 4 / math.pi**2 * (torch.atan(wb / hb) - torch.atan(wa / ha)) ** 2
     weight = (v / (1 - iou + v + eps)).detach()
     return diou - weight * v
+
+
+def _in_range(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    """Ends of a and b on one axis, far apart ones by a scale at which areas are numbers: GIoU does not depend on it."""
+    extent = torch.maximum(a2, b2) - torch.minimum(a1, b1)
+    scale = torch.ones_like(extent).masked_fill(extent > 2.0**63, 2.0**-66)
+    return a1 * scale, a2 * scale, b1 * scale, b2 * scale

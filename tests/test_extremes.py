@@ -108,10 +108,7 @@ def test_gradient_of_large_boxes(kind, scale):
     torch.testing.assert_close(gradient(scale) * scale, gradient(1.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "log_size",
-    [20.0, pytest.param(50.0, marks=pytest.mark.xfail(reason="areas overflow: GIoU is NaN, taken for -1", strict=True))],
-)
+@pytest.mark.parametrize("log_size", [20.0, 43.0, 44.0, 50.0, 86.0])
 def test_giou_of_a_prediction_around_the_truth(log_size):
     """Predicted boxes that contain the truth leave no gap in the enclosing box: however large they are, GIoU is IoU, here 0."""
     criterion = ty.YOLOXLoss(3, strides=(8,), iou_loss="giou").to(DEVICE)
@@ -119,3 +116,16 @@ def test_giou_of_a_prediction_around_the_truth(log_size):
     preds[..., 2:4] = log_size
     out = criterion(preds, SHAPES, torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5]], device=DEVICE))
     torch.testing.assert_close(out.iou, torch.tensor(5.0, device=DEVICE))
+
+
+@pytest.mark.parametrize("sides", [(1.0, 1.0), (2.0**64, 1.0), (1.0, 2.0**120), (2.0**63, 2.0**63), (2.0**100, 2.0**126)])
+def test_giou_of_boxes_whose_areas_overflow(sides):
+    """Of a box and one of half its width, half its width beside it: union 3/2 and enclosing box 2, in units of w h."""
+    w, h = sides
+    a = torch.tensor([0.0, 0, w, h], device=DEVICE, requires_grad=True)
+    giou = ty.bbox_iou(a, torch.tensor([1.5 * w, 0.0, 2 * w, h], device=DEVICE), kind="giou", eps=0.0)
+    assert giou.item() == pytest.approx(-0.25)
+    (grad,) = torch.autograd.grad(giou, a)
+    # Each side of a has its part of (d union - 3/4 d enclosing) / 2; the upper and lower ones enclose by half, being ties.
+    assert (grad[[0, 2]] * w).tolist() == pytest.approx([-1 / 8, 1 / 2])
+    assert (grad[[1, 3]] * h).tolist() == pytest.approx([-1 / 8, 1 / 8])

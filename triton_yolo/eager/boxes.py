@@ -13,6 +13,9 @@ def overlap(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     """Overlap of boxes (..., 4) in xyxy."""
     ax1, ay1, ax2, ay2 = working(a).unbind(-1)
     bx1, by1, bx2, by2 = working(b).unbind(-1)
+    if kind == "giou":
+        ax1, ax2, bx1, bx2, _ = _in_range(ax1, ax2, bx1, bx2)
+        ay1, ay2, by1, by2, _ = _in_range(ay1, ay2, by1, by2)
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
     inter_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
     inter_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
@@ -44,6 +47,10 @@ def overlap_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     """
     ax1, ay1, ax2, ay2 = working(a).unbind(-1)
     bx1, by1, bx2, by2 = working(b).unbind(-1)
+    x_scale = y_scale = torch.ones((), dtype=ax1.dtype, device=ax1.device)
+    if kind == "giou":
+        ax1, ax2, bx1, bx2, x_scale = _in_range(ax1, ax2, bx1, bx2)
+        ay1, ay2, by1, by2, y_scale = _in_range(ay1, ay2, by1, by2)
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
     overlap_w = torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)
     overlap_h = torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
@@ -83,10 +90,10 @@ def overlap_derivative(a: Tensor, b: Tensor, kind: str, eps: float) -> Tensor:
     d_overlap_h = _above_zero(overlap_h, d_inter * overlap_w.clamp(min=0))
     return torch.stack(
         [
-            -d_wa - d_overlap_w * x1_inner - d_enclosing_w * (1 - x1_inner) + d_dx / 2,
-            -d_ha - d_overlap_h * y1_inner - d_enclosing_h * (1 - y1_inner) + d_dy / 2,
-            d_wa + d_overlap_w * x2_inner + d_enclosing_w * (1 - x2_inner) + d_dx / 2,
-            d_ha + d_overlap_h * y2_inner + d_enclosing_h * (1 - y2_inner) + d_dy / 2,
+            (-d_wa - d_overlap_w * x1_inner - d_enclosing_w * (1 - x1_inner) + d_dx / 2) * x_scale,
+            (-d_ha - d_overlap_h * y1_inner - d_enclosing_h * (1 - y1_inner) + d_dy / 2) * y_scale,
+            (d_wa + d_overlap_w * x2_inner + d_enclosing_w * (1 - x2_inner) + d_dx / 2) * x_scale,
+            (d_ha + d_overlap_h * y2_inner + d_enclosing_h * (1 - y2_inner) + d_dy / 2) * y_scale,
         ],
         -1,
     )
@@ -100,6 +107,13 @@ def bbox_iou_backward(x: BboxIoUBackward) -> GradBoxes:
     grad_a = x.grad[..., None] * overlap_derivative(x.a, x.b, x.kind, x.eps)
     grad_b = x.grad[..., None] * overlap_derivative(x.b, x.a, x.kind, x.eps)
     return GradBoxes(grad_a.to(x.a.dtype), grad_b.to(x.b.dtype))
+
+
+def _in_range(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    """Ends of a and b on one axis by a scale at which areas are numbers, and the scale, which GIoU does not depend on."""
+    extent = torch.maximum(a2, b2) - torch.minimum(a1, b1)
+    scale = torch.ones_like(extent).masked_fill_(extent > 2.0**63, 2.0**-66)
+    return a1 * scale, a2 * scale, b1 * scale, b2 * scale, scale
 
 
 def _above_zero(x: Tensor, grad: Tensor) -> Tensor:

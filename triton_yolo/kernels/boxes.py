@@ -214,6 +214,13 @@ def shape_angle(wa, ha, wb, hb, IS_PROPER: tl.constexpr = False):
 
 
 @triton.jit
+def _in_range(a1, a2, b1, b2):
+    """Ends of a and b on one axis by a scale at which areas are numbers, and the scale, which GIoU does not depend on."""
+    scale = tl.where(tl.maximum(a2, b2) - tl.minimum(a1, b1) > 2.0**63, 2.0**-66, 1.0).to(a1.dtype)
+    return a1 * scale, a2 * scale, b1 * scale, b2 * scale, scale
+
+
+@triton.jit
 def overlap(
     ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr, EPS: tl.constexpr, IS_PROPER: tl.constexpr = False
 ):  # fmt: skip
@@ -221,6 +228,9 @@ def overlap(
 
     ``IS_PROPER``: no side is negative.
     """
+    if KIND == "giou":
+        ax1, ax2, bx1, bx2, _ = _in_range(ax1, ax2, bx1, bx2)
+        ay1, ay2, by1, by2, _ = _in_range(ay1, ay2, by1, by2)
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
     inter_w = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0)
     inter_h = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0)
@@ -253,6 +263,9 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
     gets half of that of its maximum with 0. CIoU's trade-off weight is a constant. Every kind is symmetric, so the derivative
     by b is that of (b, a).
     """
+    if KIND == "giou":
+        ax1, ax2, bx1, bx2, x_scale = _in_range(ax1, ax2, bx1, bx2)
+        ay1, ay2, by1, by2, y_scale = _in_range(ay1, ay2, by1, by2)
     wa, ha, wb, hb = ax2 - ax1, ay2 - ay1 + EPS, bx2 - bx1, by2 - by1 + EPS
     overlap_w = tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1)
     overlap_h = tl.minimum(ay2, by2) - tl.maximum(ay1, by1)
@@ -302,6 +315,8 @@ def overlap_derivative(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexp
             d_x1, d_x2, d_y1, d_y2 = d_x1 - dx_share, d_x2 - dx_share, d_y1 - dy_share, d_y2 - dy_share
         d_x1, d_y1 = d_x1 - d_enclosing_w * (1 - x1_inner), d_y1 - d_enclosing_h * (1 - y1_inner)
         d_x2, d_y2 = d_x2 + d_enclosing_w * (1 - x2_inner), d_y2 + d_enclosing_h * (1 - y2_inner)
+    if KIND == "giou":
+        d_x1, d_y1, d_x2, d_y2 = d_x1 * x_scale, d_y1 * y_scale, d_x2 * x_scale, d_y2 * y_scale
     return d_x1, d_y1, d_x2, d_y2
 
 
