@@ -48,7 +48,7 @@ kernel-mutants: $(VENV)/installed  ## The same for the kernels, in Triton's inte
 
 peers: $(VENV)/installed  ## Compare with other projects' losses as black boxes.
 	$(RUN) -m pip install --quiet --no-deps $(CONSTRAINTS:%=-c %) -r tests/peers.txt
-	$(RUN) -m pytest -m peers $(ARGS)
+	$(PYTEST) -m peers $(ARGS)
 
 matrix:  ## Run the tests on the versions of Python, torch and Triton in docs/versions.md, gigabytes each; not in CI.
 	$(PYTHON) tests/tools/matrix.py $(ARGS)

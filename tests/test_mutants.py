@@ -83,7 +83,14 @@ PLANTED = {
 def test_planted_mistake_is_noticed(name: str, tmp_path: Path):
     mutant, test, root = PLANTED[name]
     done = run(mutant, root, test, tmp_path, HYPOTHESIS_PROFILE="mutants")
-    assert done.returncode == 1, f"survived or did not run:\n{done.stdout[-2000:]}"
+    assert done.returncode == 1, f"survived or did not run:\n{done.output[-2000:]}"
+
+
+@pytest.mark.mutants
+def test_mistake_elsewhere_is_not_noticed(tmp_path: Path):
+    mutant, _, root = PLANTED["DFL weights swapped"]
+    done = run(mutant, root, IOU, tmp_path, HYPOTHESIS_PROFILE="mutants")
+    assert done.returncode == 0, done.output[-2000:]
 
 
 @pytest.mark.parametrize("name", PLANTED)

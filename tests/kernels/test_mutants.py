@@ -101,4 +101,4 @@ def test_planted_mistake_is_noticed(name: str, tmp_path: Path):
         pytest.skip("runs kernels in Triton's interpreter, which needs TRITON_INTERPRET=1")
     mutant, test = PLANTED[name]
     done = run(mutant, KERNELS, test, tmp_path)
-    assert done.returncode == 1, f"survived or did not run:\n{done.stdout[-2000:]}"
+    assert done.returncode == 1, f"survived or did not run:\n{done.output[-2000:]}"

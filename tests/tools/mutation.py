@@ -7,16 +7,20 @@ comparison. So a mutant outlives the renaming of files, arguments and variables;
 import ast
 import copy
 import hashlib
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("triton_yolo", "reference", "tests", "bench")
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch", "triton"])  # which take longer to import than a test takes
 _ANYTHING, _NUMBER = re.compile("_[a-m]"), "_n"
 
 _MODULES, _EXTREMES = ("torch", "tl"), (("minimum", "maximum"), ("maximum", "minimum"))
@@ -72,17 +76,43 @@ def planted(mutant: Mutant, root: Path) -> tuple[Path, str]:
     return place.file, ast.unparse(ast.fix_missing_locations(module)) + "\n"
 
 
-def run(mutant: Mutant, root: str, test: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    returncode: int | None
+    output: str
+
+
+def run(mutant: Mutant, root: str, test: str, folder: Path, **environment: str) -> Done:
     """Run a test on a copy of the repository in ``folder`` that has the mutant in what lies below ``root``."""
-    for name in ("triton_yolo", "reference", "tests", "bench"):
+    for name in PACKAGES:
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results", "plots"))
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
     file, text = planted(mutant, folder / root)
     file.write_text(text)
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *test.split()],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    output = folder / "output.txt"
+    process = _PROCESSES.Process(target=_test, args=(folder, test.split(), environment, output))
+    process.start()
+    process.join()
+    return Done(process.exitcode, output.read_text())
+
+
+def _test(folder: Path, tests: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    """Exit as pytest does in ``folder``, in a process that has imported no package of this repository but what runs this."""
+    import pytest
+
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[name]
+    os.chdir(folder)
+    os.environ.update(environment, PYTHONPATH=str(folder))
+    sys.path.insert(0, str(folder))
+    try:
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    except BaseException:
+        traceback.print_exc()
+        code = pytest.ExitCode.INTERNAL_ERROR
+    sys.exit(code)
 
 
 def sampled(function: str, root: Path, number: int, without: Sequence[str] = ()) -> list[Mutant]:
