@@ -73,8 +73,8 @@ SLIPS = {
     "cell_span": (YOLO11, 1), "rectangle_cells": (YOLO11, 2), "rectangle_size": (YOLO11, 1), "widened": (YOLO11, 1),
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),
     "claim_owned": (YOLO11, 1), "best_of": (YOLO11, 1), "merge_parts": (TILES, 1), "_claimed_anchors": (CRITERION, 2), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),
-    "_in_regions": (SIMOTA, 2), "_pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "_target_boxes": (YOLOX, 2),
-    "_side_losses": (YOLO11, 1), "_write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_with_l1": (YOLOX, 1),
+    "_region_cells": (SIMOTA, 2), "pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "target_boxes": (YOLOX, 2),
+    "_side_losses": (YOLO11, 1), "_write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_raw_slope": (YOLOX, 1),
 }  # fmt: skip
 ALIKE: dict[str, str] = {}
 """Slips that change no result, and why."""
