@@ -17,8 +17,11 @@ settings.register_profile(
     "mutants", settings.get_profile("ci"), max_examples=300, phases=[Phase.explicit, Phase.generate], database=None
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+FEW = settings(max_examples=settings().max_examples // 3)
+"""Of a test that runs a criterion many times an example."""
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     from tests import interpreter
 
     interpreter.prepare()
