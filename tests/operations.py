@@ -91,6 +91,15 @@ def task_aligned_assign(dtype: torch.dtype) -> of.TaskAlignedAssign:
     return of.TaskAlignedAssign(scores, boxes, points, targets, of.TaskAligned(10, None, 1.0, 6.0, 0.0, 1e-9))
 
 
+def rotated_task_aligned_assign(dtype: torch.dtype) -> of.TaskAlignedAssign:
+    """The same operation of oriented boxes."""
+    x = task_aligned_assign(dtype)
+    angle = x.points[:, :1].expand(2, -1, -1) / 8
+    boxes = torch.cat([(x.boxes[..., :2] + x.boxes[..., 2:]) / 2, x.boxes[..., 2:] - x.boxes[..., :2], angle], 2)
+    oriented = torch.cat([x.targets[3], torch.arange(4, device=DEVICE)[:, None].to(x.targets[3])], 1)
+    return x._replace(boxes=boxes, targets=[*x.targets[:3], oriented])
+
+
 def simota_assign(dtype: torch.dtype) -> of.SimOTAAssign:
     scores, boxes, points, strides, targets = _padded(dtype)
     return of.SimOTAAssign(scores, scores[..., 0], boxes, points, strides, targets, of.SimOTA("center", 1.5))

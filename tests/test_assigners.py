@@ -1,5 +1,7 @@
 """Both assigners against the reference: exactly, wherever more than rounding decides."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -58,6 +60,92 @@ def test_task_aligned_assigner_takes_arbitrary_points(case, topk):
     result = assign(shuffled, topk=topk)
     assert torch.equal(result.fg_mask, expected.fg_mask)
     assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+
+
+ORIENTED = ref.ORIENTED
+
+
+def oriented(case: strat.AssignerCase, angles: torch.Tensor, pred_angles: torch.Tensor) -> strat.AssignerCase:
+    """The same boxes by centre, sides and these angles (G,) and (A,)."""
+
+    def turned(boxes, angle):
+        return torch.cat([ref.xyxy_to_xywh(boxes), angle.to(boxes)[:, None].expand(*boxes.shape[:2], 1)], 2)
+
+    return case._replace(boxes=turned(case.boxes, pred_angles), gt_boxes=turned(case.gt_boxes, angles))
+
+
+@st.composite
+def oriented_cases(draw):
+    case = draw(strat.assigner_cases())
+    angles = (draw(strat.tensors(x.shape[1:2], jitters=(0.0,))) for x in (case.gt_boxes, case.boxes))
+    return oriented(case, *angles)
+
+
+def are_candidates_decided(case: strat.AssignerCase, min_box_side: float) -> bool:
+    """Whether no anchor lies on an edge but for rounding: those of boxes at angle 0 are exact."""
+    boxes = torch.cat([case.gt_boxes[..., :2], case.gt_boxes[..., 2:4].clamp(min=min_box_side), case.gt_boxes[..., 4:]], -1)
+    sides = ref.oriented.sides_from(case.points, boxes[:, :, None].double())
+    return not bool(((sides.abs() < 1e-4) & (boxes[:, :, None, 4:] != 0)).any())
+
+
+@given(oriented_cases(), task_aligned_options)
+def test_rotated_task_aligned_assigner(case, options):
+    wide = case.double()
+    args = (wide.scores, wide.boxes, wide.points, wide.gt_labels, wide.gt_boxes, wide.mask)
+    metric_options = {name: options[name] for name in ("alpha", "beta", "min_box_side")}
+    metric, overlaps = ref.align_metric(*args, **metric_options, geometry=ORIENTED)
+    assume(are_candidates_decided(case, options["min_box_side"]))
+    assume(is_assignment_decided(metric, overlaps, options["topk"], options["topk2"]))
+    expected = ref.task_aligned_assign(*args, **options, geometry=ORIENTED)
+    assigner = ty.RotatedTaskAlignedAssigner(num_classes=case.scores.shape[-1], **options)
+    result = assigner(case.scores, case.boxes, case.points, case.gt_labels, case.gt_boxes, case.mask)
+    assert torch.equal(result.fg_mask, expected.fg_mask)
+    assert torch.equal(result.target_gt_idx, expected.target_gt_idx)
+    assert torch.equal(result.target_labels, expected.target_labels)
+    assert torch.equal(result.target_bboxes, expected.target_bboxes.float())
+    assert_close(result.target_scores, expected.target_scores, "target scores")
+
+
+def crossed(*angles, dtype=torch.float32):
+    """Nine points in a square, and long boxes through the one in the middle; every prediction is the first of them."""
+    points = torch.tensor([[x, y] for y in (4.0, 12, 20) for x in (4.0, 12, 20)], dtype=dtype, device=DEVICE)
+    gt = torch.tensor([[[12, 12, 26, 4, angle] for angle in angles]], dtype=dtype, device=DEVICE)
+    scores = torch.full((1, 9, 2), 0.5, dtype=dtype, device=DEVICE)
+    labels, mask = torch.zeros(1, len(angles), device=DEVICE), torch.ones(1, len(angles), device=DEVICE)
+    return scores, gt[:, :1].expand(-1, 9, -1), points, labels, gt, mask
+
+
+def test_oriented_boxes_have_the_points_on_their_diagonals():
+    assigner = ty.RotatedTaskAlignedAssigner(num_classes=2, beta=1.0)
+    falling = assigner(*crossed(math.pi / 4))
+    assert falling.fg_mask.view(3, 3).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    # What the prediction crosses, sides of 26 and 4: the coefficient is 4 * 26 * 4 / (26^2 + 4^2) under a root, twice.
+    both = assigner(*crossed(math.pi / 4, -math.pi / 4))
+    assert both.fg_mask.view(3, 3).int().tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert both.target_gt_idx.view(3, 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    assert both.target_bboxes[0, 2].tolist() == pytest.approx([12, 12, 26, 4, -math.pi / 4])
+    crossing = 1 - math.sqrt(1 - 2 * 26 * 4 / (26**2 + 4**2))
+    assert both.target_scores[0, [0, 2], 0].tolist() == pytest.approx([1 - math.sqrt(2e-7), crossing], abs=1e-6)
+
+
+def test_points_on_the_edge_of_an_oriented_box_are_candidates():
+    # Upright and 16 px wide, its edges run through the outer points; 15 px wide it has but the middle, widened all again.
+    scores, pred, points, labels, gt, mask = crossed(0.0)
+    gt[..., 2:4] = 16
+    assert ty.RotatedTaskAlignedAssigner(num_classes=2)(scores, pred, points, labels, gt, mask).fg_mask.all()
+    gt[..., 2:4] = 15
+    assert ty.RotatedTaskAlignedAssigner(num_classes=2)(scores, pred, points, labels, gt, mask).fg_mask.sum() == 1
+    assert ty.RotatedTaskAlignedAssigner(num_classes=2, min_box_side=16)(scores, pred, points, labels, gt, mask).fg_mask.all()
+
+
+@pytest.mark.parametrize(("place", "value"), [(2, 0.0), (3, -1.0), (4, math.nan), (4, math.inf), (0, math.nan), (2, math.inf)])
+def test_oriented_boxes_that_are_none_are_ignored(place, value):
+    args = crossed(math.pi / 4, -math.pi / 4)
+    args[4][0, 1, place] = value
+    result = ty.RotatedTaskAlignedAssigner(num_classes=2, min_box_side=16)(*args)
+    alone = ty.RotatedTaskAlignedAssigner(num_classes=2, min_box_side=16)(*crossed(math.pi / 4))
+    for have, want in zip(result, alone, strict=True):
+        assert torch.equal(have, want)
 
 
 @given(strat.assigner_cases())

@@ -97,11 +97,17 @@ def assigner_args(batch_size: int, size: int) -> tuple[torch.Tensor, ...]:
     return preds[..., :3].sigmoid(), preds[..., 3], boxes, points, strides, *ground_truth(batch_size, size)
 
 
+def rotated_args(batch_size: int, size: int):
+    scores, _, boxes, points, _, labels, gt, mask = assigner_args(batch_size, size)
+    return scores, torch.nn.functional.pad(boxes, (0, 1)), points, labels, torch.nn.functional.pad(gt, (0, 1)), mask
+
+
 FUNCTIONS = {
     "TaskAlignedAssigner": (
         ty.TaskAlignedAssigner(num_classes=3),
         lambda *batch: [assigner_args(*batch)[place] for place in (0, 2, 3, 5, 6, 7)],
     ),
+    "RotatedTaskAlignedAssigner": (ty.RotatedTaskAlignedAssigner(num_classes=3), rotated_args),
     "SimOTAAssigner": (ty.SimOTAAssigner(num_classes=3), assigner_args),
     "decode_dfl": (
         lambda dist, points, strides: ty.decode_dfl(dist, points, reg_max=4, strides=strides),

@@ -83,6 +83,7 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
         (lambda: ty.bbox_iou(torch.zeros(4), torch.zeros(4), kind="cIoU"), "kind must be one of 'iou', .* got 'cIoU'"),
         (lambda: ty.bbox_iou(torch.zeros(2, 4), torch.zeros(3, 4)), r"b must broadcast with a of shape \(2, 4\), got \(3, 4\)"),
         (lambda: ty.bbox_iou(torch.zeros(2, 5), torch.zeros(2, 4)), "a must have shape"),
+        (lambda: ty.RotatedTaskAlignedAssigner(topk=0), "topk must be at least 1"),
         (lambda: ty.prob_iou(torch.zeros(2, 4), torch.zeros(2, 4)), "a must have shape"),
         (lambda: ty.prob_iou(torch.zeros(2, 5), torch.zeros(3, 5)), r"b must broadcast with a of shape \(2, 5\), got \(3, 5\)"),
         (lambda: ty.select_topk_candidates(torch.zeros(1, 2, 3), 0), "topk must be at least 1"),
@@ -134,6 +135,11 @@ def test_assigners_name_what_is_wrong():
         assigner(zeros(2, 20, 3), zeros(2, 20, 4), zeros(20, 3), *gt)
     with pytest.raises(ValueError, match=r"gt_labels must have shape \(2, 4, 1\), got \(2, 4, 2\)"):
         assigner(zeros(2, 20, 3), zeros(2, 20, 4), zeros(20, 2), zeros(2, 4, 2), *gt[1:])
+    rotated = ty.RotatedTaskAlignedAssigner(num_classes=3)
+    with pytest.raises(ValueError, match=r"pd_bboxes must have shape \(2, 20, 5\)"):
+        rotated(zeros(2, 20, 3), zeros(2, 20, 4), zeros(20, 2), *gt)
+    with pytest.raises(ValueError, match=r"gt_bboxes must have shape \(2, G, 5\)"):
+        rotated(zeros(2, 20, 3), zeros(2, 20, 5), zeros(20, 2), *gt)
     simota = ty.SimOTAAssigner(num_classes=3)
     with pytest.raises(ValueError, match=r"strides must have shape \(20,\)"):
         simota(zeros(2, 20, 3), zeros(2, 20), zeros(2, 20, 4), zeros(20, 2), zeros(19), *gt)

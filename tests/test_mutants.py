@@ -56,6 +56,8 @@ MEANT = {
     "class target is one": Planted(Mutant("_loss", "_a[_c] * _b[_c]", "_a[_c]"), LOSSX),
     "oriented: turned boxes cross by the wrong axis": Planted(Mutant("_Pair.measures", "_a * self.sin", "_a * self.cos"), PROB_IOU),
     "oriented: a gradient past the bounds": Planted(Mutant("prob_overlap_derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
+    "oriented: rectangles around boxes as if upright": Planted(Mutant("upright_bounds", "_a * _b + _a.flip(1) * _c", "_a"), f"{ASSIGNERS}_oriented_boxes_have_the_points_on_their_diagonals"),
+    "oriented: edges are outside": Planted(Mutant("is_inside_oriented", "_a <= _b / 2", "_a < _b / 2", 0, 2), f"{ASSIGNERS}_points_on_the_edge_of_an_oriented_box_are_candidates"),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),
     "reference: covariance of the other turn": Planted(Mutant("covariance", "(_a - _b) * _c * _d", "(_b - _a) * _c * _d"), ORIENTED, REFERENCE),

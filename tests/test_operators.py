@@ -40,6 +40,14 @@ def test_opcheck_without_gradients(name):
         torch.library.opcheck(operation.operator, tuple(operation.flat(x)))
 
 
+def test_opcheck_of_oriented_boxes():
+    x = operations.rotated_task_aligned_assign(torch.float32)
+    assert (_ops.task_aligned_assign(x).target_row >= 0).sum() > 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        torch.library.opcheck(_ops.task_aligned_assign.operator, tuple(_ops.task_aligned_assign.flat(x)))
+
+
 @EVERY_OPERATION
 def test_inputs_survive_the_operator(name):
     operation, x = OPERATIONS[name], INPUTS[name](torch.float32)
@@ -231,5 +239,8 @@ def test_assigners_need_no_value_on_the_host():
         gt = (zeros(2, 4, 1), zeros(2, 4, 4), zeros(2, 4, 1))
         result = ty.TaskAlignedAssigner(num_classes=3)(zeros(2, 20, 3), zeros(2, 20, 4), zeros(20, 2), *gt)
         assert result.target_scores.shape == (2, 20, 3)
+        rotated = ty.RotatedTaskAlignedAssigner(num_classes=3)
+        result = rotated(zeros(2, 20, 3), zeros(2, 20, 5), zeros(20, 2), gt[0], zeros(2, 4, 5), gt[2])
+        assert result.target_bboxes.shape == (2, 20, 5)
         args = zeros(2, 20, 3), zeros(2, 20), zeros(2, 20, 4), zeros(20, 2), zeros(20)
         assert ty.SimOTAAssigner(num_classes=3)(*args, *gt).num_fg.shape == ()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import reference as ref
+import triton_yolo as ty
 from bench import peers
 from reference import oriented
 from tests.compare import assert_close
@@ -82,12 +83,14 @@ def test_assigner(seed, options):
     actual = ref.task_aligned_assign(
         scores, preds, points, labels, gt, mask, min_box_side=16.0, geometry=oriented.ORIENTED, **options
     )
-    fg = actual.fg_mask
-    assert fg.sum() > 12
-    assert torch.equal(fg, expected[3])
-    assert torch.equal(actual.target_gt_idx[fg], expected[4][fg])
-    assert torch.equal(actual.target_bboxes[fg], expected[1][fg])
-    assert_close(actual.target_scores, expected[2])
+    ours = ty.RotatedTaskAlignedAssigner(num_classes=NUM_CLASSES, min_box_side=16, **options)
+    for found in (actual, ours(scores, preds, points, labels, gt, mask)):
+        fg = found.fg_mask
+        assert fg.sum() > 12
+        assert torch.equal(fg, expected[3])
+        assert torch.equal(found.target_gt_idx[fg], expected[4][fg])
+        assert torch.equal(found.target_bboxes[fg], expected[1][fg])
+        assert_close(found.target_scores, expected[2])
 
 
 def make_preds(reg_max: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ Criteria, from the raw output of a head and the ground truth to the loss with it
 
 Assigners of padded ground truth:
 
-- ``TaskAlignedAssigner``: returns ``TaskAlignedResult``.
+- ``TaskAlignedAssigner``: returns ``TaskAlignedResult``, as does ``RotatedTaskAlignedAssigner``, of oriented boxes.
 - ``SimOTAAssigner``: returns ``SimOTAResult``.
 
 Their stages:
@@ -29,12 +29,13 @@ steps CUDA graphs. Examples take for granted:
 from ._backend import backend
 from ._version import __version__
 from .anchors import make_anchors
-from .assigners import SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
+from .assigners import RotatedTaskAlignedAssigner, SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
 from .losses import YOLO11Loss, YOLO11LossOutput, YOLOXLoss, YOLOXLossOutput
 from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, prob_iou, select_topk_candidates
 from .targets import Targets
 
 __all__ = [
+    "RotatedTaskAlignedAssigner",
     "SimOTAAssigner",
     "SimOTAResult",
     "Targets",

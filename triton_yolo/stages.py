@@ -229,15 +229,16 @@ def select_topk_candidates(metric: Tensor, topk: int, mask_gt: Tensor | None = N
 
 def padded_targets(
     scores: Tensor, boxes: Tensor, points: Tensor, gt_labels: Tensor, gt_bboxes: Tensor, mask_gt: Tensor,
-    names: tuple[str, str, str] = ("pred_scores", "pred_bboxes", "anchor_points"),
+    names: tuple[str, str, str] = ("pred_scores", "pred_bboxes", "anchor_points"), box_size: int = 4,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Check what assigners take; return it as operations take targets, a row a slot, and the labels (B, G) int64."""
     _checks.tensor(names[0], scores, ("B", "A", "C"))
     batch_size, num_anchors, _ = scores.shape
-    _checks.tensor(names[1], boxes, (batch_size, num_anchors, 4), like=scores)
+    _checks.tensor(names[1], boxes, (batch_size, num_anchors, box_size), like=scores)
     _checks.tensor(names[2], points, (num_anchors, 2), like=scores)
-    _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", 4), like=scores)
+    _checks.tensor("gt_bboxes", gt_bboxes, (batch_size, "G", box_size), like=scores)
     labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
     _checks.exact("gt_labels", labels, 0, scores.shape[2])
     mask = _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
-    return list(Targets._of_slots(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()
+    pack = Targets._of_slots if box_size == 4 else Targets._of_oriented_slots
+    return list(pack(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()

@@ -120,6 +120,16 @@ class Targets(NamedTuple):
         image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
         return cls._from_xyxy(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4))
 
+    @classmethod
+    def _of_oriented_slots(cls, labels: Tensor, boxes: Tensor, is_box: Tensor, names: tuple[str, str]) -> "Targets":
+        """The same of oriented boxes, (B * G, 5) in the place of centre and size; corners are those that they have upright."""
+        upright, angle = boxes.split([4, 1], 2)
+        _check_values(*names, labels, upright, is_box, "xywh")
+        is_box = is_box & angle.isfinite().squeeze(2)
+        image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
+        targets = cls._from_xywh(image_index.reshape(-1), labels.reshape(-1), working(upright).reshape(-1, 4))
+        return targets._replace(boxes_xywh=working(boxes).reshape(-1, 5))
+
     def to(self, device: torch.device | str) -> "Targets":
         """Return the same targets on another device."""
         return Targets(*(field.to(device) for field in self))

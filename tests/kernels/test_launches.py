@@ -158,6 +158,23 @@ def test_padded_stages(layout, dtype):
         assert_same(kernels.select_topk_candidates(chosen), eager.select_topk_candidates(chosen))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("meter")
+def test_oriented_boxes(layout, dtype):
+    case = make_case(3, dtype=dtype, layout=layout, num_rows=8)
+    points, boxes = points_and_boxes(case, 5)
+    torch.manual_seed(0)
+    low, high = boxes.split(2, -1)
+    boxes = torch.cat([(low + high) / 2, high - low, 3 * torch.randn(2, ANCHORS, 1)], 2)
+    boxes, scores = laid_out(boxes.to(dtype), layout), laid_out(case.scores.sigmoid(), layout)
+    oriented = torch.cat([case.targets[3], 3 * torch.randn(8, 1).to(case.gt_boxes)], 1)
+    x = of.TaskAlignedAssign(scores, boxes, points, [*case.targets[:3], oriented], of.TaskAligned(4, 2, 1.0, 6.0, 16.0, 1e-9))
+    expected = eager.task_aligned_assign(x)
+    assert (expected.target_row >= 0).sum() > 3
+    assert_same(kernels.task_aligned_assign(x), expected)
+
+
 def use_tiles(monkeypatch, module, rows, anchors, parts=1):
     """Tiles of so many rows and anchors; lists of ``parts`` of them. Plans are made for the sizes of their time."""
     monkeypatch.setattr(launch, "_plans", {})

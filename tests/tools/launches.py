@@ -82,6 +82,12 @@ def _task_aligned_assign(dtype: torch.dtype, layout: str) -> of.TaskAlignedAssig
     return of.TaskAlignedAssign(scores, boxes, _points()[0], _rows(BATCH * SLOTS), rule)
 
 
+def _rotated_task_aligned_assign(dtype: torch.dtype, layout: str) -> of.TaskAlignedAssign:
+    x = _task_aligned_assign(dtype, layout)
+    oriented = _empty(BATCH * SLOTS, 5, dtype=working_dtype(dtype))
+    return x._replace(boxes=_preds(dtype, layout, 5), targets=[*x.targets[:3], oriented])
+
+
 def _yolo11_assign(
     dtype: torch.dtype, layout: str, *, reg_max: int = REG_MAX, num_classes: int = CLASSES, rule: of.TaskAligned = TASK_ALIGNED
 ) -> of.YOLO11Assign:
@@ -159,6 +165,7 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_criterion": _operator(_yolo11_criterion, wants_grad=True),
     "yolo11_criterion, no gradient": _operator(_yolo11_criterion, FIRST, wants_grad=False),
     "task_aligned_assign": _operator(_task_aligned_assign, LAST),
+    "task_aligned_assign, oriented": _operator(_rotated_task_aligned_assign, LAST),
     "align_metric": _operator(_align_metric, LAST),
     "select_topk_candidates": _operator(_select_topk, LAST),
     "decode_yolox": _with_gradient(_decode_yolox),

@@ -52,6 +52,11 @@ def run(device: torch.device) -> dict[str, Tensor]:
     metric, _ = ty.align_metric(scores.sigmoid(), boxes, points_px, *padded, alpha=0.5, beta=6.0)
     found["align_metric"], found["top-k"] = metric, ty.select_topk_candidates(metric, 10)
     found["task-aligned"] = ty.TaskAlignedAssigner(10, 40)(scores.sigmoid(), boxes, points_px, *padded)[3]
+    turned = torch.full_like(gt_boxes[..., :1], 0.5)
+    gt_oriented = torch.cat([gt.boxes_xywh.view(2, -1, 4), turned], 2)
+    pred_oriented = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], boxes[..., :1] / 8], 2)
+    rotated = ty.RotatedTaskAlignedAssigner(10, 40)
+    found["rotated"] = rotated(scores.sigmoid(), pred_oriented, points_px, labels, gt_oriented, padded[2])[3]
     found["SimOTA"] = ty.SimOTAAssigner(40)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
     return found
 

@@ -15,7 +15,10 @@ class TaskAlignedAssignment(NamedTuple):
 
 
 class TaskAlignedAssign(NamedTuple):
-    """Class probabilities (B, A, C) and boxes (B, A, 4) at arbitrary points (A, 2) in pixels."""
+    """Class probabilities (B, A, C) and boxes (B, A, 4) at arbitrary points (A, 2) in pixels.
+
+    Oriented boxes are (B, A, 5), and those of the targets, behind upright rectangles of the same centres and sides, (N, 5).
+    """
 
     scores: Tensor
     boxes: Tensor

@@ -124,6 +124,27 @@ def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> T
     return torch.stack([d_x, d_y, d_width, d_height, d_turn], -1)
 
 
+def widen_oriented(boxes: Tensor, min_side: float) -> Tensor:
+    """Widen every side of boxes (n, 5) shorter than ``min_side`` to it."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp(min=min_side), boxes[:, 4:]], 1)
+
+
+def upright_bounds(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Corners (n, 2) of upright rectangles around boxes (n, 5), a hair wider than they need to be."""
+    centre, half = boxes[:, :2], boxes[:, 2:4] / 2
+    cos, sin = boxes[:, 4:].cos().abs(), boxes[:, 4:].sin().abs()
+    reach = half * cos + half.flip(1) * sin
+    reach = reach + 1e-5 * (reach + centre.abs())
+    return centre - reach, centre + reach
+
+
+def is_inside_oriented(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
+    """Whether points (2, P) lie inside boxes (5, P) or on an edge; ``eps`` has no part."""
+    dx, dy = points - boxes[:2]
+    cos, sin = boxes[4].cos(), boxes[4].sin()
+    return ((dx * cos + dy * sin).abs() <= boxes[2] / 2) & ((dy * cos - dx * sin).abs() <= boxes[3] / 2)
+
+
 def prob_iou(x: ProbIoU) -> Overlaps:
     return Overlaps(prob_overlap(x.a, x.b, x.eps, x.floor))
 

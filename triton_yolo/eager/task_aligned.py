@@ -1,5 +1,6 @@
 """Task-aligned assignment (TOOD, arXiv 2108.07755) on the pairs of ground truth and candidate."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .._signatures import (
     TaskAlignedAssignment,
 )
 from .boxes import overlap
+from .oriented import is_inside_oriented, prob_overlap, upright_bounds, widen_oriented
 from .pairs import point_pairs, valid_rows
 
 _BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
@@ -39,10 +41,30 @@ def is_inside(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
     return torch.minimum(inside, torch.minimum(boxes[2] - points[0], boxes[3] - points[1])) > eps
 
 
-def pair_metric(scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4, P) and true boxes (4, P)."""
+class Geometry(NamedTuple):
+    """What assignment asks about boxes."""
+
+    widen: Callable[[Tensor, float], Tensor]
+    bounds: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Rectangles, of boxes (n, 4 or 5), that have all points strictly inside that may be in the boxes."""
+    is_inside: Callable[[Tensor, Tensor, float], Tensor]
+    overlap: Callable[[Tensor, Tensor], Tensor]
+
+
+AXIS_ALIGNED = Geometry(
+    widen, lambda boxes: (boxes[:, :2], boxes[:, 2:]), is_inside, lambda gt, pred: overlap(gt, pred, "ciou", 1e-7)
+)
+ORIENTED = Geometry(
+    widen_oriented, upright_bounds, is_inside_oriented, lambda gt, pred: prob_overlap(gt, pred, 1e-7, 0.0)
+)  # fmt: skip
+
+
+def pair_metric(
+    scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float, geometry: Geometry = AXIS_ALIGNED
+) -> tuple[Tensor, Tensor]:
+    """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4 or 5, P) and true boxes."""
     parts = zip(gt_boxes.split(_BLOCK, 1), boxes.split(_BLOCK, 1), strict=True)
-    overlaps = torch.cat([overlap(gt.T, pred.T, "ciou", 1e-7) for gt, pred in parts])
+    overlaps = torch.cat([geometry.overlap(gt.T, pred.T) for gt, pred in parts])
     overlaps = torch.where(overlaps > 0, overlaps, 0)
     metric = power(scores, alpha) * power(overlaps, beta)
     return torch.where(metric > 0, metric, 0), overlaps
@@ -121,16 +143,17 @@ def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: lis
     """Pairs of anchors at arbitrary points in pixels."""
     batch_size, num_anchors, num_classes = scores.shape
     scores, boxes, points = working(scores), working(boxes), working(points)
-    gt = GroundTruth(*targets)
-    gt_boxes = gt.boxes_xyxy.to(boxes.dtype)
-    row_ids = valid_rows(gt._replace(boxes_xyxy=gt_boxes), batch_size, num_classes)
-    widened = widen(gt_boxes[row_ids], rule.min_box_side)
-    nth, anchors = point_pairs(widened[:, :2], widened[:, 2:], points)
-    kept = is_inside(points[anchors].T, widened[nth].T, rule.eps)
+    geometry = ORIENTED if boxes.shape[2] == 5 else AXIS_ALIGNED
+    gt = GroundTruth(*[x.to(boxes.dtype) if x.is_floating_point() else x for x in targets])
+    gt_boxes = gt.boxes_xywh if geometry is ORIENTED else gt.boxes_xyxy
+    row_ids = valid_rows(gt, batch_size, num_classes)
+    widened = geometry.widen(gt_boxes[row_ids], rule.min_box_side)
+    nth, anchors = point_pairs(*geometry.bounds(widened), points)
+    kept = geometry.is_inside(points[anchors].T, widened[nth].T, rule.eps)
     rows, anchors = row_ids[nth[kept]], anchors[kept]
     images = gt.image_index[rows]
     pair_scores = scores[images, anchors, gt.labels[rows]]
-    metric, overlaps = pair_metric(pair_scores, boxes[images, anchors].T, gt_boxes[rows].T, rule.alpha, rule.beta)
+    metric, overlaps = pair_metric(pair_scores, boxes[images, anchors].T, gt_boxes[rows].T, rule.alpha, rule.beta, geometry)
     return _PointPairs(rows, images * num_anchors + anchors, metric, overlaps)
 
 

@@ -76,6 +76,16 @@ class Rows(NamedTuple):
     xywh_ptr: Any
 
 
+class OrientedRows(NamedTuple):
+    """The same of oriented boxes: as they would be upright, centre and size, and the angle (N,)."""
+
+    image_ptr: Any
+    label_ptr: Any
+    xyxy_ptr: Any
+    xywh_ptr: Any
+    angle_ptr: Any
+
+
 class Anchors(NamedTuple):
     """A list of anchors an image, appended to in any order: anchors (B, A), of which the first ``count`` (B,) are in it."""
 

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from .boxes import overlap, power, sigmoid
 from .grid import load_points, rectangle_cells, rectangle_size
-from .rows import Box, load_anchor_boxes, load_listed, load_row_boxes
+from .oriented import Oriented, direction, prob_overlap
+from .rows import Box, Truth, load_anchor_boxes, load_listed, load_row_boxes, load_rows
 
 
 class Rule(NamedTuple):
@@ -28,11 +29,47 @@ class Rule(NamedTuple):
     IS_GRID: bool
     IS_PROPER: bool
     DTYPE: Any
+    IS_ORIENTED: bool = False
+
+
+class Rectangle(NamedTuple):
+    """Rotated rectangles [...]: centre, half sides, cosine and sine."""
+
+    x: Any
+    y: Any
+    half_w: Any
+    half_h: Any
+    cos: Any
+    sin: Any
 
 
 @triton.jit
-def widened(box, MIN_SIDE: tl.constexpr):
-    """Boxes with every side at least ``MIN_SIDE`` about their centres."""
+def load_truth(rows, offs_g, N, RULE: tl.constexpr):
+    """Ground truth of rows ``offs_g`` [g], with boxes of the rule's kind."""
+    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
+    if RULE.IS_ORIENTED:
+        mask = truth.row < N
+        box = load_row_boxes(rows.xywh_ptr, 4, 1, truth.row, mask, RULE.DTYPE)
+        angle = tl.load(rows.angle_ptr + truth.row, mask=mask, other=0.0)
+        oriented = Oriented(box.x1, box.y1, box.x2, box.y2, angle)
+        truth = Truth(truth.row, truth.image, truth.label, truth.is_gt, oriented)
+    return truth
+
+
+@triton.jit
+def widened(box, RULE: tl.constexpr):
+    """Boxes with every side at least ``RULE.MIN_SIDE`` about their centres, as the candidate test wants them."""
+    if RULE.IS_ORIENTED:
+        cos, sin = direction(box.angle)
+        half_w, half_h = tl.maximum(box.w, RULE.MIN_SIDE) / 2, tl.maximum(box.h, RULE.MIN_SIDE) / 2
+        wide = Rectangle(box.x, box.y, half_w, half_h, cos, sin)
+    else:
+        wide = _widened(box, RULE.MIN_SIDE)
+    return wide
+
+
+@triton.jit
+def _widened(box, MIN_SIDE: tl.constexpr):
     x1, y1, x2, y2 = box.x1, box.y1, box.x2, box.y2
     if MIN_SIDE > 0:
         x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
@@ -80,12 +117,20 @@ def candidates(nth, length, wide, points, grid, RULE: tl.constexpr):
     else:
         anchor = nth + tl.zeros_like(length)
         x, y = load_points(anchor, mask, points, RULE.DTYPE)
-    return anchor, mask & is_inside(x, y, wide, RULE.EPS)
+    return anchor, mask & is_inside(x, y, wide, RULE)
 
 
 @triton.jit
-def is_inside(x, y, wide, EPS: tl.constexpr):
-    return (x - wide.x1 > EPS) & (y - wide.y1 > EPS) & (wide.x2 - x > EPS) & (wide.y2 - y > EPS)
+def is_inside(x, y, wide, RULE: tl.constexpr):
+    """Whether points lie inside by more than an eps; in rotated rectangles or on an edge."""
+    if RULE.IS_ORIENTED:
+        dx, dy = x - wide.x, y - wide.y
+        along, across = tl.abs(dx * wide.cos + dy * wide.sin), tl.abs(dy * wide.cos - dx * wide.sin)
+        result = (along <= wide.half_w) & (across <= wide.half_h)
+    else:
+        EPS: tl.constexpr = RULE.EPS
+        result = (x - wide.x1 > EPS) & (y - wide.y1 > EPS) & (wide.x2 - x > EPS) & (wide.y2 - y > EPS)
+    return result
 
 
 @triton.jit
@@ -107,10 +152,15 @@ def load_contested(nth, length, num_contested, truth, wide, contested, grid, RUL
 
 @triton.jit
 def pair_overlaps(truth, anchor, mask, boxes, RULE: tl.constexpr):
-    """CIoU, not below 0, of the rows' boxes with the predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
+    """CIoU or ProbIoU, not below 0, of rows' boxes with predicted ones of anchors [g, n]; 0 where ``mask`` is false or NaN."""
     gt, box = truth.box, load_anchor_boxes(boxes, truth.image, anchor, mask, RULE.DTYPE)
-    ciou = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "ciou", 1e-7, RULE.IS_PROPER)
-    return tl.where(mask & (ciou > 0), ciou, 0.0)
+    if RULE.IS_ORIENTED:
+        ptr = boxes.ptr + truth.image * boxes.image + anchor.to(tl.int64) * boxes.anchor + 4 * boxes.channel
+        angle = tl.load(ptr, mask=mask, other=0.0).to(RULE.DTYPE)
+        value = prob_overlap(Oriented(box.x1, box.y1, box.x2, box.y2, angle), gt, 1e-7, 0.0)
+    else:
+        value = overlap(gt.x1, gt.y1, gt.x2, gt.y2, box.x1, box.y1, box.x2, box.y2, "ciou", 1e-7, RULE.IS_PROPER)
+    return tl.where(mask & (value > 0), value, 0.0)
 
 
 @triton.jit

@@ -41,12 +41,16 @@ class Box(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Constants of ``pack_rows``: classes, whether targets are raw rows, whether to give centre and size, rows at a time."""
+    """Constants of ``pack_rows``: classes, whether targets are raw rows, whether to give centre and size, rows at a time.
+
+    ``IS_ORIENTED``: targets have an angle behind centre and size.
+    """
 
     C: int
     IS_RAW: bool
     HAS_XYWH: bool
     BLOCK: int
+    IS_ORIENTED: bool = False
 
 
 class Truth(NamedTuple):
@@ -140,6 +144,9 @@ def pack_rows(rows, targets, height, width, N, B, PACK: tl.constexpr, DTYPE: tl.
             target = _load_target_rows(targets, offs, mask, PACK.HAS_XYWH, DTYPE)
         image = tl.where(_is_gt(target, B, PACK.C), target.image, -1)
         store_rows(rows, Target(image, target.label, target.xyxy, target.xywh), offs, mask, PACK.HAS_XYWH)
+        if PACK.IS_ORIENTED:
+            angle_ptr = targets.xywh_ptr + offs.to(tl.int64) * targets.xywh_row + 4 * targets.xywh_column
+            tl.store(rows.angle_ptr + offs, tl.load(angle_ptr, mask=mask, other=0.0).to(DTYPE), mask=mask)
         start += tl.num_programs(0) * tl.num_programs(1) * PACK.BLOCK
 
 

@@ -29,9 +29,10 @@ def packing(targets: list[Tensor], num_classes: int, dtype: torch.dtype) -> Laun
     return Launch(_pack_kernel, 4, PACK=Pack(num_classes, len(targets) == 1, False, 128), DTYPE=compute_type(dtype))
 
 
-def packed_rows(dtype: torch.dtype) -> Buffers:
-    """What ``Rows`` take of a workspace a row, but for centre and size."""
-    return {"image": (torch.int32, 1), "label": (torch.int64, 1), "xyxy": (dtype, 4)}
+def packed_rows(dtype: torch.dtype, is_oriented: bool = False) -> Buffers:
+    """What ``Rows`` take of a workspace a row, but for centre and size, or ``OrientedRows``."""
+    turned: Buffers = {"xywh": (dtype, 4), "angle": (dtype, 1)} if is_oriented else {}
+    return {"image": (torch.int32, 1), "label": (torch.int64, 1), "xyxy": (dtype, 4), **turned}
 
 
 class _UnpackPlan(Plan):

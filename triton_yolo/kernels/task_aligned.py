@@ -15,6 +15,7 @@ from .pairs import (
     candidates,
     is_inside,
     load_contested,
+    load_truth,
     longest_walk,
     pair_metrics,
     pair_overlaps,
@@ -22,7 +23,7 @@ from .pairs import (
     widened,
 )
 from .reduce import total
-from .rows import CONTESTED, Box, contest, list_length, load_rows, pack_rows, store_anchor_boxes
+from .rows import CONTESTED, Box, contest, list_length, pack_rows, store_anchor_boxes
 from .topk import best_of, index_of, is_taken, keep_best, none, ordered
 
 
@@ -133,8 +134,8 @@ def _task_aligned_claim_kernel(
     start = part * BLOCK_P
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
-        truth = load_rows(rows, offs_g, N, RULE.DTYPE)
-        wide = widened(truth.box, RULE.MIN_SIDE)
+        truth = load_truth(rows, offs_g, N, RULE)
+        wide = widened(truth.box, RULE)
         length = walk_length(truth, wide, grid, RULE)
         limit = tl.max(length)
         nth = start + tl.arange(0, BLOCK_P)[None, :]
@@ -159,8 +160,8 @@ def _task_aligned_merge_kernel(
 
     It keeps them in ``claims`` (N, K), -1 where there are fewer.
     """
-    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
-    length = walk_length(truth, widened(truth.box, RULE.MIN_SIDE), grid, RULE)
+    truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
+    length = walk_length(truth, widened(truth.box, RULE), grid, RULE)
     num_parts = tl.minimum(tl.cdiv(length, PART_P), PARTS)
     best, best_order = merge_parts(lists, truth.row, num_parts, PARTS, PART_K, K, KP, RULE.DTYPE, BLOCK_P)
     anchor, is_claim = index_of(best_order), is_taken(best, K, KP)
@@ -178,8 +179,8 @@ def _task_aligned_contest_kernel(
     """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap."""
     IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
     STRIDES: tl.constexpr = RULE.STRIDES
-    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
-    wide = widened(truth.box, RULE.MIN_SIDE)
+    truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
+    wide = widened(truth.box, RULE)
     length = walk_length(truth, wide, grid, RULE)
     num_contested = list_length(state.contested, truth)
     limit = tl.max(tl.minimum(length, num_contested))
@@ -189,7 +190,7 @@ def _task_aligned_contest_kernel(
         anchor, mask = load_contested(nth, length, num_contested, truth, wide, state.contested, grid, RULE)
         x, y = anchor_points(anchor, mask, points, grid, STRIDES, RULE.IS_GRID, RULE.DTYPE)
         cell = truth.image * grid.A + anchor
-        mask = mask & is_inside(x, y, wide, RULE.EPS)
+        mask = mask & is_inside(x, y, wide, RULE)
         mask = mask & (tl.load(state.row_ptr + cell, mask=mask, other=-1) >= CONTESTED)
         if tl.max(mask.to(tl.int32)) > 0:
             overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)

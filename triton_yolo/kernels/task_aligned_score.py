@@ -7,12 +7,13 @@ import triton.language as tl
 
 from .pairs import (
     load_contested,
+    load_truth,
     pair_metrics,
     pair_overlaps,
     walk_length,
     widened,
 )
-from .rows import CONTESTED, list_length, load_rows, winner
+from .rows import CONTESTED, list_length, winner
 from .topk import empty_list, is_among, keep_best, none, ordered
 
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 44))
@@ -130,8 +131,8 @@ def _task_aligned_score_kernel(
     once.
     """
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
-    wide = widened(truth.box, RULE.MIN_SIDE)
+    truth = load_truth(rows, offs_g, N, RULE)
+    wide = widened(truth.box, RULE)
     length, num_contested = walk_length(truth, wide, grid, RULE), list_length(state.contested, truth)
     owned = Owned(truth, wide, length, num_contested, claims_ptr, state, order_ptr)
     limit = CLAIMS + tl.max(tl.minimum(length, num_contested))

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
-from ..arguments import Anchors, Grid, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
+from ..arguments import Anchors, Grid, OrientedRows, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
 from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
 from ..fill import Fill
@@ -39,11 +39,11 @@ class _Matching:
 
     def __init__(
         self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int,
-        *, is_final: bool, is_proper: bool = False,
+        *, is_final: bool, is_proper: bool = False, is_oriented: bool = False,
     ) -> None:  # fmt: skip
         rule = Rule(
             assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
-            is_proper, compute_type(dtype),
+            is_proper, compute_type(dtype), is_oriented,
         )  # fmt: skip
         self.is_wide = dtype == torch.float64
         self.block_g, block_p, num_warps = row_sizes(max(N, 1), num_anchors, 64, 1)
@@ -82,8 +82,8 @@ class _Matching:
         }  # fmt: skip
 
     def __call__(
-        self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None, rows: Rows,
-        grid: Grid, zeros: Fill | None = None,
+        self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None,
+        rows: Rows | OrientedRows, grid: Grid, zeros: Fill | None = None,
     ) -> None:  # fmt: skip
         """Launch them; ``zeros`` are filled on the way."""
         stream, num_rows, buffers = run.stream, run.num_rows, run.buffers
@@ -109,23 +109,27 @@ class TaskAlignedPlan(Plan):
 
     def __init__(self, x: TaskAlignedAssign, out: TaskAlignedAssignment, num_rows: int) -> None:
         batch_size, num_anchors, num_classes = x.scores.shape
-        dtype = out.target_score.dtype
+        dtype, self.is_oriented = out.target_score.dtype, x.boxes.shape[2] == 5
         block = min(triton.next_power_of_2(num_anchors), 2**14) if INTERPRETED else 1024
         self.programs = cdiv(num_anchors, block), batch_size, 1
         self.clear = Launch(
-            _background_kernel, 4, PACK=Pack(num_classes, False, False, 128), DTYPE=compute_type(dtype), BLOCK_A=block
-        )
-        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows, is_final=True)
+            _background_kernel, 4, PACK=Pack(num_classes, False, self.is_oriented, 128, self.is_oriented),
+            DTYPE=compute_type(dtype), BLOCK_A=block,
+        )  # fmt: skip
+        self.matching = _Matching(x.assigner, dtype, num_anchors, None, num_rows, is_final=True, is_oriented=self.is_oriented)
         fixed, by_row = self.matching.fixed(batch_size, num_anchors), self.matching.by_row(dtype)
         launches = self.matching.launches if num_rows else ()
-        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype)}), self.clear, *launches)
+        super().__init__(Workspace(fixed, {**by_row, **packed_rows(dtype, self.is_oriented)}), self.clear, *launches)
 
     def launch(self, run: Run) -> None:
         x, address, buffers = run.x, run.address, run.buffers
         grid = Grid((1, 1), x.scores.shape[1])
         row = address(run.out.target_row)
         result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
-        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
+        state, corners = state_of(run, row), (buffers.image, buffers.label, buffers.xyxy)
+        rows: Rows | OrientedRows = new(Rows, (*corners, None))
+        if self.is_oriented:
+            rows = new(OrientedRows, (*corners, buffers.xywh, buffers.angle))
         targets = targets_of(address, x.targets)
         self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
         if run.num_rows:
