@@ -106,7 +106,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     with processes(options.device) as device:
         torch.manual_seed(options.seed)
-        train_data, val_data = load_data(options.data, options.imgsz, num_scenes=options.scenes, seed=options.seed)
+        try:
+            train_data, val_data = load_data(options.data, options.imgsz, num_scenes=options.scenes, seed=options.seed)
+        except (ValueError, OSError) as error:  # of what the user gave: no trace of calls
+            raise SystemExit(f"--data: {error}") from error
         model = Detector(len(train_data.classes), head(options.loss), options.reg_max).to(device)
         run = Run(options, train_data.classes, partial(evaluate, model, val_data, device) if rank() == 0 else None)
         start = time.perf_counter()

@@ -3,7 +3,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -185,11 +187,11 @@ def test_annotated_images_are_read(write: Callable[[Path], Path], sizes: tuple[i
 
 
 def test_unknown_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"boxes\.csv does not exist"):
+        read_detections(tmp_path / "boxes.csv")
+    (tmp_path / "boxes.csv").touch()
     with pytest.raises(ValueError, match="data must be"):
         read_detections(tmp_path / "boxes.csv")
-    (tmp_path / "boxes.json").write_text('{"images": [{"file_name": "a.png"}]}')
-    with pytest.raises(FileNotFoundError, match=r"a\.png"):
-        read_detections(tmp_path / "boxes.json")
     with pytest.raises(ValueError, match=r"has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations"):
         read_detections(tmp_path)
 
@@ -220,7 +222,7 @@ def test_images_may_be_listed(tmp_path: Path) -> None:
     assert names == [["train/0.png", "train/1.png", "train/4.png"], ["train/3.png", "val/2.png"]]
     assert [found.class_id.tolist() for found in val.annotations.values()] == [[1], [0]]
     (tmp_path / "val.txt").write_text("images/val/missing.png\n")
-    with pytest.raises(FileNotFoundError, match=r"images/val/missing\.png is in none of"):
+    with pytest.raises(FileNotFoundError, match=r"val\.txt, line 1: images/val/missing\.png is in none of"):
         read_detections(tmp_path / "data.yaml")
 
 
@@ -242,10 +244,19 @@ def test_a_folder_named_like_images_keeps_its_name(tmp_path: Path) -> None:
     assert sum(map(len, [*train.annotations.values(), *val.annotations.values()])) == 1
 
 
-def test_labels_in_pixels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("1 34 20 20 20", "looks like pixels"),
+        ("1 0.5 0.5 0.2", "has fewer than five numbers"),
+        ("disc 0.5 0.5 0.2 0.2", "is not made of numbers"),
+        ("2 0.5 0.5 0.2 0.2", "is of none of the classes 0 to 1"),
+    ],
+)
+def test_a_line_that_is_no_label_is_refused(line: str, fault: str, tmp_path: Path) -> None:
     file = write_yolo(tmp_path)
-    (tmp_path / "labels" / "train" / "3.txt").write_text("0 0.5 0.5 0.2 0.2\n1 34 20 20 20\n")
-    with pytest.raises(ValueError, match=r"labels/train/3\.txt, line 2: '1 34 20 20 20' looks like pixels"):
+    (tmp_path / "labels" / "train" / "3.txt").write_text(f"0 0.5 0.5 0.2 0.2\n\n{line}\n")
+    with pytest.raises(ValueError, match=rf"labels/train/3\.txt, line 3: '{line}' {fault}; a YOLO label is class cx cy w h"):
         read_detections(file)
 
 
@@ -253,12 +264,15 @@ def test_labels_in_pixels_are_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "has no names and no train"),
-        ("names: [disc, ring]\ntrain: images/test\n", "images/test is in none of"),
-        ("names: [disc, ring]\ntrain: labels/train\n", "no labels of labels/train"),
+        ("names: [disc\ntrain: images/train\n", r"data\.yaml: (?s:.*)line 2"),
+        ("names: [disc, ring]\ntrain: images/test\n", r"data\.yaml: images/test is in none of"),
+        ("names: [disc, ring]\ntrain: labels/train\n", r"data\.yaml: no images in labels/train"),
+        ("names: [disc, ring]\ntrain: unlabelled\n", r"data\.yaml: no labels of unlabelled"),
     ],
 )
 def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, tmp_path: Path) -> None:
     write_yolo(tmp_path).write_text(content)
+    make_images(tmp_path / "unlabelled")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_detections(tmp_path / "data.yaml")
 
@@ -266,9 +280,47 @@ def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, t
 def test_a_coco_json_may_lie_beside_its_images(tmp_path: Path) -> None:
     file = write_coco(tmp_path).replace(tmp_path / "images" / "_annotations.coco.json")
     assert [len(part) for part in read_detections(file)] == [4, 1]
-    file.write_text("[]")
-    with pytest.raises(ValueError, match="no COCO json of ground truth"):
+
+
+def drop_an_image(folder: Path) -> None:
+    (folder / "images" / "3.png").unlink()
+
+
+def change_boxes(folder: Path, **values: Any) -> None:
+    file = folder / "annotations.json"
+    content = json.loads(file.read_text())
+    for box in content["annotations"]:
+        box.update(values)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_an_image, r"1 of 5 images are missing, the first is 3\.png; looked in .*images"),
+        (partial(change_boxes, bbox=[0.1, 0.2, 0.5, 0.5]), "boxes look like shares"),
+        (partial(change_boxes, category_id=7), "annotation 1 is of category 7, which is not listed"),
+        (lambda folder: (folder / "annotations.json").write_text("[]"), "has no images and no annotations and no categories"),
+        (lambda folder: (folder / "annotations.json").write_text("{\n"), "Expecting .*: line 2"),
+    ],
+)
+def test_a_coco_json_that_is_wrong_is_refused(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    file = write_coco(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"annotations\.json:? {message}"):
         read_detections(file)
+
+
+def test_an_xml_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path)
+    (folder / "Annotations" / "2.xml").write_text("<annotation>\n")
+    with pytest.raises(ValueError, match=r"Annotations/2\.xml: no element found: line 2"):
+        read_detections(folder)
+
+
+def test_data_that_cannot_be_read_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^--data: .*/nowhere does not exist$"):
+        run(tmp_path, "--data", str(tmp_path / "nowhere"))
 
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
