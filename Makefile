@@ -7,10 +7,13 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: train test kernels interpreted compiled emulate lint types docs mutants kernel-mutants peers matrix dist gpu clean
+.PHONY: train predict test kernels interpreted compiled emulate lint types docs mutants kernel-mutants peers matrix dist gpu clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits, or ARGS="--data ..."; weights, pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
+
+predict: $(VENV)/installed  ## Find what it learned in photos, ARGS="photo.jpg ..."; drawings go to runs/predict.
+	$(RUN) examples/predict.py $(ARGS)
 
 test: $(VENV)/installed  ## Run the tests on the eager backend.
 	$(PYTEST) --ignore tests/kernels --ignore tests/emulator $(ARGS)

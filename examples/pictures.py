@@ -95,10 +95,10 @@ def draw_predictions(
     figure.savefig(file, dpi=120, bbox_inches="tight")  # titles and legend may be wider than a single image
 
 
-def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], side: int = 480) -> np.ndarray:
-    """The image enlarged to about ``side``, with boxes and labels; no label leaves it or covers another where there is room."""
-    scale = side / image.shape[0]
-    scene = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], height: float = 480) -> np.ndarray:
+    """The image at about this height, with boxes and labels; no label leaves it or covers another where there is room."""
+    scale = max(height, 1) / image.shape[0]
+    scene = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     if len(detections) == 0:
         return scene
     scaled = sv.Detections(detections.xyxy * scale, confidence=detections.confidence, class_id=detections.class_id)

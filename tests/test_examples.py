@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,13 +19,14 @@ from supervision.metrics import MeanAveragePrecision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import predict as photos
 import train as example
-from checkpoint import Run, load_model
+from checkpoint import Run, load_model, write
 from criteria import LOSSES, make_criterion
 from data import load_data, place, read_detections
 from detector import Detector
 from digits import DigitScenes
-from evaluate import evaluate, truth
+from evaluate import evaluate, predict, truth
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pictures import annotate, draw_assignment, draw_map
 from samples import Batch, Sample, area, collate
@@ -397,13 +399,81 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_the_snippet_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_of_the_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "--epochs", "0", "--output", str(tmp_path / "runs" / "train"))
     monkeypatch.chdir(tmp_path)
-    snippet = "\n".join(line.strip() for line in example.__doc__.splitlines() if line.startswith("    "))
-    names = {"images": torch.zeros(2, 3, 64, 96, dtype=torch.uint8)}
-    exec(snippet, names)
-    assert [type(found) for found in names["detections"]] == [sv.Detections] * 2
+    cv2.imwrite("photo.jpg", np.zeros((40, 60, 3), np.uint8))
+    names: dict[str, Any] = {"images": torch.zeros(2, 3, 64, 96, dtype=torch.uint8)}
+    for module in (example, photos):
+        exec("\n".join(line.strip() for line in module.__doc__.splitlines() if line.startswith("    ")), names)
+    assert [type(found) for found in [*names["detections"], names["found"]]] == [sv.Detections] * 3
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Of a detector that finds nothing yet."""
+    options = {"loss": "yolo11", "reg_max": 16, "imgsz": 64}
+    file = tmp_path / "best.pt"
+    write(file, {"options": options, "classes": ("disc", "ring"), "model": Detector(2).state_dict()})
+    return file
+
+
+def test_boxes_are_in_pixels_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo of 60 x 40 lies in rows 16 to 48 of a square of 96: it is enlarged by 1.6 to 96 x 64."""
+    seen = []
+
+    def predict(model: Detector, images: torch.Tensor, *, threshold: float) -> list[sv.Detections]:
+        seen.append(images)
+        return [sv.Detections(np.array([[32, 24, 64, 56], [-9, 0, 99, 96]], np.float32), class_id=np.array([1, 0]))]
+
+    monkeypatch.setattr(photos, "predict", predict)
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[5:25, 20:40] = (255, 0, 0)  # blue as OpenCV has it
+    found = photos.find_objects(Detector(2), image, 96)
+    np.testing.assert_allclose(found.xyxy, [[20, 5, 40, 25], [0, 0, 60, 40]], atol=1e-4)
+    rows, columns = np.nonzero(seen[0][0, 2].numpy() > 180)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == pytest.approx((24, 55, 32, 63), abs=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3), (37, 501, 3), (3000, 5, 3), (40, 60)])
+def test_photos_of_any_size_are_drawn(size: tuple[int, ...], weights: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = weights.parent
+    cv2.imwrite(str(folder / "photo.png"), np.full(size, 90, np.uint8))
+    argv = [str(folder / "photo.png"), "--weights", str(weights), "--output", str(folder / "out"), "--device", "cpu"]
+    photos.main(argv)
+    assert "photo.png: nothing with a confidence above 0.3; see" in capsys.readouterr().out
+    assert max(cv2.imread(str(folder / "out" / "photo-found.png")).shape) == pytest.approx(960, abs=1)
+    photos.main([*argv, "--threshold", "0"])
+    assert re.search(r"photo.png: \d+ disc, \d+ ring; see", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg does not exist"),
+        (["text.jpg"], "text.jpg is no image that OpenCV can read"),
+        (["a.jpg", "--weights", "none.pt"], "none.pt does not exist; `make train` writes runs/train/best.pt"),
+        (["a.jpg", "--weights", "text.jpg"], "text.jpg was not saved by examples/train.py"),
+        (["a.jpg", "--weights", "other.pt"], "other.pt was not saved by examples/train.py"),
+        (["a.jpg", "--imgsz", "100"], "--imgsz must be positive and divisible by 32"),
+        (["a.jpg", "b/a.jpg"], "two photos of one name"),
+    ],
+)
+def test_photos_and_weights_that_cannot_be_read(
+    argv: list[str], message: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    Path("text.jpg").write_text("no image")
+    torch.save({"epoch": 3}, "other.pt")
+    with pytest.raises(SystemExit) as ended:
+        photos.main(["--weights", "best.pt", *argv])
+    assert message in capsys.readouterr().err + str(ended.value)
+    assert not Path("runs").exists()
+
+
+def test_images_of_odd_sides_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides of images must be divisible by 32, got \(64, 100\)"):
+        predict(Detector(2), torch.zeros(1, 3, 64, 100, dtype=torch.uint8))
 
 
 def test_evaluation_leaves_the_model_in_training() -> None:
