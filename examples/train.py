@@ -2,7 +2,7 @@
 
 Without ``--data`` it learns to find handwritten digits. ``torchrun --nproc-per-node 2 examples/train.py`` uses two processes.
 The folder ``--output`` receives pictures, ``metrics.json`` and, after every epoch, ``last.pt``, from which ``--resume`` goes on
-with the options of then, and ``best.pt``, the weights of the highest mAP; ``examples/predict.py`` draws what they find in photos.
+with the options of then, and ``best.pt``, the weights of the highest mAP; ``examples/predict.py`` draws what they find.
 With ``examples/`` on Python's path, either finds objects in images (B, 3, H, W), RGB in uint8, with sides that 32 divides:
 
     from checkpoint import load_model
