@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 import triton_yolo as ty
 
 MARKERS = {8: "o", 16: "s", 32: "D"}
+METRICS = {"map50": "mAP@50", "map75": "mAP@75", "map50_95": "mAP@50-95"}
 INK = "#333333"
 PANEL = 4  # inches
 
@@ -52,12 +53,15 @@ def draw_map(file: Path, scores: dict[float, dict[str, float]]) -> None:
     """Mean average precision on the validation images over the epochs, the best one marked."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("map50", "mAP@50"), ("map75", "mAP@75"), ("map50_95", "mAP@50-95")):
-        axes.plot(list(scores), [score[name] for score in scores.values()], marker=".", label=label)
     best = max(scores, key=lambda epoch: (scores[epoch]["map50_95"], epoch))
+    for (name, label), marker in zip(METRICS.items(), MARKERS.values(), strict=True):
+        values = [score[name] for score in scores.values()]
+        label = f"{label}: {scores[best][name]:.3f}"
+        axes.plot(list(scores), values, marker=marker, markersize=5, label=label, clip_on=False, zorder=3)  # 0 shows, too
     axes.axvline(best, color=INK, linestyle=":", label=f"best.pt: epoch {best:g}")
     axes.set_title("Mean average precision on the validation images")
     axes.set_xlabel("epoch")
+    axes.set_xlim(0, 1.04 * max(1, *scores))
     axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

@@ -28,6 +28,7 @@ from detector import Detector
 from digits import DigitScenes
 from evaluate import evaluate, predict, truth
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pictures import annotate, draw_assignment, draw_map
 from samples import Batch, Sample, area, collate
 
@@ -496,13 +497,19 @@ def test_no_label_is_cut_off() -> None:
         assert white == pytest.approx((annotate(blank, middle, names).min(-1) > 200).sum(), rel=0.05)
 
 
-def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = []
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those that are drawn."""
+    drawn: list[Figure] = []
     monkeypatch.setattr(
         FigureCanvasAgg,
         "__init__",
-        lambda self, figure, init=FigureCanvasAgg.__init__: (figures.append(figure), init(self, figure))[1],
+        lambda self, figure, init=FigureCanvasAgg.__init__: (drawn.append(figure), init(self, figure))[1],
     )
+    return drawn
+
+
+def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, figures: list[Figure]) -> None:
     scenes = DigitScenes(2, 64, is_train=False)
     draw_assignment(tmp_path / "assignment.png", Detector(10), [scenes[0], scenes[1]], CPU)
     figure = figures[-1]
@@ -513,6 +520,17 @@ def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, monkeypatch: pyt
     draw_map(tmp_path / "map.png", scores)
     curve, *_ = figures[-1].axes[0].lines
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([2, 1], [0.2, 0.1])
+
+
+def test_a_single_validation_can_be_read(tmp_path: Path, figures: list[Figure]) -> None:
+    """A run of one epoch: a marker that the edge does not cut, and numbers in the legend."""
+    draw_map(tmp_path / "map.png", {1.0: {"map50": 0.0213, "map75": 0.0, "map50_95": 0.0071}})
+    (axes,) = figures[-1].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["mAP@50: 0.021", "mAP@75: 0.000", "mAP@50-95: 0.007", "best.pt: epoch 1"]
+    curves = axes.lines[:3]
+    assert all(curve.get_marker() in "osD" and curve.get_markersize() >= 5 and not curve.get_clip_on() for curve in curves)
+    assert axes.get_xlim() == (0, 1.04)
 
 
 def test_a_run_on_annotated_images(tmp_path: Path) -> None:
