@@ -3,6 +3,9 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 # What pip installs exactly; `make CONSTRAINTS= VENV=.venv-new` takes the newest releases that the project allows.
 CONSTRAINTS ?= constraints.txt
+# Which build of PyTorch: the package index's, on Linux with 4 GB of CUDA, or e.g. TORCH=cpu, a folder of PyTorch's own index.
+TORCH ?=
+INDEX := $(TORCH:%=--extra-index-url https://download.pytorch.org/whl/%)
 # Tests run side by side, each with one thread: together they are faster than one after another with two.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
@@ -69,7 +72,7 @@ gpu:  ## On a machine with a CUDA GPU, with a Python that has torch, triton and 
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(CONSTRAINTS:%=-c %) -e ".[test,examples,bench,docs]" ruff mypy
+	$(RUN) -m pip install --quiet $(INDEX) $(CONSTRAINTS:%=-c %) -e ".[test,examples,bench,docs]" ruff mypy
 	touch $@
 
 clean:

@@ -109,6 +109,16 @@ def test_where_triton_is_not_installed_the_eager_backend_serves():
     assert found.stdout == "backend 'triton' needs Triton, which is not installed; use backend 'eager'\n"
 
 
+@pytest.mark.parametrize("build", ["", "cpu", "cu130"])
+def test_make_takes_another_build_of_pytorch(build, tmp_path):
+    command = ["make", "--dry-run", "train", f"TORCH={build}", f"VENV={tmp_path}"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in planned.splitlines() if "pip install" in line)
+    index = install.CPU_INDEX.removesuffix("cpu") + build
+    assert re.findall(r"--extra-index-url (\S+)", line) == ([index] if build else [])
+    assert "train TORCH=cpu" in (ROOT / "README.md").read_text()
+
+
 def test_lines_that_pip_is_given():
     """``make dist`` runs them."""
     first, second = install.advised()
