@@ -1,6 +1,7 @@
 """What is installed where: the wheel's files, a machine without Triton, versions that were tested, lines that are advised."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -67,6 +68,17 @@ def test_the_versions_allowed_are_those_tested(package):
 def test_the_table_of_versions_is_that_of_the_saved_runs():
     page = matrix.PAGE.read_text()
     assert matrix.with_table(page, matrix.table(matrix.saved())) == page
+
+
+def test_every_run_has_its_own_commit_and_what_of_the_tests_it_was():
+    versions = {"python": "3.11.7", "numpy": "2.4.6", "torch": "2.11.0", "triton": "3.6.0"}
+    runs = [
+        {**versions, "commit": "aaaaaaa", "tests": {"test": {"passed": 9}, "compiled": {"failed": 1}}},
+        {**versions, "commit": "bbbbbbb", "tests": {"compiled": {"passed": 2, "skipped": 1}}, "chosen": "yolo11"},
+    ]
+    table = matrix.table(matrix.saved("\n".join(map(json.dumps, runs))))
+    cells = ["9 passed; aaaaaaa", "not run", "2 passed, 1 skipped; only yolo11; bbbbbbb"]
+    assert table.splitlines()[-1] == f"| {' | '.join(['3.11.7', '2.11.0', '3.6.0', '2.4.6', *cells])} |"
 
 
 def test_a_run_without_an_outcome_is_an_error():
