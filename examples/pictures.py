@@ -89,13 +89,15 @@ def draw_predictions(
     """Ground truth beside what the model finds with a confidence above ``threshold``, coloured by class."""
     figure, grid = sheet(len(samples), side_by_side=2)
     figure.suptitle(f"Ground truth, and beside it what is found with a confidence above {threshold}", fontsize="x-large")
-    found = predict(model, collate(samples).images.to(device), threshold=threshold)
+    found = predict(model, collate(samples).images.to(device))
     for left, right, sample, detections in zip(grid[::2], grid[1::2], samples, found, strict=True):
         expected = truth(sample)
         left.imshow(annotate(sample.image, expected, classes))
         left.set_title(f"ground truth: {count(len(expected), 'box')}")
-        right.imshow(annotate(sample.image, detections, classes))
-        right.set_title(f"found: {count(len(detections), 'box')}")
+        sure = detections[detections.confidence > threshold]
+        right.imshow(annotate(sample.image, sure, classes))
+        best = "" if len(sure) else f", at best with {max(detections.confidence, default=0.0):.2f}"
+        right.set_title(f"found: {count(len(sure), 'box')}{best}")
     figure.savefig(file, dpi=120, bbox_inches="tight")  # titles and legend may be wider than a single image
 
 

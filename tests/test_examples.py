@@ -19,6 +19,7 @@ from supervision.metrics import MeanAveragePrecision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import pictures
 import predict as photos
 import train as example
 from checkpoint import Run, load_model, write
@@ -29,7 +30,7 @@ from digits import DigitScenes
 from evaluate import evaluate, predict, truth
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pictures import annotate, draw_assignment, draw_map
+from pictures import annotate, draw_assignment, draw_map, draw_predictions
 from samples import Batch, Sample, area, collate
 
 from tests.recorder import recorded
@@ -520,6 +521,23 @@ def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, figures: list[Fi
     draw_map(tmp_path / "map.png", scores)
     curve, *_ = figures[-1].axes[0].lines
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([2, 1], [0.2, 0.1])
+
+
+def test_what_is_found_with_too_little_confidence_is_named(
+    tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a short training nothing is sure yet: a picture without boxes says how far it is."""
+    boxes = np.array([[0, 0, 20, 20], [30, 30, 50, 50]], np.float32)
+    unsure, sure = (
+        sv.Detections(boxes, confidence=np.array(confidence), class_id=np.array([1, 2]))
+        for confidence in ([0.124, 0.02], [0.31, 0.02])
+    )
+    nothing = sv.Detections(boxes[:0], confidence=np.empty(0), class_id=np.empty(0, int))
+    monkeypatch.setattr(pictures, "predict", lambda *arguments: [unsure, sure, nothing])
+    scenes = DigitScenes(3, 64, is_train=False)
+    draw_predictions(tmp_path / "predictions.png", Detector(10), list(map(scenes.__getitem__, range(3))), scenes.classes, CPU)
+    titles = [axes.get_title() for axes in figures[-1].axes[1::2]][:3]
+    assert titles == ["found: 0 boxes, at best with 0.12", "found: 1 box", "found: 0 boxes, at best with 0.00"]
 
 
 def test_a_single_validation_can_be_read(tmp_path: Path, figures: list[Figure]) -> None:
