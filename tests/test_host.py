@@ -17,6 +17,11 @@ def test_a_step_makes_few_calls_and_allocations(system):
     assert worker.counts["launches"] <= {"yolo11": 10, "yolox": 9}[system]
 
 
+def test_a_worker_that_ends_says_so_and_leaves_no_pipe_open():
+    with pytest.raises(RuntimeError, match=r"bench/host_step\.py'.* yolo11 no-type ended with 1"):
+        host.Worker(host.ROOT, "yolo11", "no-type")
+
+
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])
 def test_gradients_that_nobody_wants_are_not_launched(system):
     code = f"""
