@@ -14,12 +14,13 @@ from .boxes import cross_entropy_with_logits, sigmoid
 from .members import boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
 from .rows import CONTESTED, claim, contest, list_length, load_listed, load_row_boxes, winner
 from .simota_cost import pair_costs, pair_iou
-from .topk import empty_list, index_of, keep_best, none, ordered, rank, value_of
+from .topk import bits_of, empty_list, index_of, keep_best, none, ordered, rank, value_of
 
 SLOTS: tl.constexpr = tl.constexpr(16)  # places a row for its claims, of which there are at most 10
 IS_CONTESTED: tl.constexpr = tl.constexpr(1 << 30)  # a bit on the anchor of a claim
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
+_FEW: tl.constexpr = tl.constexpr(3)  # of the largest IoUs at one of so many places: hardly ever are there more
 _SURE_COST: tl.constexpr = tl.constexpr(5e5)  # a feasible cost below is less than any infeasible one
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
@@ -58,38 +59,56 @@ def _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE: tl.
 
 
 @triton.jit
-def _keep_largest(kept, keys, nth):
-    """Keep in the places [g, LIST] the largest of them and of keys [g, n] > 0; ``nth`` tells equal ones apart."""
-    lane = tl.arange(0, _LIST)[None, :]
-    lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
-    while tl.max((top > lowest).to(tl.int32)) > 0:
-        takes = top > lowest
-        at = tl.min(tl.where(kept == lowest, lane, _LIST), 1)[:, None]
-        kept = tl.where(takes & (lane == at), top, kept)
-        at = tl.min(tl.where(keys == top, nth, 0x7FFFFFFF), 1)[:, None]
-        keys = tl.where(takes & (nth == at), 0, keys)
-        lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
-    return kept
-
-
-@triton.jit
-def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr):
-    """How many anchors each row takes [g, 1]: the sum of its largest IoUs, at least 1."""
-    place = tl.arange(0, _LIST)[None, :] + tl.zeros_like(truth.row)
-    is_place = place < _MAX_DYNAMIC_K
-    kept = ordered(tl.where(is_place, 0.0, float("inf")).to(DTYPE), place)[0]
+def _largest_by_place(
+    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
+):
+    """The DEPTH largest IoUs, as their bits, of the members that each of PLACES meets [g, PLACES], and the largest left out."""
+    left_out = bits_of(tl.zeros((truth.row.shape[0], PLACES), DTYPE))
+    kept = ()
+    for _ in tl.static_range(DEPTH):
+        kept = kept + (left_out,)
     limit = tl.max(length)
     start = 0
     while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
-        mask = nth < length
-        iou = pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, mask, A))
-        key = ordered(tl.where(mask, iou, 0.0).to(DTYPE), nth)[0]
-        kept = _keep_largest(kept, key, nth)
+        for tile in tl.static_range(BLOCK_P // PLACES):
+            nth = start + tile * PLACES + tl.arange(0, PLACES)[None, :]
+            # 0 past the end, where boxes are empty.
+            bits = bits_of(pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, nth < length, A)))
+            larger = ()
+            for i in tl.static_range(DEPTH):
+                larger = larger + (tl.maximum(kept[i], bits),)
+                bits = tl.minimum(kept[i], bits)
+            kept, left_out = larger, tl.maximum(left_out, bits)
         start += BLOCK_P
-    # Added up as integers, since the order of a list is any.
-    ious = (value_of(tl.where(is_place, kept, 0)).to(tl.float64) * _UNIT).to(tl.int64)
-    return tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)[:, None]
+    return kept, tl.max(left_out, 1)[:, None]
+
+
+@triton.jit
+def _sum_of_largest(
+    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
+):
+    """The sum of the ten largest IoUs of each row [g, 1], as an integer; and whether DEPTH at each place were enough."""
+    kept, left_out = _largest_by_place(members, truth, length, A, DTYPE, BLOCK_P, PLACES, DEPTH)
+    place = tl.arange(0, PLACES)[None, :]
+    total = tl.zeros(truth.row.shape, tl.int64)
+    for _ in tl.static_range(_MAX_DYNAMIC_K):
+        top = tl.max(kept[0], 1)[:, None]
+        total += (value_of(top).to(tl.float64) * _UNIT).to(tl.int64)
+        is_top = place == tl.min(tl.where(kept[0] == top, place, PLACES), 1)[:, None]
+        smaller = ()
+        for i in tl.static_range(1, DEPTH):
+            smaller = smaller + (tl.where(is_top, kept[i], kept[i - 1]),)
+        kept = smaller + (tl.where(is_top, 0, kept[DEPTH - 1]),)
+    return total, left_out <= top
+
+
+@triton.jit
+def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr):
+    """How many anchors each row takes [g, 1]: the sum of its ten largest IoUs, at least 1."""
+    total, is_exact = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _FEW)
+    if tl.min(is_exact.to(tl.int32)) == 0:
+        total, _ = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _MAX_DYNAMIC_K)
+    return tl.minimum(tl.maximum(total >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)
 
 
 @triton.jit
@@ -150,12 +169,12 @@ def _claim_anywhere(
 @triton.jit(do_not_specialize=["N"])
 def _simota_claim_kernel(
     members, state, claims, region, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors."""
     truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
     length = list_length(members.anchors, truth)
-    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P)
+    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P, PLACES)
     number = tl.zeros_like(truth.row)
     is_short = truth.is_gt
     if RULE.SPAN > 0:

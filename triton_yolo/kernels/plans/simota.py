@@ -58,7 +58,10 @@ class Matching:
         )  # fmt: skip
         self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 128, 1)
         block_s = block_p if INTERPRETED else 64
-        self.claim = Launch(_simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, BLOCK_S=block_s)
+        places = block_p if INTERPRETED else 32
+        self.claim = Launch(
+            _simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, PLACES=places, BLOCK_S=block_s
+        )
         self.block_a = max(32, triton.next_power_of_2(num_anchors)) if INTERPRETED else 512
         self.contest, *self.tie_break = [
             Launch(
