@@ -59,12 +59,17 @@ def _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE: tl.
 
 
 @triton.jit
+def _no_tensors():
+    return ()
+
+
+@triton.jit
 def _largest_by_place(
     members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
 ):
     """The DEPTH largest IoUs, as their bits, of the members that each of PLACES meets [g, PLACES], and the largest left out."""
     left_out = bits_of(tl.zeros((truth.row.shape[0], PLACES), DTYPE))
-    kept = ()
+    kept = _no_tensors()
     for _ in tl.static_range(DEPTH):
         kept = kept + (left_out,)
     limit = tl.max(length)
@@ -74,7 +79,7 @@ def _largest_by_place(
             nth = start + tile * PLACES + tl.arange(0, PLACES)[None, :]
             # 0 past the end, where boxes are empty.
             bits = bits_of(pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, nth < length, A)))
-            larger = ()
+            larger = _no_tensors()
             for i in tl.static_range(DEPTH):
                 larger = larger + (tl.maximum(kept[i], bits),)
                 bits = tl.minimum(kept[i], bits)
@@ -95,7 +100,7 @@ def _sum_of_largest(
         top = tl.max(kept[0], 1)[:, None]
         total += (value_of(top).to(tl.float64) * _UNIT).to(tl.int64)
         is_top = place == tl.min(tl.where(kept[0] == top, place, PLACES), 1)[:, None]
-        smaller = ()
+        smaller = _no_tensors()
         for i in tl.static_range(1, DEPTH):
             smaller = smaller + (tl.where(is_top, kept[i], kept[i - 1]),)
         kept = smaller + (tl.where(is_top, 0, kept[DEPTH - 1]),)
