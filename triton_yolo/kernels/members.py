@@ -14,6 +14,8 @@ from .grid import Cell, cell_centres, load_points, rectangle_cells, rectangle_si
 from .rows import Box, load_rows, pack_rows
 from .simota_cost import background_cost, pair_costs, pair_iou
 
+SPREAD: tl.constexpr = tl.constexpr(32)  # places of one count, so that not all rows wait for one another
+
 
 class Rule(NamedTuple):
     """Constants: classes, SimOTA's regions, and the grid's strides or, without ``IS_GRID``, arbitrary points.
@@ -64,6 +66,16 @@ class Claims(NamedTuple):
 
     anchor_ptr: Any
     owner_ptr: Any
+
+
+class Tally(NamedTuple):
+    """Counts (2, SPREAD) of positives and ground truths, which rows add to in SPREAD places each.
+
+    ``poison`` () is 0, or NaN after a prediction that takes part in the loss and is not finite.
+    """
+
+    counts_ptr: Any
+    poison_ptr: Any
 
 
 class Point(NamedTuple):
@@ -199,10 +211,10 @@ def load_boxes(members, place, mask, A):
 
 @triton.jit(do_not_specialize=["N", "B", "cells", "words"])
 def _simota_prepare_kernel(
-    state, iou_ptr, members, rows, targets, height: tl.float64, width: tl.float64, N, B, cells, words, PACK: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    state, iou_ptr, members, tally, rows, targets, height: tl.float64, width: tl.float64, N, B, cells, words,
+    PACK: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All programs together empty the lists and pack the ground truth.
+    """All programs together empty the lists and the tally, if there is one, and pack the ground truth.
 
     If somebody wants the assignment of all anchors, ``iou`` (B, A), they make each background.
     """
@@ -211,6 +223,9 @@ def _simota_prepare_kernel(
     tl.store(members.words_ptr + offs, none_yet, mask=offs < words)
     tl.store(members.anchors.count_ptr + offs, none_yet, mask=offs < B)
     tl.store(state.contested.count_ptr + offs, none_yet, mask=offs < B)
+    if tally.counts_ptr is not None:
+        tl.store(tally.counts_ptr + offs, none_yet, mask=offs < 2 * SPREAD)
+        tl.store(tally.poison_ptr + offs, none_yet.to(DTYPE), mask=offs < 1)
     if iou_ptr is not None:
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         tl.store(state.row_ptr + offs, none_yet - 1, mask=offs < cells)

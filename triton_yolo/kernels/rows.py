@@ -202,7 +202,7 @@ def append(anchors, image, anchor, mask, A):
 
 @triton.jit
 def claim(state, truth, anchor, is_claim, A):
-    """Claim anchors [g, k] for rows [g, 1].
+    """Claim anchors [g, k] for rows [g, 1]; which of them nobody claimed before.
 
     The second claim of an anchor makes it contested: it is listed, and its place in ``best``, which nobody set before, cleared.
     """
@@ -214,6 +214,7 @@ def claim(state, truth, anchor, is_claim, A):
     is_second = is_late & (earlier < CONTESTED)  # of one claim only, whatever came in between
     tl.store(state.best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_second)
     append(state.contested, truth.image, anchor, is_second, A)
+    return is_claim & ~is_late
 
 
 @triton.jit
