@@ -28,9 +28,9 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     """Build a detector with random weights, e.g. of ``"yolo11n.yaml"``; its ``init_criterion()`` is the peer."""
     with contained():
         from ultralytics.cfg import get_cfg
-        from ultralytics.nn.tasks import DetectionModel
+        from ultralytics.nn.tasks import DetectionModel, OBBModel
 
-        model = DetectionModel(config, ch=3, nc=num_classes, verbose=False)
+        model = (OBBModel if "-obb" in config else DetectionModel)(config, ch=3, nc=num_classes, verbose=False)
     model.args = get_cfg()
     return model.train()
 
@@ -43,14 +43,25 @@ def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: flo
         return TaskAlignedAssigner(topk=topk, num_classes=num_classes, alpha=alpha, beta=beta)
 
 
-def ultralytics_preds(pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A)."""
+def ultralytics_oriented() -> tuple[Any, Any, type[nn.Module]]:
+    """ProbIoU of boxes one by one and of all pairs, and the assigner of oriented boxes."""
+    with contained():
+        from ultralytics.utils.metrics import batch_probiou, probiou
+        from ultralytics.utils.tal import RotatedTaskAlignedAssigner
+
+        return probiou, batch_probiou, RotatedTaskAlignedAssigner
+
+
+def ultralytics_preds(
+    pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]], **more: Tensor
+) -> dict[str, Any]:
+    """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A); of oriented boxes also ``angle`` (B, 1, A)."""
     features = [pred_dist.new_empty(len(pred_dist), 1, *shape) for shape in feat_shapes]
-    return {"boxes": pred_dist, "scores": pred_scores, "feats": features}
+    return {"boxes": pred_dist, "scores": pred_scores, "feats": features, **more}
 
 
 def ultralytics_batch(rows: Tensor) -> dict[str, Tensor]:
-    """What the criterion takes as targets, from YOLO rows (N, 6)."""
+    """What the criterion takes as targets, from YOLO rows (N, 6), or (N, 7) with an angle."""
     return {"batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
 
 

@@ -6,9 +6,12 @@ It is slow on purpose and imports nothing from ``triton_yolo``. Tests and benchm
 from .anchors import make_anchors
 from .boxes import bbox_iou, xywh_to_xyxy, xyxy_to_xywh
 from .dfl import decode_dfl, dfl_loss
+from .oriented import ORIENTED, decode_angle, decode_oriented, prob_iou
 from .simota import SimOTAResult, decode_yolox, simota_assign
 from .targets import pad_targets
 from .task_aligned import (
+    AXIS_ALIGNED,
+    Geometry,
     TaskAlignedResult,
     align_metric,
     resolve_conflicts,
@@ -16,20 +19,28 @@ from .task_aligned import (
     task_aligned_assign,
 )
 from .yolo11 import YOLO11LossOutput, yolo11_assign, yolo11_loss
+from .yolo11_obb import YOLO11OBBLossOutput, yolo11_obb_assign, yolo11_obb_loss
 from .yolox import YOLOXLossOutput, yolox_assign, yolox_loss
 
 __all__ = [
+    "AXIS_ALIGNED",
+    "ORIENTED",
+    "Geometry",
     "SimOTAResult",
     "TaskAlignedResult",
     "YOLO11LossOutput",
+    "YOLO11OBBLossOutput",
     "YOLOXLossOutput",
     "align_metric",
     "bbox_iou",
+    "decode_angle",
     "decode_dfl",
+    "decode_oriented",
     "decode_yolox",
     "dfl_loss",
     "make_anchors",
     "pad_targets",
+    "prob_iou",
     "resolve_conflicts",
     "select_topk_candidates",
     "simota_assign",
@@ -38,6 +49,8 @@ __all__ = [
     "xyxy_to_xywh",
     "yolo11_assign",
     "yolo11_loss",
+    "yolo11_obb_assign",
+    "yolo11_obb_loss",
     "yolox_assign",
     "yolox_loss",
 ]

@@ -50,6 +50,21 @@ def yolo11_assign(
     )  # fmt: skip
 
 
+def class_loss(logits: Tensor, target_scores: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Binary cross entropy of every logit, by the weights of their classes if given: the sum."""
+    bce = F.binary_cross_entropy_with_logits(logits, target_scores.to(logits.dtype), reduction="none")
+    return bce.sum() if class_weights is None else (bce * class_weights.to(bce)).sum()
+
+
+def distance_loss(dist: Tensor, target: Tensor, reg_max: int, strides: Tensor, imgsz: tuple[float, float]) -> Tensor:
+    """Of distances (M, 4R) to targets (M, 4) in cells: DFL, or L1 in sides of the image if there is one bin; (M,)."""
+    if reg_max > 1:
+        return dfl_loss(dist.unflatten(-1, (4, reg_max)), target)
+    height, width = imgsz
+    per_image = strides[:, None] / dist.new_tensor([width, height, width, height])
+    return ((dist - target) * per_image).abs().mean(-1)
+
+
 def yolo11_loss(
     pred_dist: Tensor,
     pred_scores: Tensor,
@@ -75,10 +90,7 @@ def yolo11_loss(
     points, point_strides = make_anchors(feat_shapes, strides, dtype=dist.dtype, device=dist.device)
     normaliser = assignment.target_scores.sum().clamp(min=1)
 
-    bce = F.binary_cross_entropy_with_logits(logits, assignment.target_scores.to(logits.dtype), reduction="none")
-    if class_weights is not None:
-        bce = bce * class_weights.to(bce)
-    cls = bce.sum() / normaliser
+    cls = class_loss(logits, assignment.target_scores, class_weights) / normaliser
 
     fg = assignment.fg_mask
     _, anchor = fg.nonzero(as_tuple=True)
@@ -87,12 +99,8 @@ def yolo11_loss(
     pred_cell = decode_dfl(dist, points, reg_max=reg_max)[fg]
     box = ((1 - bbox_iou(pred_cell, gt_cell, kind="ciou")) * score).sum() / normaliser
     target = distances_to_sides(points[anchor], gt_cell)
-    if reg_max > 1:
-        side_loss = dfl_loss(dist[fg].unflatten(-1, (4, reg_max)), target)
-    else:
-        height, width = feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0]
-        per_image = point_strides[anchor][:, None] / dist.new_tensor([width, height, width, height])
-        side_loss = ((dist[fg] - target) * per_image).abs().mean(-1)
+    imgsz = (feat_shapes[0][0] * strides[0], feat_shapes[0][1] * strides[0])
+    side_loss = distance_loss(dist[fg], target, reg_max, point_strides[anchor], imgsz)
     dfl = (side_loss * score).sum() / normaliser
 
     # A logit that is not finite shows even where no formula reads it.
