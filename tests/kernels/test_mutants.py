@@ -20,7 +20,7 @@ FAR, BROKEN, BROKEN_X = (
     f"{VALUES}_{name}"
     for name in ("addresses_past_two_to_the_31", "no_number_stays_at_its_anchor", "no_number_of_yolox_stays_at_its_anchor")
 )
-TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_it_takes_part_in_the_loss"
+TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_all_anchors_have_it"
 CROWD, CLAMPED = (
     f"{VALUES}_{name}" for name in ("small_boxes_among_many_that_want_the_same_anchors", "logarithms_of_the_cost_are_clamped")
 )
