@@ -21,7 +21,7 @@ FAR, BROKEN, BROKEN_X = (
     f"{VALUES}_{name}"
     for name in ("addresses_past_two_to_the_31", "no_number_stays_at_its_anchor", "no_number_of_yolox_stays_at_its_anchor")
 )
-TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_it_takes_part_in_the_loss"
+TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_all_anchors_have_it"
 CROWD, CLAMPED = (
     f"{VALUES}_{name}" for name in ("small_boxes_among_many_that_want_the_same_anchors", "logarithms_of_the_cost_are_clamped")
 )
@@ -60,7 +60,7 @@ MEANT = {
     "box logits of positives may hold anything": (Mutant("_box_terms", "_a * 0.0 + _b + _c + _d", "_a * 0.0"), TAKES_PART),
     "class logits of positives may hold anything": (Mutant("_class_terms", "tl.fma(_a, 0.0, _b)", "_b"), TAKES_PART),
     "a place with many large IoUs forgets some": (Mutant("_dynamic_k", "tl.min(_a) == 0", "tl.min(_a) < 0"), TILES_X),
-    "contested anchors counted twice": (Mutant("claim", "_a & ~_b", "_a"), YOLOX),
+    "contested anchors counted twice": (Mutant("claim_owned", "_a & ~_b", "_a"), YOLOX),
     "positives left with gaps": (Mutant("_leave", "_a - 1", "_a"), CRITERION_X),
     "class target is one": (Mutant("class_losses", "_a - _b * _c", "_a - _b"), YOLOX),
     "L1 always on": (Mutant("store_terms", "tl.where(_a > 0, _b, 0.0)", "_b"), YOLOX),

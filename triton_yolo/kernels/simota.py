@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import State
 from .boxes import cross_entropy_with_logits, sigmoid_of, split_sigmoid
+from .claims import claim_owned, owner_of
 from .members import SPREAD, boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
-from .rows import CONTESTED, claim, contest, list_length, load_listed, load_row_boxes, winner
+from .rows import CONTESTED, contest, list_length, load_listed, load_row_boxes, winner
 from .simota_cost import pair_costs, pair_iou
 from .topk import bits_of, empty_list, index_of, keep_best, none, ordered, rank, value_of
 
 SLOTS: tl.constexpr = tl.constexpr(16)  # places a row for its claims, of which there are at most 10
-IS_CONTESTED: tl.constexpr = tl.constexpr(1 << 30)  # a bit on the anchor of a claim
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
 _FEW: tl.constexpr = tl.constexpr(3)  # of the largest IoUs at one of so many places: hardly ever are there more
@@ -134,7 +135,7 @@ def _nth_cheapest(cost, k, CELLS: tl.constexpr):
 @triton.jit
 def _store_claims(state, claims, truth, anchor, nth, A):
     """Claim anchors [g, n] as the ``nth`` of their rows, where that is not negative; how many [g] nobody claimed before."""
-    is_first = claim(state, truth, anchor, nth >= 0, A)
+    is_first = claim_owned(state, claims.order_ptr, truth, anchor, nth >= 0, A)
     tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + nth, anchor, mask=nth >= 0)
     return tl.sum(is_first.to(tl.int32), 1)[:, None]
 
@@ -211,17 +212,6 @@ def _simota_claim_kernel(
 
 
 @triton.jit
-def _raise_owners(claims, state, truth, is_any, A):
-    """Mark the claims of rows [g, 1] that are contested, if any are; the largest row that claimed an anchor will own it."""
-    ptr = claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[None, :]
-    anchor = tl.load(ptr, mask=truth.is_gt & is_any, other=-1)
-    cell = tl.where(anchor >= 0, truth.image * A + anchor, 0)
-    is_contested = tl.load(state.row_ptr + cell, mask=anchor >= 0, other=-1) >= CONTESTED
-    tl.atomic_max(claims.owner_ptr + cell, truth.row + tl.zeros(cell.shape, tl.int32), mask=is_contested, sem="relaxed")
-    tl.store(ptr, anchor | IS_CONTESTED, mask=is_contested)
-
-
-@triton.jit
 def _objectness(objectness, tally, state, members, obj_logits, A, index, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
     """Probability of BLOCK_A anchors of one image, and the sum of their cross entropy; positives are claimed by now."""
     chunks = (A + BLOCK_A - 1) // BLOCK_A
@@ -258,15 +248,15 @@ def _simota_contest_kernel(
         truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
         length = list_length(state.contested, truth)
         limit = tl.max(length)
-        if not IS_TIE_BREAK:
-            _raise_owners(claims, state, truth, limit > 0, grid.A)
         start = 0
         while start < limit:
             nth = start + tl.arange(0, BLOCK_P)[None, :]
             mask = nth < length
             anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
             cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
-            contest(state, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
+            # In float64 the states say who claims; what breaks ties has a place of its own.
+            at = State(claims.order_ptr, state.best_ptr, state.contested)
+            contest(at, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
             start += BLOCK_P
     elif objectness.sum_ptr is not None:
         index = tl.program_id(0) - row_programs
@@ -277,44 +267,36 @@ def _simota_contest_kernel(
 
 
 @triton.jit
-def load_claims(claims, rows, slot, N):
-    """Claims [n] of places ``slot``: their image, anchor, whether there is one and whether it is contested."""
-    row = slot // SLOTS
-    anchor = tl.load(claims.anchor_ptr + slot, mask=row < N, other=-1)
-    image = tl.maximum(tl.load(rows.image_ptr + row, mask=row < N, other=0), 0).to(tl.int64)
-    is_claim = anchor >= 0
-    return image, tl.where(is_claim, anchor & (IS_CONTESTED - 1), 0), is_claim, is_claim & (anchor >= IS_CONTESTED)
-
-
-@triton.jit
 def settled(state, claims, rows, N, grid, IS_WIDE: tl.constexpr, BLOCK_G: tl.constexpr):
     """The claims that BLOCK_G rows own, with the rows that won them: all that a row alone claimed, some of the contested."""
     slot = tl.program_id(0) * BLOCK_G * SLOTS + tl.arange(0, BLOCK_G * SLOTS)
-    image, anchor, is_claim, is_contested = load_claims(claims, rows, slot, N)
-    cell = image * grid.A + anchor
     own_row = (slot // SLOTS).to(tl.int32)
-    owner = tl.load(claims.owner_ptr + cell, mask=is_contested, other=-1)
-    is_pos = is_claim & ((owner == own_row) | ~is_contested)
-    is_contested = is_contested & is_pos
-    mark = 0
+    anchor = tl.load(claims.anchor_ptr + slot, mask=own_row < N, other=-1)
+    image = tl.maximum(tl.load(rows.image_ptr + own_row, mask=own_row < N, other=0), 0).to(tl.int64)
+    is_claim = anchor >= 0
+    anchor = tl.where(is_claim, anchor, 0)
+    cell = image * grid.A + anchor
+    mark = tl.load(state.row_ptr + cell, mask=is_claim, other=-1)
+    is_pos = is_claim & (owner_of(mark) == own_row)
+    is_contested = is_pos & (mark >= CONTESTED)
+    order = 0
     if IS_WIDE:
-        mark = tl.load(state.row_ptr + cell, mask=is_contested, other=0)
-    row = tl.where(is_contested, winner(state, cell, mark, is_contested, IS_WIDE), own_row)
+        order = tl.load(claims.order_ptr + cell, mask=is_contested, other=0)
+    row = tl.where(is_contested, winner(state, cell, order, is_contested, IS_WIDE), own_row)
     return Owned(slot, image, anchor, tl.where(is_pos, row, -1), is_pos)
 
 
 @triton.jit
-def store_matches(iou_ptr, state, own, iou, A):
-    """Write the row of positives, and their IoU (B, A)."""
+def store_matches(matches, own, iou, A):
+    """Write the row of positives, and their IoU."""
     cell = own.image * A + own.anchor
-    tl.store(state.row_ptr + cell, own.row, mask=own.is_pos)
-    tl.store(iou_ptr + cell, iou, mask=own.is_pos)
+    tl.store(matches.row_ptr + cell, own.row, mask=own.is_pos)
+    tl.store(matches.iou_ptr + cell, iou, mask=own.is_pos)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _simota_settle_kernel(iou_ptr, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """A program settles the anchors that BLOCK_G rows own, and writes their rows and IoU (B, A)."""
+def _simota_settle_kernel(matches, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """A program settles the anchors that BLOCK_G rows own."""
     own = settled(state, claims, rows, N, grid, tl.float64 == RULE.DTYPE, BLOCK_G)
     gt = load_row_boxes(rows.xyxy_ptr, 4, 1, own.row, own.is_pos, RULE.DTYPE)
-    iou = pair_iou(gt, boxes_of(preds, own.image, own.anchor, own.is_pos, grid, RULE))
-    store_matches(iou_ptr, state, own, iou, grid.A)
+    store_matches(matches, own, pair_iou(gt, boxes_of(preds, own.image, own.anchor, own.is_pos, grid, RULE)), grid.A)

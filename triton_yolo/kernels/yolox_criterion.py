@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import Tensor2, Tensor3
 from .boxes import log_product, rounded, sigmoid_of, split_sigmoid
 from .decode import Raw, load_raw, raw_corners, store_raw
 from .fill import fill
@@ -24,6 +25,14 @@ class Positives(NamedTuple):
     anchor_ptr: Any
     label_ptr: Any
     iou_ptr: Any
+
+
+class Gradient(NamedTuple):
+    """That of raw boxes (B, A, 4), objectness (B, A) and class logits (B, A, C)."""
+
+    boxes: Tensor3
+    obj_logits: Tensor2
+    logits: Tensor3
 
 
 class Results(NamedTuple):
@@ -131,12 +140,12 @@ def _class_terms(
 
 @triton.jit(do_not_specialize=["N"])
 def _yolox_positive_kernel(
-    out, prob_ptr, iou_ptr, sums_ptr, positives, state, claims, tally, preds, rows, grid, l1_gain_ptr, iou_gain: tl.float64, N,
+    out, prob_ptr, matches, sums_ptr, positives, state, claims, tally, preds, rows, grid, l1_gain_ptr, iou_gain: tl.float64, N,
     RULE: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A program settles the anchors that BLOCK_G rows own, and sums their losses into ``sums`` (3, programs): box, class, L1.
 
-    It writes their gradient, if there is ``out``, and their rows and ``iou`` (B, A), if those are wanted.
+    It writes their gradient, if there is ``out``, and their rows and IoU, if those are wanted.
     """
     STRIDES: tl.constexpr = RULE.STRIDES
     own = settled(state, claims, rows, N, grid, tl.float64 == RULE.DTYPE, BLOCK_G)
@@ -148,8 +157,8 @@ def _yolox_positive_kernel(
         raw = load_raw(preds.boxes, own.image, own.anchor, own.is_pos, RULE.DTYPE)
         gt = load_row_boxes(rows.xyxy_ptr, 4, 1, own.row, own.is_pos, RULE.DTYPE)
         iou = pair_iou(gt, raw_corners(raw, cell.x, cell.y, stride))
-        if iou_ptr is not None:
-            store_matches(iou_ptr, state, own, iou, grid.A)
+        if matches.row_ptr is not None:
+            store_matches(matches, own, iou, grid.A)
         label = tl.load(rows.label_ptr + own.row, mask=own.is_pos, other=-1).to(tl.int32)
         _leave(positives, own, label, iou)
         scale = _scale(tally, RULE.DTYPE)

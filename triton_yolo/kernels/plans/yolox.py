@@ -20,12 +20,14 @@ from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import channel_sizes
 from ..fill import Fill
 from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
-from ..members import Tally
+from ..members import Matches, Tally
 from ..reduce import TOTAL_SIZES
 from ..yolox import Matched, _yolox_grad_kernel, _yolox_loss_kernel, _yolox_total_kernel, positive_sizes
-from ..yolox_criterion import Results, _yolox_background_kernel, _yolox_words_kernel
+from ..yolox_criterion import Gradient, Results, _yolox_background_kernel, _yolox_words_kernel
 from .simota import ONE
 from .yolox_assign import YOLOXMatching, predictions
+
+_NOBODY = Matches(None, None)  # wants the assignment of all anchors
 
 
 class _AssignPlan(Plan):
@@ -36,9 +38,9 @@ class _AssignPlan(Plan):
     def launch(self, run: Run) -> None:
         row, iou, counts, label, xywh = map(run.address, run.out)
         rows = new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
-        preds, gains = predictions(run, run.x.preds), (None, 0.0)
-        matched = self.assign.match(run, preds, rows, row, iou, None)
-        self.assign.settle(run, matched, preds, rows, None, None, iou, gains)
+        preds, matches, gains = predictions(run, run.x.preds), new(Matches, (row, iou)), (None, 0.0)
+        matched = self.assign.match(run, preds, rows, matches, None)
+        self.assign.settle(run, matched, preds, rows, None, None, matches, gains)
         self.assign.sum_up(run, new(Results, (None, None, None, counts)), gains)
 
 
@@ -74,20 +76,22 @@ class _CriterionPlan(Plan):
         if self.wants_grad:
             self.background = _Background(x, out.grad_preds)
             launches = *launches, self.background.launch
-        fixed = {**assign.fixed, "target_row": (torch.int32, assign.cells)}
         by_row = {**assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        super().__init__(Workspace(fixed, by_row), *launches)
+        super().__init__(Workspace(assign.fixed, by_row), *launches)
 
     def launch(self, run: Run) -> None:
         x, out, b, address = run.x, run.out, run.buffers, run.address
         preds, rows = predictions(run, x.preds), new(Rows, (b.image, b.label, b.xyxy, b.xywh))
         prob = b.boxes if self.wants_grad else None  # nobody reads the members' boxes any more
-        matched = self.assign.match(run, preds, rows, b.target_row, None, prob)
+        matched = self.assign.match(run, preds, rows, _NOBODY, prob)
         grad, spoilt, gains = None, None, (address(x.l1_gain), x.iou_gain)
         if self.wants_grad:
-            grad, spoilt = predictions(run, out.grad_preds), new(Fill, (address(out.grad_preds), out.grad_preds.numel()))
+            grad, spoilt = (
+                new(Gradient, predictions(run, out.grad_preds)[:3]),
+                new(Fill, (address(out.grad_preds), out.grad_preds.numel())),
+            )
             self.background(run, grad.boxes, prob, self.assign.tally(run))
-        self.assign.settle(run, matched, preds, rows, grad, prob, None, gains)
+        self.assign.settle(run, matched, preds, rows, grad, prob, _NOBODY, gains)
         results = address(out.loss), address(out.terms), address(out.num_fg), None
         self.assign.sum_up(run, new(Results, results), gains, spoilt)
 

@@ -10,10 +10,10 @@ from ..._signatures import YOLOX, YOLOXAssign
 from ..arguments import Grid, Rows, State, Tensor2, Tensor3
 from ..fill import Fill
 from ..launch import INTERPRETED, Launch, Run, cdiv, new
-from ..members import Claims, Predictions, Tally
+from ..members import Claims, Matches, Predictions, Tally
 from ..reduce import TOTAL_SIZES
 from ..simota import Objectness
-from ..yolox_criterion import Positives, Product, Results, _yolox_finish_kernel, _yolox_positive_kernel
+from ..yolox_criterion import Gradient, Positives, Product, Results, _yolox_finish_kernel, _yolox_positive_kernel
 from .simota import Matching, few_rows
 
 Gains = tuple[Any, float]  # of L1, and of the box term
@@ -42,14 +42,14 @@ class YOLOXMatching(Matching):
     def tally(self, run: Run) -> Tally:
         return new(Tally, (run.buffers.tally, run.buffers.poison))
 
-    def match(self, run: Run, preds: Predictions, rows: Rows, row: Any, iou: Any, prob: Any) -> tuple[State, Claims]:
+    def match(self, run: Run, preds: Predictions, rows: Rows, matches: Matches, prob: Any) -> tuple[State, Claims]:
         """Claim and contest, and sum up the loss of the objectness."""
         objectness = new(Objectness, (prob, run.buffers.objectness))
-        return self(run, preds, rows, self.size, row, iou, self.tally(run), objectness, self.num_others)
+        return self(run, preds, rows, self.size, matches, self.tally(run), objectness, self.num_others)
 
     def settle(
-        self, run: Run, matched: tuple[State, Claims], preds: Predictions, rows: Rows, out: Predictions | None, prob: Any,
-        iou: Any, gains: Gains,
+        self, run: Run, matched: tuple[State, Claims], preds: Predictions, rows: Rows, out: Gradient | None, prob: Any,
+        matches: Matches, gains: Gains,
     ) -> None:  # fmt: skip
         """Sum up the losses of the positives, and write their gradient, if there is one, and their rows and IoU, if wanted."""
         if run.num_rows:
@@ -57,7 +57,7 @@ class YOLOXMatching(Matching):
             # Nobody reads what the cells of a region cost any more.
             positives = new(Positives, (b.positive_image, b.region_anchor, b.positive_label, b.region_cost))
             self.positive(
-                run.stream, programs, out, prob, iou, b.sums, positives, *matched, self.tally(run), preds, rows, self.grid,
+                run.stream, programs, out, prob, matches, b.sums, positives, *matched, self.tally(run), preds, rows, self.grid,
                 *gains, run.num_rows,
             )  # fmt: skip
 
