@@ -10,15 +10,16 @@ from .dfl import expected_distances
 from .task_aligned import Geometry
 
 
-def covariance(boxes: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance by x and by y and covariance of boxes (..., 5) as uniform distributions.
+def covariance(boxes: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Variance by x and by y, covariance and the determinant of the three, of boxes (..., 5) as uniform distributions.
 
     ``floor`` is added to the variances along the box's own axes.
     """
     _, _, width, height, angle = boxes.unbind(-1)
     along, across = width**2 / 12 + floor, height**2 / 12 + floor
     cos, sin = angle.cos(), angle.sin()
-    return along * cos**2 + across * sin**2, along * sin**2 + across * cos**2, (along - across) * cos * sin
+    by_x, by_y = along * cos**2 + across * sin**2, along * sin**2 + across * cos**2
+    return by_x, by_y, (along - across) * cos * sin, along * across
 
 
 def prob_iou(a: Tensor, b: Tensor, *, eps: float = 1e-7, floor: float = 0.0) -> Tensor:
@@ -28,12 +29,11 @@ def prob_iou(a: Tensor, b: Tensor, *, eps: float = 1e-7, floor: float = 0.0) -> 
     distance; the largest is 100. Past either there is no gradient.
     """
     a, b = working_precision(a), working_precision(b)
-    (a1, b1, c1), (a2, b2, c2) = covariance(a, floor), covariance(b, floor)
+    (a1, b1, c1, d1), (a2, b2, c2, d2) = covariance(a, floor), covariance(b, floor)
     dx, dy = (a[..., :2] - b[..., :2]).unbind(-1)
     determinant = (a1 + a2) * (b1 + b2) - (c1 + c2) ** 2
     apart = ((a1 + a2) * dy**2 + (b1 + b2) * dx**2 - 2 * (c1 + c2) * dx * dy) / (determinant + eps)
-    areas = 4 * torch.sqrt((a1 * b1 - c1**2).clamp(min=0) * (a2 * b2 - c2**2).clamp(min=0))
-    distance = apart / 4 + torch.log(determinant / (areas + eps) + eps) / 2
+    distance = apart / 4 + torch.log(determinant / (4 * torch.sqrt(d1 * d2) + eps) + eps) / 2
     return 1 - torch.sqrt(1 - torch.exp(-distance.clamp(eps, 100)) + eps)
 
 

@@ -58,6 +58,12 @@ def bbox_iou(dtype: torch.dtype, kind: str = "ciou") -> of.BboxIoU:
     return of.BboxIoU(a, b, kind, 1e-7)
 
 
+def prob_iou(dtype: torch.dtype, floor: float = 0.01) -> of.ProbIoU:
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 12, 5, dtype=dtype, device=DEVICE) + torch.tensor([0, 0, 0.3, 0.3, 0], dtype=dtype, device=DEVICE)
+    return of.ProbIoU(a, b, 1e-7, floor)
+
+
 def _padded(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Scores, boxes, points, strides and ground truth: two rows in image 0, one in image 1 and padding."""
     points, strides = _anchors(dtype)
@@ -153,7 +159,7 @@ def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any
     return inputs
 
 
-DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, yolo11_loss, yolox_loss)
+DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, prob_iou, yolo11_loss, yolox_loss)
 _PLAIN = (
     unpack_rows, align_metric, select_topk_candidates, task_aligned_assign, simota_assign, yolo11_assign, yolo11_criterion,
     yolox_assign, yolox_criterion,

@@ -38,6 +38,13 @@ def boxes(draw, shape, size: float = 64.0):
 
 
 @st.composite
+def oriented_boxes(draw, number: int):
+    """Boxes (cx, cy, w, h, angle), angles in eighths."""
+    low, high = draw(boxes((number,))).split(2, 1)
+    return torch.cat([(low + high) / 2, high - low, draw(tensors((number, 1), jitters=(0.0,)))], 1)
+
+
+@st.composite
 def pyramids(draw, max_levels: int = 3, max_side: int = 8):
     """(feat_shapes, strides) of one to ``max_levels`` levels, not square in general."""
     levels = draw(st.integers(1, max_levels))

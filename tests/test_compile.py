@@ -112,6 +112,10 @@ FUNCTIONS = {
         lambda boxes: ty.bbox_iou(boxes, boxes.flip(0), kind="ciou"),
         lambda batch_size, size: (ground_truth(batch_size, size)[1],),
     ),
+    "prob_iou": (
+        lambda boxes: ty.prob_iou(boxes, boxes.flip(0), floor=0.01),
+        lambda batch_size, size: (predictions(batch_size, size, 5),),
+    ),
     "from_padded": (ty.Targets.from_padded, ground_truth),
 }  # fmt: skip
 
@@ -128,7 +132,7 @@ def test_functions_of_many_sizes_compile_three_times(name, dynamic):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("name", ["decode_dfl", "decode_yolox", "bbox_iou"])
+@pytest.mark.parametrize("name", ["decode_dfl", "decode_yolox", "bbox_iou", "prob_iou"])
 def test_compiled_functions_have_the_gradient(name):
     function, args = FUNCTIONS[name]
     first, *rest = args(2, 64)

@@ -83,6 +83,8 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
         (lambda: ty.bbox_iou(torch.zeros(4), torch.zeros(4), kind="cIoU"), "kind must be one of 'iou', .* got 'cIoU'"),
         (lambda: ty.bbox_iou(torch.zeros(2, 4), torch.zeros(3, 4)), r"b must broadcast with a of shape \(2, 4\), got \(3, 4\)"),
         (lambda: ty.bbox_iou(torch.zeros(2, 5), torch.zeros(2, 4)), "a must have shape"),
+        (lambda: ty.prob_iou(torch.zeros(2, 4), torch.zeros(2, 4)), "a must have shape"),
+        (lambda: ty.prob_iou(torch.zeros(2, 5), torch.zeros(3, 5)), r"b must broadcast with a of shape \(2, 5\), got \(3, 5\)"),
         (lambda: ty.select_topk_candidates(torch.zeros(1, 2, 3), 0), "topk must be at least 1"),
         (lambda: ty.select_topk_candidates(torch.zeros(1, 2, 3), 1, torch.ones(1, 3)), "mask_gt must have shape"),
         (lambda: ty.Targets.from_yolo(torch.zeros(1, 6), (1, 2, 3)), r"imgsz must be \(height, width\)"),

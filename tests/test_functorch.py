@@ -18,6 +18,7 @@ def cases():
         "decode_dfl": (lambda x: ty.decode_dfl(x, points, reg_max=8, strides=strides).square().mean(), dist),
         "decode_yolox": (lambda x: ty.decode_yolox(x, points, strides).square().mean(), preds),
         "bbox_iou": (lambda x: ty.bbox_iou(x, others, kind="ciou").square().sum(), others + torch.rand(5, 4, device=DEVICE)),
+        "prob_iou": (lambda x: ty.prob_iou(x, x[:1].detach() / 2).square().sum(), torch.rand(5, 5, device=DEVICE) + 1),
         "YOLO11Loss of pred_dist": (lambda x: yolo11(x, scores, shapes, rows).loss, dist),
         "YOLO11Loss of pred_scores": (lambda x: yolo11(dist, x, shapes, rows).loss, scores),
         "YOLO11Loss of float16": (lambda x: yolo11(dist, x, shapes, rows).loss, scores.half()),

@@ -10,12 +10,13 @@ from tests.tools.mutation import REPOSITORY, Mutant, planted, run, sampled
 EAGER, REFERENCE = "triton_yolo/eager", "reference"
 STAGES, ASSIGNERS, LOSSES = "tests/test_stages.py::test", "tests/test_assigners.py::test", "tests/test_losses.py::test"
 IOU, DECODING, DECODING_X = f"{STAGES}_bbox_iou", f"{STAGES}_decode_dfl", f"{STAGES}_decode_yolox"
+PROB_IOU = f"{STAGES}_prob_iou"
 METRIC, TOPK = f"{STAGES}_align_metric", f"{STAGES}_select_topk_candidates"
 TAL, SIM = f"{ASSIGNERS}_task_aligned_assigner", f"{ASSIGNERS}_simota_assigner"
 INFEASIBLE = f"{ASSIGNERS}_simota_where_infeasible_anchors_may_win"
 COSTS = f"{SIM} {ASSIGNERS}_logarithm_of_a_probability_of_nothing_costs_a_hundred"
 LOSS11, LOSSX = f"{LOSSES}_yolo11_loss", f"{LOSSES}_yolox_loss"
-SPECIFICATION = "tests/test_reference.py"
+SPECIFICATION, ORIENTED = "tests/test_reference.py", "tests/test_oriented_reference.py"
 
 
 class Planted(NamedTuple):
@@ -53,14 +54,18 @@ MEANT = {
     "conflict among feasible rows only": Planted(Mutant("_choose_rows", "_cheapest_rows([_a, _b], _c, _d)", "_cheapest_rows([_a], _c, _d)"), INFEASIBLE),
     "positives may hold anything": Planted(Mutant("yolox_assign", "_a & is_finite(_b)", "_a"), f"{LOSSES}_only_a_chosen_cell_shows_that_its_logits_are_no_numbers"),
     "class target is one": Planted(Mutant("_loss", "_a[_c] * _b[_c]", "_a[_c]"), LOSSX),
+    "oriented: turned boxes cross by the wrong axis": Planted(Mutant("_Pair.measures", "_a * self.sin", "_a * self.cos"), PROB_IOU),
+    "oriented: a gradient past the bounds": Planted(Mutant("prob_overlap_derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),
+    "reference: covariance of the other turn": Planted(Mutant("covariance", "(_a - _b) * _c * _d", "(_b - _a) * _c * _d"), ORIENTED, REFERENCE),
+    "reference: distances in the frame of the image": Planted(Mutant("sides_from", "turn(_a, -_b)", "turn(_a, 0 * _b)"), ORIENTED, REFERENCE),
     "reference: DFL target not clamped": Planted(Mutant("dfl_loss", "_a - _n", "_a - 0.5", 0, 2), SPECIFICATION, REFERENCE),
 }  # fmt: skip
 
 # Any slip in these functions; so many of them are tried.
 SLIPS = {
-    "overlap": (IOU, 2), "overlap_derivative": (IOU, 3), "expectation_backward": (LOSS11, 1), "boxes_from_distances": (DECODING, 1),
+    "overlap": (IOU, 2), "overlap_derivative": (IOU, 3), "prob_overlap_derivative": (PROB_IOU, 2), "expectation_backward": (LOSS11, 1), "boxes_from_distances": (DECODING, 1),
     "yolox_raw_grad": (DECODING_X, 1), "is_inside": (SIM, 1), "topk_per_row": (TOPK, 2), "grid_pairs": (LOSS11, 2),
     "point_pairs": (TAL, 1), "Regions.in_centre": (SIM, 1), "_costs": (COSTS, 2), "dynamic_k": (SIM, 1),
     "cheapest_k": (SIM, 1), "boxes_from_raw": (DECODING_X, 1), "_gather_members": (SIM, 1),

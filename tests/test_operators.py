@@ -113,6 +113,13 @@ def test_gradcheck_bbox_iou(kind):
     assert torch.autograd.gradcheck(lambda a, b: _ops.bbox_iou(x._replace(a=a, b=b)).overlaps + correction(a, b), inputs)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+def test_gradcheck_prob_iou(floor):
+    x = operations.prob_iou(F64, floor)
+    inputs = x.a.requires_grad_(), x.b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: _ops.prob_iou(x._replace(a=a, b=b)).overlaps, inputs)
+
+
 @pytest.mark.parametrize("reg_max", [1, 8])
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_gradcheck_yolo11_loss(reg_max, has_weights):

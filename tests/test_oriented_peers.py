@@ -31,7 +31,7 @@ def _installed():
 def random_boxes(number: int, size: float, seed: int = 0) -> Tensor:
     """Boxes of sides up to ``size`` that are about as far apart, at any angle."""
     unit = torch.rand(number, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return unit * torch.tensor([size, size, size, size, 8]) - torch.tensor([0, 0, 0, 0, 4])
+    return unit * torch.tensor([size, size, size, size, 8]) + torch.tensor([0, 0, size / 20, size / 20, -4])
 
 
 HAND_CHOSEN = torch.tensor(

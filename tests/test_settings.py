@@ -24,7 +24,9 @@ NUMBERS = {  # calls by the number that they are given, and the name of that arg
 REALS = {
     "alpha": [lambda x: ty.YOLO11Loss(3, alpha=x), lambda x: ty.TaskAlignedAssigner(alpha=x), lambda x: metric(alpha=x)],
     "beta": [lambda x: ty.YOLO11Loss(3, beta=x), lambda x: ty.TaskAlignedAssigner(beta=x), lambda x: metric(beta=x)],
-    "eps": [lambda x: ty.TaskAlignedAssigner(eps=x), lambda x: ty.bbox_iou(zeros(2, 4), zeros(2, 4), eps=x)],
+    "eps": [lambda x: ty.TaskAlignedAssigner(eps=x), lambda x: ty.bbox_iou(zeros(2, 4), zeros(2, 4), eps=x),
+            lambda x: ty.prob_iou(zeros(2, 5), zeros(2, 5), eps=x)],
+    "floor": [lambda x: ty.prob_iou(zeros(2, 5), zeros(2, 5), floor=x)],
     "min_box_side": [lambda x: ty.YOLO11Loss(3, min_box_side=x), lambda x: ty.TaskAlignedAssigner(min_box_side=x),
                      lambda x: metric(min_box_side=x)],
     "box_gain": [lambda x: ty.YOLO11Loss(3, box_gain=x)],

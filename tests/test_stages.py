@@ -1,5 +1,7 @@
 """Every stage against its dense twin in the reference: values, gradients, tie rules."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, example, given
@@ -152,6 +154,78 @@ def test_bbox_iou_broadcasts_and_sums_the_gradient():
     out.sum().backward()
     expected = gradient_of(lambda x: ref.bbox_iou(x, b.double(), kind="ciou"), a.double(), torch.ones(2, 1))
     assert_close(a.grad, expected, "gradient")
+
+
+@given(st.integers(0, 12), st.sampled_from([1e-7, 1e-3, 0.5]), st.sampled_from([0.0, 0.01]), dtypes, st.data())
+def test_prob_iou(number, eps, floor, dtype, data):
+    a, b = (data.draw(strat.oriented_boxes(number)).to(dtype) for _ in range(2))
+    expected = ref.prob_iou(a.double(), b.double(), eps=eps, floor=floor)
+    assert_close(ty.prob_iou(a, b, eps=eps, floor=floor), expected, size_of_terms=1)  # it is 1 less a distance
+    if floor == 0:  # the reference's root of an empty box's determinant has no derivative
+        is_box = ((a[:, 2:4] > 0) & (b[:, 2:4] > 0)).all(-1)
+        a, b = a[is_box], b[is_box]
+    weight = strat.spread([1.0, -0.5, 2.0], (len(a),))
+    for x, y in ((a, b), (b, a)):
+        grad = gradient_of(lambda x, y=y: ty.prob_iou(x, y, eps=eps, floor=floor), x, weight)
+        expected = gradient_of(lambda x, y=y: ref.prob_iou(x, y.double(), eps=eps, floor=floor), x.double(), weight)
+        assert_close(grad, expected, "gradient")
+
+
+@given(st.data())
+def test_prob_iou_knows_no_order_no_half_turn_and_no_names_of_sides(data):
+    a, b = (data.draw(strat.oriented_boxes(6)) for _ in range(2))
+    overlap = ty.prob_iou(a, b, floor=0.01)
+    assert_close(ty.prob_iou(b, a, floor=0.01), overlap)
+    turned = torch.tensor([0, 0, 0, 0, math.pi], device=DEVICE)
+    assert_close(ty.prob_iou(a + turned, b, floor=0.01), overlap)
+    swapped = a[:, [0, 1, 3, 2, 4]] - turned / 2
+    assert_close(ty.prob_iou(swapped, b, floor=0.01), overlap)
+    assert ((overlap <= 1) & (overlap > -1e-6)).all()
+
+
+def test_prob_iou_of_long_boxes_that_nearly_agree():
+    """The determinant of the sum over 4 times the root of both is 1 + ((r - 1 / r) sin(turn) / 2)^2 for sides of r to 1."""
+    turn = torch.tensor([1e-4, 1e-3, 1e-2, 1.0], device=DEVICE)
+    a = torch.tensor([3000.0, 2000, 400, 4, 0], device=DEVICE).repeat(4, 1)
+    b = torch.cat([a[:, :4], turn[:, None]], 1)
+    excess = ((100 - 0.01) * turn.double().sin() / 2) ** 2
+    expected = 1 - torch.sqrt(1 - (1 + excess) ** -0.5 + 1e-7)
+    assert_close(ty.prob_iou(a, b), expected)
+    # The offset is 0.5 of a variance of 4^2 / 12 twice, over 4.
+    b = a + torch.tensor([0, 0.5, 0, 0, 0], device=DEVICE)
+    expected = torch.full((4,), 1 - math.sqrt(1 - math.exp(-0.25 * 12 / 16 / 8) + 1e-7))
+    assert_close(ty.prob_iou(a, b), expected)
+
+
+def test_equal_oriented_boxes_overlap_fully_with_no_way_up():
+    a = torch.tensor([[0.0, 0, 4, 2, 1], [9, 9, 0.5, 0.5, 0]], device=DEVICE, requires_grad=True)
+    overlap = ty.prob_iou(a, a.detach().clone())
+    overlap.sum().backward()
+    assert_close(overlap, torch.full((2,), 1 - math.sqrt(1 - math.exp(-1e-7) + 1e-7)))
+    assert a.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("side", [0.0, 1e-30, 1e8])
+def test_prob_iou_of_extreme_sides_has_a_gradient(side):
+    a = torch.tensor([1.0, 2, side, 3, 4], device=DEVICE, requires_grad=True)
+    overlap = ty.prob_iou(a, torch.tensor([2.0, 2, 2, 2, 0], device=DEVICE))
+    overlap.backward()
+    assert 0 <= overlap < 0.5
+    assert a.grad.isfinite().all()
+
+
+def test_prob_iou_of_what_is_no_number_is_none():
+    a = torch.tensor([1.0, 2, 3, 4, 5], device=DEVICE).repeat(5, 1).fill_diagonal_(math.nan)
+    assert ty.prob_iou(a, torch.zeros(5, device=DEVICE)).isnan().all()
+
+
+def test_prob_iou_broadcasts_and_sums_the_gradient():
+    a = torch.tensor([[0.0, 0, 4, 2, 1]], device=DEVICE, requires_grad=True)
+    b = torch.tensor([[[1.0, 1, 5, 3, 0]], [[2.0, 0, 6, 4, 2]]], device=DEVICE)
+    out = ty.prob_iou(a, b)
+    assert out.shape == (2, 1)
+    out.sum().backward()
+    assert_close(a.grad, gradient_of(lambda x: ref.prob_iou(x, b.double()), a.double(), torch.ones(2, 1)), "gradient")
 
 
 @given(strat.assigner_cases(), st.sampled_from([0.5, 1.0]), st.sampled_from([1.0, 6.0]), st.sampled_from([0.0, 16.0]))

@@ -51,6 +51,8 @@ def core_results(yolo11: tuple, yolox: tuple, padded: tuple) -> list[Tensor]:
         found += [metric, overlaps, module.select_topk_candidates(metric, 3, mask)]
         found += [module.decode_dfl(dist, points, reg_max=8, strides=strides), module.decode_yolox(preds, points, strides)]
         found += [module.bbox_iou(boxes[0], boxes[1].flip(0), kind=kind) for kind in ("iou", "giou", "diou", "ciou")]
+        oriented = torch.cat([boxes[0], boxes[0, :, :1]], 1)
+        found.append(module.prob_iou(oriented, oriented.flip(0), floor=0.01))
     return found
 
 

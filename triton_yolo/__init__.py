@@ -16,7 +16,7 @@ Their stages:
 - ``make_anchors``: anchor points of a feature pyramid.
 - ``decode_dfl``, ``decode_yolox``: boxes of raw predictions.
 - ``align_metric``, ``select_topk_candidates``: the candidates of task-aligned assignment.
-- ``bbox_iou``: IoU, GIoU, DIoU and CIoU with their gradients.
+- ``bbox_iou``: IoU, GIoU, DIoU and CIoU with their gradients; ``prob_iou``: that of oriented boxes.
 
 ``backend`` chooses between Triton kernels and sparse PyTorch; ``__version__`` is that of this package. Trainers that people use
 take one line of ``triton_yolo.integrations.ultralytics``, ``.yolox`` or ``.libreyolo``. ``triton_yolo.graphs`` makes training
@@ -31,7 +31,7 @@ from ._version import __version__
 from .anchors import make_anchors
 from .assigners import SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
 from .losses import YOLO11Loss, YOLO11LossOutput, YOLOXLoss, YOLOXLossOutput
-from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, select_topk_candidates
+from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, prob_iou, select_topk_candidates
 from .targets import Targets
 
 __all__ = [
@@ -51,5 +51,6 @@ __all__ = [
     "decode_dfl",
     "decode_yolox",
     "make_anchors",
+    "prob_iou",
     "select_topk_candidates",
 ]

@@ -128,10 +128,10 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
 
-def boxes(argument: str, x: Tensor, like: Tensor | None = None) -> None:
-    """Check boxes (..., 4)."""
+def boxes(argument: str, x: Tensor, like: Tensor | None = None, *, size: int = 4) -> None:
+    """Check boxes (..., ``size``)."""
     rank = x.dim() if isinstance(x, Tensor) else 1
-    tensor(argument, x, (*["..."] * (rank - 1), 4), like=like)
+    tensor(argument, x, (*["..."] * (rank - 1), size), like=like)
 
 
 def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:

@@ -33,9 +33,11 @@ unpack_rows: Operation[of.GroundTruth] = Operation("unpack_rows", of.UnpackRows,
 _decode_dfl_backward: Operation[of.GradDist] = Operation("decode_dfl_backward", of.DecodeDFLBackward)
 _decode_yolox_backward: Operation[of.GradPreds] = Operation("decode_yolox_backward", of.DecodeYOLOXBackward)
 _bbox_iou_backward: Operation[of.GradBoxes] = Operation("bbox_iou_backward", of.BboxIoUBackward)
+_prob_iou_backward: Operation[of.GradBoxes] = Operation("prob_iou_backward", of.ProbIoUBackward)
 decode_dfl: Operation[of.Boxes] = Operation("decode_dfl", of.DecodeDFL, gradient=_decode_dfl_backward)
 decode_yolox: Operation[of.Boxes] = Operation("decode_yolox", of.DecodeYOLOX, gradient=_decode_yolox_backward)
 bbox_iou: Operation[of.Overlaps] = Operation("bbox_iou", of.BboxIoU, gradient=_bbox_iou_backward)
+prob_iou: Operation[of.Overlaps] = Operation("prob_iou", of.ProbIoU, gradient=_prob_iou_backward)
 align_metric: Operation[of.Metrics] = Operation("align_metric", of.AlignMetric, check=_check_padded)
 select_topk_candidates: Operation[of.Selected] = Operation("select_topk_candidates", of.SelectTopk)
 

@@ -20,7 +20,7 @@ from tests.kernels.cases import (
     x_loss,
 )  # fmt: skip
 from triton_yolo import _ops
-from triton_yolo._signatures import BboxIoU, DecodeDFL, DecodeYOLOX
+from triton_yolo._signatures import BboxIoU, DecodeDFL, DecodeYOLOX, ProbIoU
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 F64 = torch.float64
@@ -42,6 +42,13 @@ def test_bbox_iou(kind):
     correction = held_weight(a, b) if kind == "ciou" else lambda a, b: 0
     inputs = (a.requires_grad_(), b.requires_grad_())
     assert gradcheck(lambda a, b: _ops.bbox_iou(BboxIoU(a, b, kind, 1e-7)).overlaps + correction(a, b), inputs)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+def test_prob_iou(floor):
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 30, 5, dtype=F64) + torch.tensor([0, 0, 0.3, 0.3, 0])
+    assert gradcheck(lambda a, b: _ops.prob_iou(ProbIoU(a, b, 1e-7, floor)).overlaps, (a.requires_grad_(), b.requires_grad_()))
 
 
 @pytest.mark.parametrize("reg_max", [1, 5])

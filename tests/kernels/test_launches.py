@@ -79,6 +79,35 @@ def test_bbox_iou(kind, dtype, eps):
     assert_same(kernels.bbox_iou_backward(backward), eager.bbox_iou_backward(backward))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("eps", "floor"), [(1e-7, 0.0), (1e-7, 0.01), (0.25, 0.01)])
+@pytest.mark.usefixtures("meter")
+def test_prob_iou(dtype, eps, floor):
+    torch.manual_seed(1)
+    unit = torch.rand(20, 5, dtype=torch.float64)
+    boxes = (unit * torch.tensor([60, 60, 60, 60, 20]) - torch.tensor([0, 0, 0, 0, 10])).to(dtype)
+    boxes[0, 2], boxes[1, 3], boxes[2, :4] = 0, -3, boxes[2, :4] / 64
+    a, b = torch.broadcast_tensors(boxes[:, None], boxes.flip(0)[None])
+    x = of.ProbIoU(a, b, eps, floor)
+    out = kernels.prob_iou(x)
+    assert_same(out, eager.prob_iou(x))
+    grad = torch.randn(20, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32).expand(20, 20)
+    backward = gradient_of(x, out, grad)
+    assert_same(kernels.prob_iou_backward(backward), eager.prob_iou_backward(backward))
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-4, 0.7, -1.5707, 1.5709, 3.1416, -40.0, 1e4, -3e5, 1e9, 1e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prob_iou_of_any_angle(dtype, angle):
+    """One that float32 knows to 0.01 only may be off by as much."""
+    turned = torch.tensor([1.0, 2, 8, 4, angle], dtype=dtype)
+    x = of.ProbIoU(turned, torch.tensor([0.0, 0, 5, 3, 0], dtype=dtype), 1e-7, 0.0)
+    if torch.finfo(dtype).eps * abs(angle) < 0.01:
+        assert_same(kernels.prob_iou(x), eager.prob_iou(x))
+    else:
+        assert 0 <= kernels.prob_iou(x).overlaps <= 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("reg_max", "topk2", "min_box_side"), [(5, None, 0.0), (16, 2, 16.0)])

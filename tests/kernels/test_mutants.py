@@ -10,6 +10,7 @@ from triton_yolo.kernels.launch import INTERPRETED
 KERNELS = "triton_yolo/kernels"
 LAUNCHES, VALUES = "tests/kernels/test_launches.py::test", "tests/kernels/test_values.py::test"
 YOLO11, YOLOX, IOU, STAGES = (f"{LAUNCHES}_{name}" for name in ("yolo11", "yolox", "bbox_iou", "padded_stages"))
+PROB_IOU = f"{LAUNCHES}_prob_iou"
 DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "decode_yolox", "unpack_rows"))
 SIMOTA, CLASSES = f"{LAUNCHES}_simota_with_points_in_any_order", f"{LAUNCHES}_classes_of_several_tiles"
 TILES = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_the_assignment"
@@ -32,6 +33,8 @@ MEANT = {
     "negative heights not turned": (Mutant("shape_angle", "(_a < 0) != (_b < 0)", "_a != _a"), IOU),
     "a tie's derivative goes to one side": (Mutant("overlap_derivative", "tl.where(_a == _b, 0.5, _c)", "tl.where(_a == _b, 1.0, _c)", 0, 4), IOU),
     "boxes that touch overlap on one side": (Mutant("overlap_derivative", "tl.where(_a == 0, _b / 2, 0.0)", "tl.where(_a == 0, _b, 0.0)", 0, 2), IOU),
+    "fast exponential of a small distance": (Mutant("_one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
+    "angles as they come": (Mutant("direction", "tl.floor(_a)", "0.0 * _a"), f"{PROB_IOU}_of_any_angle"),
     "log of one minus p as it stands": (Mutant("log_rest", "tl.where(_a <= 0.5, _b, _c)", "_c"), LOG_NOT),
     "infinite logits hidden": (Mutant("split_softplus", "_a + tl.abs(_a) + _b * 0.0", "tl.maximum(_b, 0.0)"), BROKEN_X),
     "infinite class logits hidden": (Mutant("_yolo11_class_kernel", "tl.sum(_a.to(_b) * 0.0)", "0.0"), BROKEN),
@@ -74,7 +77,7 @@ MEANT = {
 
 # Any slip in these functions; so many of them are tried.
 SLIPS = {
-    "overlap": (IOU, 3), "overlap_derivative": (IOU, 5), "shape_angle": (IOU, 2), "arctangent": (IOU, 1), "_log1p": (LOG_NOT, 1),
+    "overlap": (IOU, 3), "overlap_derivative": (IOU, 5), "prob_overlap_derivative": (PROB_IOU, 2), "shape_angle": (IOU, 2), "arctangent": (IOU, 1), "_log1p": (LOG_NOT, 1),
     "expectation": (DECODE, 1), "raw_corners": (DECODE_X, 1), "raw_grad": (DECODE_X, 1), "cell_centres": (YOLO11, 1),
     "cell_span": (YOLO11, 1), "rectangle_cells": (YOLO11, 2), "rectangle_size": (YOLO11, 1), "widened": (YOLO11, 1),
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),

@@ -59,6 +59,10 @@ def _bbox_iou(dtype: torch.dtype, layout: str, *, kind: str) -> of.BboxIoU:
     return of.BboxIoU(_empty(4096, 4, dtype=dtype), _empty(4096, 4, dtype=dtype), kind, 1e-7)
 
 
+def _prob_iou(dtype: torch.dtype, layout: str, *, floor: float) -> of.ProbIoU:
+    return of.ProbIoU(_empty(4096, 5, dtype=dtype), _empty(4096, 5, dtype=dtype), 1e-7, floor)
+
+
 def _unpack_rows(dtype: torch.dtype, layout: str) -> of.UnpackRows:
     return of.UnpackRows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
 
@@ -143,6 +147,8 @@ OPERATORS: dict[str, Operator] = {
     "decode_dfl, R=32": _with_gradient(_decode_dfl, FIRST, reg_max=32),
     "decode_dfl, R=1": _with_gradient(_decode_dfl, FIRST, reg_max=1),
     **{f"bbox_iou, {kind}": _with_gradient(_bbox_iou, LAST, kind=kind) for kind in ("iou", "giou", "diou", "ciou")},
+    "prob_iou": _with_gradient(_prob_iou, LAST, floor=0.0),
+    "prob_iou, floor": _with_gradient(_prob_iou, LAST, floor=0.01),
     "unpack_rows": _operator(_unpack_rows, FIRST),
     "yolo11_assign": _operator(_yolo11_assign),
     "yolo11_assign, topk2": _operator(_yolo11_assign, FIRST, rule=of.TaskAligned(10, 1, 0.5, 6.0, 16.0, 1e-9)),

@@ -35,10 +35,13 @@ def run(device: torch.device) -> dict[str, Tensor]:
     boxes = ty.decode_dfl(yolo11[0], points, reg_max=case.reg_max, strides=strides)
     raw_boxes = ty.decode_yolox(yolox[0], points, strides)
     overlaps = ty.bbox_iou(boxes, boxes.detach().roll(1, 1), kind="ciou")
+    oriented = torch.cat([boxes, boxes[..., :1] / 8], 2)
+    of_oriented = ty.prob_iou(oriented, oriented.detach().roll(1, 1), floor=0.01)
     for name, result, preds in (
         ("decode_dfl", boxes, yolo11[:1]),
         ("decode_yolox", raw_boxes, yolox),
         ("bbox_iou", overlaps, yolo11[:1]),
+        ("prob_iou", of_oriented, yolo11[:1]),
     ):
         found[name] = result.detach()
         (found[f"{name}, gradient"],) = torch.autograd.grad(result.sum(), preds, retain_graph=True)

@@ -29,6 +29,8 @@ from .stages import (
     GradPreds,
     Metrics,
     Overlaps,
+    ProbIoU,
+    ProbIoUBackward,
     Selected,
     SelectTopk,
 )
@@ -76,6 +78,8 @@ __all__ = [
     "Levels",
     "Metrics",
     "Overlaps",
+    "ProbIoU",
+    "ProbIoUBackward",
     "SelectTopk",
     "Selected",
     "SimOTA",

@@ -100,6 +100,30 @@ class BboxIoUBackward(NamedTuple):
         return GradBoxes(self.a.new_empty(self.a.shape), self.b.new_empty(self.b.shape))
 
 
+class ProbIoU(NamedTuple):
+    """Oriented boxes (..., 5) of one shape."""
+
+    a: Tensor
+    b: Tensor
+    eps: float
+    floor: float
+
+    def allocate(self) -> Overlaps:
+        return Overlaps(self.a.new_empty(self.a.shape[:-1], dtype=wider(self.a, self.b)))
+
+
+class ProbIoUBackward(NamedTuple):
+    grad: Tensor
+    a: Tensor
+    b: Tensor
+    eps: float
+    floor: float
+    backend: str
+
+    def allocate(self) -> GradBoxes:
+        return GradBoxes(self.a.new_empty(self.a.shape), self.b.new_empty(self.b.shape))
+
+
 class Metrics(NamedTuple):
     """Both (B, G, A)."""
 

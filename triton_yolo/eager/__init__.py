@@ -2,6 +2,7 @@
 
 from .boxes import bbox_iou, bbox_iou_backward
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
+from .oriented import prob_iou, prob_iou_backward
 from .scale import scale_
 from .simota import simota_assign
 from .targets import unpack_rows
@@ -17,6 +18,8 @@ __all__ = [
     "decode_dfl_backward",
     "decode_yolox",
     "decode_yolox_backward",
+    "prob_iou",
+    "prob_iou_backward",
     "scale_",
     "select_topk_candidates",
     "simota_assign",

@@ -63,6 +63,12 @@ def log_product(excess):
 
 
 @triton.jit
+def log1p(e):
+    """log(1 + e) for any e >= 0 with the relative error of ``_log1p``, also where a fast log has but an absolute one."""
+    return tl.where(e <= 1, _log1p(e), tl.log(1 + e))
+
+
+@triton.jit
 def halves(x):
     """Neighbours [n / 2] among values [n]."""
     return tl.split(tl.reshape(x, (x.numel // 2, 2)))
