@@ -77,9 +77,8 @@ class RoomyLaunch(Launch):
     """A kernel that may take all registers. Where nobody says so, ptxas 12 may spill a value to stay at 48 of them."""
 
     def _limits(self) -> dict[str, int]:
-        if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
-            return {}
-        return {"maxnreg": 255}
+        is_compiled = isinstance(self._kernel, triton.JITFunction)
+        return {"maxnreg": 255} if is_compiled and triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
 
 
 def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:
