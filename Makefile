@@ -3,14 +3,20 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 # What pip installs exactly; `make CONSTRAINTS= VENV=.venv-new` takes the newest releases that the project allows.
 CONSTRAINTS ?= constraints.txt
+# Which build of PyTorch: the package index's, on Linux with 4 GB of CUDA, or e.g. TORCH=cpu, a folder of PyTorch's own index.
+TORCH ?=
+INDEX := $(TORCH:%=--extra-index-url https://download.pytorch.org/whl/%)
 # Tests run side by side, each with one thread: together they are faster than one after another with two.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: train test kernels interpreted compiled emulate lint types docs mutants kernel-mutants peers matrix dist gpu clean
+.PHONY: train predict test kernels interpreted compiled emulate lint types docs mutants kernel-mutants peers matrix dist gpu clean
 
 train: $(VENV)/installed  ## Train a small detector on composed digits, or ARGS="--data ..."; weights, pictures and metrics go to runs/train.
 	$(RUN) examples/train.py $(ARGS)
+
+predict: $(VENV)/installed  ## Find what it learned in photos, ARGS="photo.jpg ..."; drawings go to runs/predict.
+	$(RUN) examples/predict.py $(ARGS)
 
 test: $(VENV)/installed  ## Run the tests on the eager backend.
 	$(PYTEST) --ignore tests/kernels --ignore tests/emulator $(ARGS)
@@ -66,7 +72,7 @@ gpu:  ## On a machine with a CUDA GPU, with a Python that has torch, triton and 
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(CONSTRAINTS:%=-c %) -e ".[test,examples,bench,docs]" ruff mypy
+	$(RUN) -m pip install --quiet $(INDEX) $(CONSTRAINTS:%=-c %) -e ".[test,examples,bench,docs]" ruff mypy
 	touch $@
 
 clean:

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -89,6 +91,8 @@ def load_data(path: Path | None, imgsz: int, *, num_scenes: int, seed: int) -> t
 
 def read_detections(path: Path, seed: int = 0) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
     """Training and validation part, as the data set splits itself, else 4 to 1 at random."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         return read_voc(path, seed)
     if path.suffix in (".yaml", ".yml"):
@@ -100,14 +104,26 @@ def read_detections(path: Path, seed: int = 0) -> tuple[sv.DetectionDataset, sv.
 
 def read_voc(folder: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
     """JPEGImages and Annotations, split by ImageSets/Main/train.txt and val.txt if they exist."""
+    for file in sorted((folder / "Annotations").glob("*.xml")):
+        check_xml(file)
     whole = sv.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
     if not whole.classes:
-        raise ValueError(f"{folder} has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations/*.xml")
+        raise ValueError(
+            f"{folder} has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations/*.xml; "
+            "of a YOLO data set name the data.yaml, of COCO the json"
+        )
     lists = [folder / "ImageSets" / "Main" / f"{part}.txt" for part in ("train", "val")]
     if not all(names.is_file() for names in lists):
         return whole.split(0.8, random_state=seed)
     train, val = (subset(whole, set(names.read_text().split())) for names in lists)
     return train, val
+
+
+def check_xml(file: Path) -> None:
+    try:
+        ElementTree.parse(file)
+    except ElementTree.ParseError as error:  # it knows the line
+        raise ValueError(f"{file}: {error}") from None
 
 
 def subset(whole: sv.DetectionDataset, stems: Collection[str]) -> sv.DetectionDataset:
@@ -121,16 +137,21 @@ def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionD
     The labels of ``images/.../x.jpg`` are in ``labels/.../x.txt``; without such a folder, beside the image. Without ``val``, or
     with the same, 4 to 1 at random.
     """
-    content = yaml.safe_load(file.read_text()) or {}
-    missing = {"names", "train"} - set(content)
-    if missing:
-        raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:  # it knows the line
+        raise ValueError(f"{file}: {error}") from None
+    if missing := [name for name in ("names", "train") if not content.get(name)]:
+        raise ValueError(f"{file} has no {' and no '.join(missing)}")
     places = [file.parent / (content.get("path") or ""), file.parent]
 
     def part(entries: str | list[str]) -> sv.DetectionDataset:
         entries = [entries] if isinstance(entries, str) else entries
-        images = {image for entry in entries for image in list_images(find(entry, places), places)}
-        datasets = [read_yolo_folder(folder, images, file) for folder in sorted({image.parent for image in images})]
+        images = {image for entry in entries for image in list_images(find(entry, places, str(file)), places)}
+        if not images:
+            raise ValueError(f"{file}: no images in {', '.join(entries)}")
+        num_classes = len(content["names"])
+        datasets = [read_yolo_folder(at, images, file, num_classes) for at in sorted({image.parent for image in images})]
         annotations = {path: found for dataset in datasets for path, found in dataset.annotations.items()}
         if not any(map(len, annotations.values())):
             raise ValueError(f"{file}: no labels of {', '.join(entries)}; those of images/x.jpg belong in labels/x.txt")
@@ -141,30 +162,30 @@ def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionD
     return part(content["train"]), part(content["val"])
 
 
-def find(name: str, places: list[Path]) -> Path:
+def find(name: str, places: list[Path], named_in: str) -> Path:
     """The first that exists. Some exports lead one folder too high."""
     for path in (place / start for place in places for start in (name, name.removeprefix("../"))):
         if path.exists():
             return path
-    raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, dict.fromkeys(places)))}")
+    raise FileNotFoundError(f"{named_in}: {name} is in none of {', '.join(map(str, dict.fromkeys(places)))}")
 
 
 def list_images(path: Path, places: list[Path]) -> Iterator[Path]:
     if path.suffix == ".txt":
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        yield from (find(name, [path.parent, *places]) for name in names)
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.strip():
+                yield find(line.strip(), [path.parent, *places], f"{path}, line {number}")
     else:
         yield from (image for image in path.rglob("*") if image.suffix.lower() in SUFFIXES)
 
 
-def read_yolo_folder(folder: Path, kept: Collection[Path], file: Path) -> sv.DetectionDataset:
+def read_yolo_folder(folder: Path, kept: Collection[Path], file: Path, num_classes: int) -> sv.DetectionDataset:
     """Those of the ``kept`` images that are in ``folder``, with their labels."""
     labels = label_folder(folder)
-    whole = sv.DetectionDataset.from_yolo(str(folder), str(labels), str(file))
-    part = subset(whole, {path.stem for path in kept if path.parent == folder})
-    for path in part.image_paths:
-        check_normalised(labels / f"{Path(path).stem}.txt")
-    return part
+    stems = {path.stem for path in kept if path.parent == folder}
+    for stem in sorted(stems):
+        check_labels(labels / f"{stem}.txt", num_classes)
+    return subset(sv.DetectionDataset.from_yolo(str(folder), str(labels), str(file)), stems)
 
 
 def label_folder(images: Path) -> Path:
@@ -176,26 +197,57 @@ def label_folder(images: Path) -> Path:
     return Path(*parts[:last], "labels", *parts[last + 1 :])
 
 
-def check_normalised(file: Path, limit: float = 1.5) -> None:
-    """Raise if a label is in pixels. A box may reach out of its image a little."""
+def check_labels(file: Path, num_classes: int) -> None:
+    """Raise if a line is no label of one of the classes."""
     lines = file.read_text().splitlines() if file.is_file() else []
     for number, line in enumerate(lines, 1):
-        if any(float(value) > limit for value in line.split()[1:5]):
+        if line.strip() and (fault := fault_of(line.split(), num_classes)):
             raise ValueError(
-                f"{file}, line {number}: {line!r} looks like pixels; "
+                f"{file}, line {number}: {line!r} {fault}; "
                 "a YOLO label is class cx cy w h, the last four as shares (0-1) of the image's sides"
             )
 
 
+def fault_of(words: list[str], num_classes: int, limit: float = 1.5) -> str:
+    """What is wrong with a label, if anything. A box may reach out of its image a little."""
+    try:
+        label, *sides = map(float, words)
+    except ValueError:
+        return "is not made of numbers"
+    if len(sides) < 4:
+        return "has fewer than five numbers"
+    if label not in range(num_classes):
+        return f"is of none of the classes 0 to {num_classes - 1}"
+    return "looks like pixels" if max(sides[:4]) > limit else ""
+
+
 def read_coco(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
     """A COCO json; images lie beside it, in ``images`` beside it, or in a folder named as the json says (val2017)."""
-    content = json.loads(file.read_text())
-    if not (isinstance(content, dict) and content.get("images")):
-        raise ValueError(f"{file} lists no images: it is no COCO json of ground truth")
-    first = content["images"][0]["file_name"]
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:  # it knows the line
+        raise ValueError(f"{file}: {error}") from None
+    check_coco(content, file)
     part = file.stem.removeprefix("instances_")
     places = [file.parent, file.parent / "images", file.parent.parent / part, file.parent.parent / "images"]
-    for images in places:
-        if (images / first).is_file():
-            return sv.DetectionDataset.from_coco(str(images), str(file)).split(0.8, random_state=seed)
-    raise FileNotFoundError(f"{first} is in none of {', '.join(map(str, places))}")
+    names = [image["file_name"] for image in content["images"]]
+    absent = {place: [name for name in names if not (place / name).is_file()] for place in places}
+    images = min(absent, key=lambda place: len(absent[place]))
+    if missing := absent[images]:
+        tried = ", ".join(map(str, places))
+        found = f"{len(missing)} of {len(names)} images are missing, the first is {missing[0]}"
+        raise FileNotFoundError(f"{file}: {found}; looked in {tried}")
+    return sv.DetectionDataset.from_coco(str(images), str(file)).split(0.8, random_state=seed)
+
+
+def check_coco(content: Any, file: Path) -> None:
+    """Raise if this is no ground truth, or boxes of no category or in no pixels."""
+    content = content if isinstance(content, dict) else {}
+    if missing := [name for name in ("images", "annotations", "categories") if not content.get(name)]:
+        raise ValueError(f"{file} has no {' and no '.join(missing)}: it is no COCO json of ground truth")
+    known = {category["id"] for category in content["categories"]}
+    for box in content["annotations"]:
+        if box["category_id"] not in known:
+            raise ValueError(f"{file}: annotation {box['id']} is of category {box['category_id']}, which is not listed")
+    if all(max(box["bbox"]) <= 1 for box in content["annotations"]):
+        raise ValueError(f"{file}: boxes look like shares (0-1) of the image's sides; COCO's bbox is x y w h in pixels")

@@ -37,7 +37,9 @@ def to_detections(boxes: Tensor, probs: Tensor, *, threshold: float, max_boxes: 
 
 @torch.no_grad()
 def predict(model: Detector, images: Tensor, *, threshold: float = 0.01) -> list[sv.Detections]:
-    """Detections of every image (B, 3, H, W), uint8."""
+    """Detections of every image (B, 3, H, W), uint8, with sides that the largest stride divides."""
+    if any(side % max(STRIDES) for side in images.shape[2:]):
+        raise ValueError(f"sides of images must be divisible by {max(STRIDES)}, got {tuple(images.shape[2:])}")
     dtype = next(model.parameters()).dtype
     boxes, probs = decode(model(images.to(dtype) / 255), feature_shapes(images), model.reg_max)
     return [to_detections(b, p, threshold=threshold) for b, p in zip(boxes, probs, strict=True)]

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 import triton_yolo as ty
 
 MARKERS = {8: "o", 16: "s", 32: "D"}
+METRICS = {"map50": "mAP@50", "map75": "mAP@75", "map50_95": "mAP@50-95"}
 INK = "#333333"
 PANEL = 4  # inches
 
@@ -52,12 +53,15 @@ def draw_map(file: Path, scores: dict[float, dict[str, float]]) -> None:
     """Mean average precision on the validation images over the epochs, the best one marked."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("map50", "mAP@50"), ("map75", "mAP@75"), ("map50_95", "mAP@50-95")):
-        axes.plot(list(scores), [score[name] for score in scores.values()], marker=".", label=label)
     best = max(scores, key=lambda epoch: (scores[epoch]["map50_95"], epoch))
+    for (name, label), marker in zip(METRICS.items(), MARKERS.values(), strict=True):
+        values = [score[name] for score in scores.values()]
+        label = f"{label}: {scores[best][name]:.3f}"
+        axes.plot(list(scores), values, marker=marker, markersize=5, label=label, clip_on=False, zorder=3)  # 0 shows, too
     axes.axvline(best, color=INK, linestyle=":", label=f"best.pt: epoch {best:g}")
     axes.set_title("Mean average precision on the validation images")
     axes.set_xlabel("epoch")
+    axes.set_xlim(0, 1.04 * max(1, *scores))
     axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -85,20 +89,22 @@ def draw_predictions(
     """Ground truth beside what the model finds with a confidence above ``threshold``, coloured by class."""
     figure, grid = sheet(len(samples), side_by_side=2)
     figure.suptitle(f"Ground truth, and beside it what is found with a confidence above {threshold}", fontsize="x-large")
-    found = predict(model, collate(samples).images.to(device), threshold=threshold)
+    found = predict(model, collate(samples).images.to(device))
     for left, right, sample, detections in zip(grid[::2], grid[1::2], samples, found, strict=True):
         expected = truth(sample)
         left.imshow(annotate(sample.image, expected, classes))
         left.set_title(f"ground truth: {count(len(expected), 'box')}")
-        right.imshow(annotate(sample.image, detections, classes))
-        right.set_title(f"found: {count(len(detections), 'box')}")
+        sure = detections[detections.confidence > threshold]
+        right.imshow(annotate(sample.image, sure, classes))
+        best = "" if len(sure) else f", at best with {max(detections.confidence, default=0.0):.2f}"
+        right.set_title(f"found: {count(len(sure), 'box')}{best}")
     figure.savefig(file, dpi=120, bbox_inches="tight")  # titles and legend may be wider than a single image
 
 
-def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], side: int = 480) -> np.ndarray:
-    """The image enlarged to about ``side``, with boxes and labels; no label leaves it or covers another where there is room."""
-    scale = side / image.shape[0]
-    scene = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+def annotate(image: np.ndarray, detections: sv.Detections, classes: tuple[str, ...], height: float = 480) -> np.ndarray:
+    """The image at about this height, with boxes and labels; no label leaves it or covers another where there is room."""
+    scale = max(height, 1) / image.shape[0]
+    scene = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     if len(detections) == 0:
         return scene
     scaled = sv.Detections(detections.xyxy * scale, confidence=detections.confidence, class_id=detections.class_id)

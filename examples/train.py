@@ -2,8 +2,8 @@
 
 Without ``--data`` it learns to find handwritten digits. ``torchrun --nproc-per-node 2 examples/train.py`` uses two processes.
 The folder ``--output`` receives pictures, ``metrics.json`` and, after every epoch, ``last.pt``, from which ``--resume`` goes on
-with the options of then, and ``best.pt``, the weights of the highest mAP. With ``examples/`` on Python's path, either finds
-objects in images (B, 3, H, W), RGB in uint8, with sides that 32 divides:
+with the options of then, and ``best.pt``, the weights of the highest mAP; ``examples/predict.py`` draws what they find.
+With ``examples/`` on Python's path, either finds objects in images (B, 3, H, W), RGB in uint8, with sides that 32 divides:
 
     from checkpoint import load_model
     from evaluate import predict
@@ -106,7 +106,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     with processes(options.device) as device:
         torch.manual_seed(options.seed)
-        train_data, val_data = load_data(options.data, options.imgsz, num_scenes=options.scenes, seed=options.seed)
+        try:
+            train_data, val_data = load_data(options.data, options.imgsz, num_scenes=options.scenes, seed=options.seed)
+        except (ValueError, OSError) as error:  # of what the user gave: no trace of calls
+            raise SystemExit(f"--data: {error}") from error
         model = Detector(len(train_data.classes), head(options.loss), options.reg_max).to(device)
         run = Run(options, train_data.classes, partial(evaluate, model, val_data, device) if rank() == 0 else None)
         start = time.perf_counter()

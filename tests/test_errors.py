@@ -96,6 +96,7 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
             r"targets\[0\]\['labels'\] must have shape \(1,\), got \(2,\)",
         ),
         (lambda: ty.Targets.from_padded(torch.zeros(1, 2), torch.zeros(1, 2, 4), box_format="cxcywh"), "box_format must be"),
+        (lambda: ty.Targets.from_list([{}], box_format="cxcywh"), "box_format must be"),
         (lambda: ty.Targets.from_padded(torch.zeros(1, 3), torch.zeros(1, 2, 4)), "labels must have shape"),
         (lambda: ty.Targets.from_padded(torch.zeros(1, 2), torch.zeros(1, 2, 4), torch.zeros(2)), "mask must have shape"),
         (lambda: ty.Targets.from_yolo(torch.tensor([[5.0, 0, 0, 0, 1, 1]]), 64).validate(2, 3), "image indices below"),

@@ -1,9 +1,12 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,15 +19,18 @@ from supervision.metrics import MeanAveragePrecision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import pictures
+import predict as photos
 import train as example
-from checkpoint import Run, load_model
+from checkpoint import Run, load_model, write
 from criteria import LOSSES, make_criterion
 from data import load_data, place, read_detections
 from detector import Detector
 from digits import DigitScenes
-from evaluate import evaluate, truth
+from evaluate import evaluate, predict, truth
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from pictures import annotate, draw_assignment, draw_map
+from matplotlib.figure import Figure
+from pictures import annotate, draw_assignment, draw_map, draw_predictions
 from samples import Batch, Sample, area, collate
 
 from tests.recorder import recorded
@@ -185,11 +191,11 @@ def test_annotated_images_are_read(write: Callable[[Path], Path], sizes: tuple[i
 
 
 def test_unknown_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"boxes\.csv does not exist"):
+        read_detections(tmp_path / "boxes.csv")
+    (tmp_path / "boxes.csv").touch()
     with pytest.raises(ValueError, match="data must be"):
         read_detections(tmp_path / "boxes.csv")
-    (tmp_path / "boxes.json").write_text('{"images": [{"file_name": "a.png"}]}')
-    with pytest.raises(FileNotFoundError, match=r"a\.png"):
-        read_detections(tmp_path / "boxes.json")
     with pytest.raises(ValueError, match=r"has no boxes: a Pascal VOC folder holds JPEGImages/ and Annotations"):
         read_detections(tmp_path)
 
@@ -220,7 +226,7 @@ def test_images_may_be_listed(tmp_path: Path) -> None:
     assert names == [["train/0.png", "train/1.png", "train/4.png"], ["train/3.png", "val/2.png"]]
     assert [found.class_id.tolist() for found in val.annotations.values()] == [[1], [0]]
     (tmp_path / "val.txt").write_text("images/val/missing.png\n")
-    with pytest.raises(FileNotFoundError, match=r"images/val/missing\.png is in none of"):
+    with pytest.raises(FileNotFoundError, match=r"val\.txt, line 1: images/val/missing\.png is in none of"):
         read_detections(tmp_path / "data.yaml")
 
 
@@ -242,10 +248,19 @@ def test_a_folder_named_like_images_keeps_its_name(tmp_path: Path) -> None:
     assert sum(map(len, [*train.annotations.values(), *val.annotations.values()])) == 1
 
 
-def test_labels_in_pixels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("1 34 20 20 20", "looks like pixels"),
+        ("1 0.5 0.5 0.2", "has fewer than five numbers"),
+        ("disc 0.5 0.5 0.2 0.2", "is not made of numbers"),
+        ("2 0.5 0.5 0.2 0.2", "is of none of the classes 0 to 1"),
+    ],
+)
+def test_a_line_that_is_no_label_is_refused(line: str, fault: str, tmp_path: Path) -> None:
     file = write_yolo(tmp_path)
-    (tmp_path / "labels" / "train" / "3.txt").write_text("0 0.5 0.5 0.2 0.2\n1 34 20 20 20\n")
-    with pytest.raises(ValueError, match=r"labels/train/3\.txt, line 2: '1 34 20 20 20' looks like pixels"):
+    (tmp_path / "labels" / "train" / "3.txt").write_text(f"0 0.5 0.5 0.2 0.2\n\n{line}\n")
+    with pytest.raises(ValueError, match=rf"labels/train/3\.txt, line 3: '{line}' {fault}; a YOLO label is class cx cy w h"):
         read_detections(file)
 
 
@@ -253,12 +268,15 @@ def test_labels_in_pixels_are_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "has no names and no train"),
-        ("names: [disc, ring]\ntrain: images/test\n", "images/test is in none of"),
-        ("names: [disc, ring]\ntrain: labels/train\n", "no labels of labels/train"),
+        ("names: [disc\ntrain: images/train\n", r"data\.yaml: (?s:.*)line 2"),
+        ("names: [disc, ring]\ntrain: images/test\n", r"data\.yaml: images/test is in none of"),
+        ("names: [disc, ring]\ntrain: labels/train\n", r"data\.yaml: no images in labels/train"),
+        ("names: [disc, ring]\ntrain: unlabelled\n", r"data\.yaml: no labels of unlabelled"),
     ],
 )
 def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, tmp_path: Path) -> None:
     write_yolo(tmp_path).write_text(content)
+    make_images(tmp_path / "unlabelled")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_detections(tmp_path / "data.yaml")
 
@@ -266,9 +284,47 @@ def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, t
 def test_a_coco_json_may_lie_beside_its_images(tmp_path: Path) -> None:
     file = write_coco(tmp_path).replace(tmp_path / "images" / "_annotations.coco.json")
     assert [len(part) for part in read_detections(file)] == [4, 1]
-    file.write_text("[]")
-    with pytest.raises(ValueError, match="no COCO json of ground truth"):
+
+
+def drop_an_image(folder: Path) -> None:
+    (folder / "images" / "3.png").unlink()
+
+
+def change_boxes(folder: Path, **values: Any) -> None:
+    file = folder / "annotations.json"
+    content = json.loads(file.read_text())
+    for box in content["annotations"]:
+        box.update(values)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_an_image, r"1 of 5 images are missing, the first is 3\.png; looked in .*images"),
+        (partial(change_boxes, bbox=[0.1, 0.2, 0.5, 0.5]), "boxes look like shares"),
+        (partial(change_boxes, category_id=7), "annotation 1 is of category 7, which is not listed"),
+        (lambda folder: (folder / "annotations.json").write_text("[]"), "has no images and no annotations and no categories"),
+        (lambda folder: (folder / "annotations.json").write_text("{\n"), "Expecting .*: line 2"),
+    ],
+)
+def test_a_coco_json_that_is_wrong_is_refused(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    file = write_coco(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"annotations\.json:? {message}"):
         read_detections(file)
+
+
+def test_an_xml_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    folder = write_voc(tmp_path)
+    (folder / "Annotations" / "2.xml").write_text("<annotation>\n")
+    with pytest.raises(ValueError, match=r"Annotations/2\.xml: no element found: line 2"):
+        read_detections(folder)
+
+
+def test_data_that_cannot_be_read_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^--data: .*/nowhere does not exist$"):
+        run(tmp_path, "--data", str(tmp_path / "nowhere"))
 
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
@@ -345,13 +401,81 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_the_snippet_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_of_the_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "--epochs", "0", "--output", str(tmp_path / "runs" / "train"))
     monkeypatch.chdir(tmp_path)
-    snippet = "\n".join(line.strip() for line in example.__doc__.splitlines() if line.startswith("    "))
-    names = {"images": torch.zeros(2, 3, 64, 96, dtype=torch.uint8)}
-    exec(snippet, names)
-    assert [type(found) for found in names["detections"]] == [sv.Detections] * 2
+    cv2.imwrite("photo.jpg", np.zeros((40, 60, 3), np.uint8))
+    names: dict[str, Any] = {"images": torch.zeros(2, 3, 64, 96, dtype=torch.uint8)}
+    for module in (example, photos):
+        exec("\n".join(line.strip() for line in module.__doc__.splitlines() if line.startswith("    ")), names)
+    assert [type(found) for found in [*names["detections"], names["found"]]] == [sv.Detections] * 3
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Of a detector that finds nothing yet."""
+    options = {"loss": "yolo11", "reg_max": 16, "imgsz": 64}
+    file = tmp_path / "best.pt"
+    write(file, {"options": options, "classes": ("disc", "ring"), "model": Detector(2).state_dict()})
+    return file
+
+
+def test_boxes_are_in_pixels_of_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo of 60 x 40 lies in rows 16 to 48 of a square of 96: it is enlarged by 1.6 to 96 x 64."""
+    seen = []
+
+    def predict(model: Detector, images: torch.Tensor, *, threshold: float) -> list[sv.Detections]:
+        seen.append(images)
+        return [sv.Detections(np.array([[32, 24, 64, 56], [-9, 0, 99, 96]], np.float32), class_id=np.array([1, 0]))]
+
+    monkeypatch.setattr(photos, "predict", predict)
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[5:25, 20:40] = (255, 0, 0)  # blue as OpenCV has it
+    found = photos.find_objects(Detector(2), image, 96)
+    np.testing.assert_allclose(found.xyxy, [[20, 5, 40, 25], [0, 0, 60, 40]], atol=1e-4)
+    rows, columns = np.nonzero(seen[0][0, 2].numpy() > 180)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == pytest.approx((24, 55, 32, 63), abs=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3), (37, 501, 3), (3000, 5, 3), (40, 60)])
+def test_photos_of_any_size_are_drawn(size: tuple[int, ...], weights: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = weights.parent
+    cv2.imwrite(str(folder / "photo.png"), np.full(size, 90, np.uint8))
+    argv = [str(folder / "photo.png"), "--weights", str(weights), "--output", str(folder / "out"), "--device", "cpu"]
+    photos.main(argv)
+    assert "photo.png: nothing with a confidence above 0.3; see" in capsys.readouterr().out
+    assert max(cv2.imread(str(folder / "out" / "photo-found.png")).shape) == pytest.approx(960, abs=1)
+    photos.main([*argv, "--threshold", "0"])
+    assert re.search(r"photo.png: \d+ disc, \d+ ring; see", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg does not exist"),
+        (["text.jpg"], "text.jpg is no image that OpenCV can read"),
+        (["a.jpg", "--weights", "none.pt"], "none.pt does not exist; `make train` writes runs/train/best.pt"),
+        (["a.jpg", "--weights", "text.jpg"], "text.jpg was not saved by examples/train.py"),
+        (["a.jpg", "--weights", "other.pt"], "other.pt was not saved by examples/train.py"),
+        (["a.jpg", "--imgsz", "100"], "--imgsz must be positive and divisible by 32"),
+        (["a.jpg", "b/a.jpg"], "two photos of one name"),
+    ],
+)
+def test_photos_and_weights_that_cannot_be_read(
+    argv: list[str], message: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    Path("text.jpg").write_text("no image")
+    torch.save({"epoch": 3}, "other.pt")
+    with pytest.raises(SystemExit) as ended:
+        photos.main(["--weights", "best.pt", *argv])
+    assert message in capsys.readouterr().err + str(ended.value)
+    assert not Path("runs").exists()
+
+
+def test_images_of_odd_sides_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides of images must be divisible by 32, got \(64, 100\)"):
+        predict(Detector(2), torch.zeros(1, 3, 64, 100, dtype=torch.uint8))
 
 
 def test_evaluation_leaves_the_model_in_training() -> None:
@@ -374,13 +498,19 @@ def test_no_label_is_cut_off() -> None:
         assert white == pytest.approx((annotate(blank, middle, names).min(-1) > 200).sum(), rel=0.05)
 
 
-def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = []
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those that are drawn."""
+    drawn: list[Figure] = []
     monkeypatch.setattr(
         FigureCanvasAgg,
         "__init__",
-        lambda self, figure, init=FigureCanvasAgg.__init__: (figures.append(figure), init(self, figure))[1],
+        lambda self, figure, init=FigureCanvasAgg.__init__: (drawn.append(figure), init(self, figure))[1],
     )
+    return drawn
+
+
+def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, figures: list[Figure]) -> None:
     scenes = DigitScenes(2, 64, is_train=False)
     draw_assignment(tmp_path / "assignment.png", Detector(10), [scenes[0], scenes[1]], CPU)
     figure = figures[-1]
@@ -391,6 +521,34 @@ def test_the_assignment_has_a_legend_and_titles(tmp_path: Path, monkeypatch: pyt
     draw_map(tmp_path / "map.png", scores)
     curve, *_ = figures[-1].axes[0].lines
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([2, 1], [0.2, 0.1])
+
+
+def test_what_is_found_with_too_little_confidence_is_named(
+    tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a short training nothing is sure yet: a picture without boxes says how far it is."""
+    boxes = np.array([[0, 0, 20, 20], [30, 30, 50, 50]], np.float32)
+    unsure, sure = (
+        sv.Detections(boxes, confidence=np.array(confidence), class_id=np.array([1, 2]))
+        for confidence in ([0.124, 0.02], [0.31, 0.02])
+    )
+    nothing = sv.Detections(boxes[:0], confidence=np.empty(0), class_id=np.empty(0, int))
+    monkeypatch.setattr(pictures, "predict", lambda *arguments: [unsure, sure, nothing])
+    scenes = DigitScenes(3, 64, is_train=False)
+    draw_predictions(tmp_path / "predictions.png", Detector(10), list(map(scenes.__getitem__, range(3))), scenes.classes, CPU)
+    titles = [axes.get_title() for axes in figures[-1].axes[1::2]][:3]
+    assert titles == ["found: 0 boxes, at best with 0.12", "found: 1 box", "found: 0 boxes, at best with 0.00"]
+
+
+def test_a_single_validation_can_be_read(tmp_path: Path, figures: list[Figure]) -> None:
+    """A run of one epoch: a marker that the edge does not cut, and numbers in the legend."""
+    draw_map(tmp_path / "map.png", {1.0: {"map50": 0.0213, "map75": 0.0, "map50_95": 0.0071}})
+    (axes,) = figures[-1].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["mAP@50: 0.021", "mAP@75: 0.000", "mAP@50-95: 0.007", "best.pt: epoch 1"]
+    curves = axes.lines[:3]
+    assert all(curve.get_marker() in "osD" and curve.get_markersize() >= 5 and not curve.get_clip_on() for curve in curves)
+    assert axes.get_xlim() == (0, 1.04)
 
 
 def test_a_run_on_annotated_images(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is installed where: the wheel's files, a machine without Triton, versions that were tested, lines that are advised."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -69,6 +70,17 @@ def test_the_table_of_versions_is_that_of_the_saved_runs():
     assert matrix.with_table(page, matrix.table(matrix.saved())) == page
 
 
+def test_every_run_has_its_own_commit_and_what_of_the_tests_it_was():
+    versions = {"python": "3.11.7", "numpy": "2.4.6", "torch": "2.11.0", "triton": "3.6.0"}
+    runs = [
+        {**versions, "commit": "aaaaaaa", "tests": {"test": {"passed": 9}, "compiled": {"failed": 1}}},
+        {**versions, "commit": "bbbbbbb", "tests": {"compiled": {"passed": 2, "skipped": 1}}, "chosen": "yolo11"},
+    ]
+    table = matrix.table(matrix.saved("\n".join(map(json.dumps, runs))))
+    cells = ["9 passed; aaaaaaa", "not run", "2 passed, 1 skipped; only yolo11; bbbbbbb"]
+    assert table.splitlines()[-1] == f"| {' | '.join(['3.11.7', '2.11.0', '3.6.0', '2.4.6', *cells])} |"
+
+
 def test_a_run_without_an_outcome_is_an_error():
     output = "....\n===== 2 failed, 1218 passed, 7 skipped in 976.65s (0:16:16) =====\n"
     assert matrix.outcome(output, 1) == {"failed": 2, "passed": 1218, "skipped": 7}
@@ -107,6 +119,16 @@ def test_where_triton_is_not_installed_the_eager_backend_serves():
     found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert found.stderr == ""
     assert found.stdout == "backend 'triton' needs Triton, which is not installed; use backend 'eager'\n"
+
+
+@pytest.mark.parametrize("build", ["", "cpu", "cu130"])
+def test_make_takes_another_build_of_pytorch(build, tmp_path):
+    command = ["make", "--dry-run", "train", f"TORCH={build}", f"VENV={tmp_path}"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in planned.splitlines() if "pip install" in line)
+    index = install.CPU_INDEX.removesuffix("cpu") + build
+    assert re.findall(r"--extra-index-url (\S+)", line) == ([index] if build else [])
+    assert "train TORCH=cpu" in (ROOT / "README.md").read_text()
 
 
 def test_lines_that_pip_is_given():

@@ -161,6 +161,18 @@ def test_rows_without_whole_numbers_are_nobodys_where_values_are_not_looked_at(s
     assert torch.equal(criterion(*preds, shapes, ty.Targets.from_yolo(row, 32)).loss, expected)
 
 
+@pytest.mark.parametrize("box_format", ["xyxy", "xywh"])
+def test_a_list_in_either_format(box_format):
+    """Centre (10, 20), 4 wide and 6 high: corners (8, 17) and (12, 23)."""
+    xywh, xyxy = torch.tensor([[10.0, 20, 4, 6]]), torch.tensor([[8.0, 17, 12, 23]])
+    boxes = xyxy if box_format == "xyxy" else xywh
+    of_image = [{"boxes": boxes[:0], "labels": torch.tensor([])}, {"boxes": boxes, "labels": torch.tensor([2])}]
+    targets = ty.Targets.from_list(of_image, box_format=box_format)
+    assert (targets.image_index.tolist(), targets.labels.tolist()) == ([1], [2])
+    assert torch.equal(targets.boxes_xyxy, xyxy)
+    assert torch.equal(targets.boxes_xywh, xywh)
+
+
 PIXELS = torch.tensor([[[8.0, 8, 24, 24], [0, 0, 9, 5]]])
 BROKEN = torch.cat([PIXELS, PIXELS * torch.nan], 1)
 

@@ -11,6 +11,8 @@ from ._precision import working
 from ._rows import is_valid
 from ._signatures import UnpackRows
 
+FORMATS = ("xyxy", "xywh")
+
 
 class Targets(NamedTuple):
     """Ground truth of a batch, one row a box, in any order.
@@ -76,7 +78,7 @@ class Targets(NamedTuple):
         Warns:
             UserWarning: most boxes are shares of an image (on the CPU).
         """
-        _checks.one_of("box_format", box_format, ("xyxy", "xywh"))
+        _checks.one_of("box_format", box_format, FORMATS)
         _checks.tensor("boxes", boxes, ("B", "G", 4))
         labels = _checks.per_slot("labels", labels, boxes)
         if mask is not None:
@@ -86,20 +88,24 @@ class Targets(NamedTuple):
             is_box = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
         image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
         _check_values("labels", "boxes", labels, boxes, is_box, box_format)
-        make = cls._from_xyxy if box_format == "xyxy" else cls._from_xywh
-        return make(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4))
+        return cls._from_boxes(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4), box_format)
 
     @classmethod
-    def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> "Targets":
-        """Take one mapping an image with ``boxes`` (n, 4) in xyxy pixels and ``labels`` (n,), as torchvision's detectors do.
+    def from_list(cls, targets: Sequence[Mapping[str, Tensor]], box_format: str = "xyxy") -> "Targets":
+        """Take one mapping an image, as torchvision's detectors do.
+
+        Args:
+            targets: mappings with ``boxes`` (n, 4) in pixels and ``labels`` (n,).
+            box_format: ``"xyxy"`` or ``"xywh"`` (centre, width, height; COCO's and torchvision's xywh begin at a corner).
 
         Raises:
-            ValueError: the list is empty, a key is missing or sizes do not agree; on the CPU also for a label that is no whole
-                number (elsewhere such a row is padding).
+            ValueError: the list is empty, a key is missing, sizes do not agree or ``box_format`` is unknown; on the CPU also
+                for a label that is no whole number (elsewhere such a row is padding).
 
         Warns:
             UserWarning: most boxes are shares of an image (on the CPU).
         """
+        _checks.one_of("box_format", box_format, FORMATS)
         _checks.require(len(targets) > 0, "targets", "have one mapping an image", "an empty list")
         for image, target in enumerate(targets):
             missing = {"boxes", "labels"} - set(target)
@@ -110,8 +116,8 @@ class Targets(NamedTuple):
         counts = [len(target["boxes"]) for target in targets]
         image_index = torch.cat([torch.full((n,), image, device=device) for image, n in enumerate(counts)])
         labels, boxes = torch.cat([t["labels"] for t in targets]), torch.cat([working(t["boxes"]) for t in targets])
-        _check_values("labels of targets", "boxes of targets", labels, boxes, image_index >= 0)
-        return cls._from_xyxy(image_index, labels, boxes)
+        _check_values("labels of targets", "boxes of targets", labels, boxes, image_index >= 0, box_format)
+        return cls._from_boxes(image_index, labels, boxes, box_format)
 
     @classmethod
     def _of_slots(cls, labels: Tensor, boxes: Tensor, is_box: Tensor, names: tuple[str, str]) -> "Targets":
@@ -142,6 +148,11 @@ class Targets(NamedTuple):
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
         """Which rows (N,) count as ground truth."""
         return is_valid(self.image_index, self.labels, self.boxes_xyxy, batch_size, num_classes)
+
+    @classmethod
+    def _from_boxes(cls, image_index: Tensor, labels: Tensor, boxes: Tensor, box_format: str) -> "Targets":
+        make = cls._from_xyxy if box_format == "xyxy" else cls._from_xywh
+        return make(image_index, labels, boxes)
 
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":

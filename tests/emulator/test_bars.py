@@ -1,34 +1,67 @@
-"""What the kernels of YOLO11's criterion issue, as counted by the emulator; the same in every run of one version of Triton."""
+"""What the kernels of whole criteria issue, as counted by the emulator; the same in every run of one version of Triton."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import triton_yolo as ty
-from bench.cases import STRIDES, make_case, yolo11_preds
+from bench.cases import STRIDES, has_coco, make_case, yolo11_preds, yolox_preds
 from tests.tools.emulator import emulated
 
+DATA = Path(os.environ["TRITON_YOLO_DATA"]) if "TRITON_YOLO_DATA" in os.environ else None
 
-@pytest.fixture(scope="module")
-def launches():
-    """One image of 640 px, with a box over all of it."""
-    case = make_case("lognormal", batch_size=1, imgsz=640, num_classes=80)
-    case.rows[0, 2:] = torch.tensor([0.5, 0.5, 1.0, 1.0])
-    inputs = [x.to(torch.bfloat16).transpose(1, 2).requires_grad_() for x in yolo11_preds(case)]
+
+def launches_of(system, case):
+    if system == "yolo11":
+        criterion, preds = ty.YOLO11Loss, yolo11_preds(case)
+    else:
+        criterion, preds = ty.YOLOXLoss, (yolox_preds(case).transpose(1, 2).contiguous(),)
+    inputs = [x.to(torch.bfloat16).transpose(1, 2).requires_grad_() for x in preds]
     with emulated("cuda:90") as launches, ty.backend("triton"):
-        ty.YOLO11Loss(case.num_classes, strides=STRIDES)(*inputs, case.feat_shapes, case.rows).loss.backward()
+        criterion(case.num_classes, strides=STRIDES)(*inputs, case.feat_shapes, case.rows).loss.backward()
     return {launch.kernel: launch for launch in launches}
 
 
-def test_no_program_is_long(launches):
-    longest = {kernel: launch.instructions.max() for kernel, launch in launches.items()}
+def issued(launches):
+    return {kernel: launch.num_warps * launch.instructions.sum() for kernel, launch in launches.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_image():
+    """The launches of a criterion for one image of 640 px, with a box over all of it."""
+    case = make_case("lognormal", batch_size=1, imgsz=640, num_classes=80)
+    case.rows[0, 2:] = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    return {system: launches_of(system, case) for system in ("yolo11", "yolox")}
+
+
+@pytest.mark.parametrize("system", ["yolo11", "yolox"])
+def test_no_program_is_long(whole_image, system):
+    longest = {kernel: launch.instructions.max() for kernel, launch in whole_image[system].items()}
     assert max(longest.values()) <= 3000, longest
 
 
-def test_few_instructions_an_image(launches):
-    issued = {kernel: launch.num_warps * launch.instructions.sum() for kernel, launch in launches.items()}
-    assert sum(issued.values()) <= 1_100_000, issued
-    assert 32 * issued["_yolo11_class_kernel"] <= 18.5 * 80 * 8400
+@pytest.mark.parametrize(("system", "bar"), [("yolo11", 1_100_000), ("yolox", 215_000)])
+def test_few_instructions_an_image(whole_image, system, bar):
+    assert sum(issued(whole_image[system]).values()) <= bar, issued(whole_image[system])
 
 
-def test_few_launches(launches):
-    assert len(launches) <= 10 + 1
+def test_few_instructions_a_logit(whole_image):
+    assert 32 * issued(whole_image["yolo11"])["_yolo11_class_kernel"] <= 18.5 * 80 * 8400
+
+
+@pytest.mark.parametrize(("system", "most"), [("yolo11", 9), ("yolox", 7)])
+def test_few_launches(whole_image, system, most):
+    assert len(whole_image[system]) <= most + 1
+
+
+@pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.4 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
+def test_two_images_of_coco(system, bar):
+    """Shares of what commit c59763f issued."""
+    if not has_coco(DATA):
+        pytest.skip("COCO box sizes: TRITON_YOLO_DATA names no folder with coco_boxes.json")
+    launches = launches_of(system, make_case("coco", batch_size=2, imgsz=640, num_classes=80, data=DATA))
+    assert sum(issued(launches).values()) <= bar, issued(launches)
+    longest = {kernel: launch.instructions.max() for kernel, launch in launches.items()}
+    assert max(longest.values()) <= 3000, longest

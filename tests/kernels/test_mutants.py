@@ -15,12 +15,14 @@ DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "dec
 SIMOTA, CLASSES = f"{LAUNCHES}_simota_with_points_in_any_order", f"{LAUNCHES}_classes_of_several_tiles"
 TILES = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_the_assignment"
 TILES_X = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_yolox_assignment"
+ANY_YOLOX = "tests/test_losses.py::test_yolox_loss"
 CRITERION = "tests/kernels/test_criteria.py::test_yolo11_is_the_sum_of_its_parts"
+CRITERION_X = "tests/kernels/test_criteria.py::test_yolox_is_the_sum_of_its_parts"
 FAR, BROKEN, BROKEN_X = (
     f"{VALUES}_{name}"
     for name in ("addresses_past_two_to_the_31", "no_number_stays_at_its_anchor", "no_number_of_yolox_stays_at_its_anchor")
 )
-TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_it_takes_part_in_the_loss"
+TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_all_anchors_have_it"
 CROWD, CLAMPED = (
     f"{VALUES}_{name}" for name in ("small_boxes_among_many_that_want_the_same_anchors", "logarithms_of_the_cost_are_clamped")
 )
@@ -59,7 +61,11 @@ MEANT = {
     "infeasible pairs cost nothing": (Mutant("_INFEASIBLE_COST", "_n", "0.0"), YOLOX),
     "logarithms not clamped": (Mutant("_clamped", "tl.where(_a < -100, -100.0, _a)", "tl.where(_a < -1000, -1000.0, _a)"), CLAMPED),
     "conflict to the dearest": (Mutant("_simota_contest_kernel", "-_a", "_a"), YOLOX),
-    "box logits of positives may hold anything": (Mutant("_sum_losses", "_a * 0.0 + _b + _c + _d", "_a * 0.0"), TAKES_PART),
+    "box logits of positives may hold anything": (Mutant("_box_terms", "_a * 0.0 + _b + _c + _d", "_a * 0.0"), TAKES_PART),
+    "class logits of positives may hold anything": (Mutant("_class_terms", "tl.fma(_a, 0.0, _b)", "_b"), TAKES_PART),
+    "a place with many large IoUs forgets some": (Mutant("_dynamic_k", "tl.min(_a) == 0", "tl.min(_a) < 0"), TILES_X),
+    "contested anchors counted twice": (Mutant("claim_owned", "_a & ~_b", "_a"), YOLOX),
+    "positives left with gaps": (Mutant("_leave", "_a - 1", "_a"), CRITERION_X),
     "class target is one": (Mutant("class_losses", "_a - _b * _c", "_a - _b"), YOLOX),
     "L1 always on": (Mutant("store_terms", "tl.where(_a > 0, _b, 0.0)", "_b"), YOLOX),
     "gradient of IoU, not of its square": (Mutant("box_gradient", "-2 * _a", "0 * _a - 1"), YOLOX),
@@ -77,7 +83,7 @@ SLIPS = {
     "cell_span": (YOLO11, 1), "rectangle_cells": (YOLO11, 2), "rectangle_size": (YOLO11, 1), "widened": (YOLO11, 1),
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),
     "claim_owned": (YOLO11, 1), "best_of": (YOLO11, 1), "merge_parts": (TILES, 1), "_claimed_anchors": (CRITERION, 2), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),
-    "_region_cells": (SIMOTA, 2), "pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "target_boxes": (YOLOX, 2),
+    "in_centre": (SIMOTA, 2), "_region_cells": (ANY_YOLOX, 2), "pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "target_boxes": (YOLOX, 2),
     "_side_losses": (YOLO11, 1), "_write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_raw_slope": (YOLOX, 1),
 }  # fmt: skip
 ALIKE: dict[str, str] = {}

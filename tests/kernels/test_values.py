@@ -250,6 +250,18 @@ def test_no_number_of_yolox_shows_where_it_takes_part_in_the_loss(value, channel
     assert have.counts[2] == (have.target_row[0, anchor] >= 0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channel", [0, 1, 3, 5, 6])
+def test_no_number_of_yolox_shows_where_all_anchors_have_it(value, channel):
+    case = overlapping_pair(torch.float32, num_classes=2)
+    case.preds[0, :, channel] = value
+    have, want = kernels.yolox_assign(x_assign(case)), eager.yolox_assign(x_assign(case))
+    assert torch.equal(have.target_row, want.target_row)
+    assert have.counts.tolist() == want.counts.tolist()
+    assert have.counts[0] > 0
+    assert have.counts[2] == 1
+
+
 @pytest.mark.parametrize("is_right_class", [True, False])
 def test_logarithms_of_the_cost_are_clamped(is_right_class):
     """One logarithm of 0 costs 100, less than twenty of 1e-6."""

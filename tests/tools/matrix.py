@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="environments with this in their name, e.g. torch2.15")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("-k", dest="chosen", default="", metavar="EXPRESSION", help="only tests that pytest's -k chooses")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "matrix", help="environments and logs; %(default)s")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     parser.add_argument("--jobs", type=int, default=2)
@@ -65,10 +66,12 @@ def try_versions(name: str, python: str, torch: str, triton: str, tree: str, arg
     constraints = environment.with_suffix(".txt")
     constraints.write_text(f"torch=={torch}\ntriton=={triton}\n")
     settings = [f"VENV={environment}", f"PYTHON=python{python}", f"CONSTRAINTS={constraints}", f"JOBS={arguments.jobs}"]
-    settings.append(f"ARGS=--deselect {BOUNDS}")
+    chosen = f" -k '{arguments.chosen}'" if arguments.chosen else ""
+    settings.append(f"ARGS=--deselect {BOUNDS}{chosen}")
     counts = {part: make(part, settings, arguments.folder / f"{name}-{part}.log") for part in arguments.parts}
     found = subprocess.run([environment / "bin" / "python", "-c", INSTALLED], capture_output=True, text=True)
     row = {"date": datetime.date.today().isoformat(), "commit": tree, **json.loads(found.stdout or "{}"), "tests": counts}
+    row |= {"chosen": arguments.chosen} if arguments.chosen else {}
     print(f"{name}: {counts}")
     if found.returncode == 0:
         with RESULTS.open("a") as file:
@@ -109,12 +112,13 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def saved() -> list[dict[str, Any]]:
-    """The latest run of each part, by versions."""
+def saved(lines: str | None = None) -> list[dict[str, Any]]:
+    """The latest run of each part, by versions, and of what commit and which tests it was."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in map(json.loads, RESULTS.read_text().splitlines()):
-        before = latest.get(key := tuple(row[name] for name in COLUMNS), {"tests": {}})
-        latest[key] = {**row, "tests": {**before["tests"], **row["tests"]}}
+    for row in map(json.loads, (lines or RESULTS.read_text()).splitlines()):
+        of = dict.fromkeys(row["tests"], (row["commit"], row.get("chosen", "")))
+        before = latest.get(key := tuple(row[name] for name in COLUMNS), {"tests": {}, "of": {}})
+        latest[key] = {**row, "tests": {**before["tests"], **row["tests"]}, "of": {**before["of"], **of}}
     return [latest[key] for key in sorted(latest, key=lambda key: [numbers(version) for version in key])]
 
 
@@ -123,15 +127,18 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| {' | '.join([*COLUMNS.values(), *PARTS.values(), 'commit'])} |",
-        "|---" * (len(COLUMNS) + len(PARTS) + 1) + "|",
-    ]
-    for row in rows:
-        outcomes = (row["tests"].get(part, {}) for part in PARTS)
-        cells = [", ".join(f"{number} {word}" for word, number in counts.items()) or "not run" for counts in outcomes]
-        lines.append(f"| {' | '.join([*(row[name] for name in COLUMNS), *cells, row['commit']])} |")
+    lines = [f"| {' | '.join([*COLUMNS.values(), *PARTS.values()])} |", "|---" * (len(COLUMNS) + len(PARTS)) + "|"]
+    lines += [f"| {' | '.join([*(row[name] for name in COLUMNS), *(cell(row, part) for part in PARTS)])} |" for row in rows]
     return "\n".join(lines)
+
+
+def cell(row: dict[str, Any], part: str) -> str:
+    """How a part went, and what of it ran."""
+    if part not in row["tests"]:
+        return "not run"
+    commit, chosen = row["of"][part]
+    counts = ", ".join(f"{number} {word}" for word, number in row["tests"][part].items())
+    return f"{counts}; {f'only {chosen}; ' if chosen else ''}{commit}"
 
 
 def with_table(page: str, table: str) -> str:

@@ -8,6 +8,9 @@ from unittest import mock
 import triton
 from triton.backends.driver import DriverBase
 
+KERNELS = ("triton_yolo.kernels", "tests.emulator.kernels")
+"""Modules of kernels."""
+
 
 @contextmanager
 def active(driver: DriverBase) -> Iterator[None]:
@@ -22,7 +25,7 @@ def active(driver: DriverBase) -> Iterator[None]:
 
 def _forget_binaries() -> None:
     for name, module in list(sys.modules.items()):
-        if name.startswith("triton_yolo.kernels"):
+        if name.startswith(KERNELS):
             for value in vars(module).values():
                 if isinstance(value, triton.JITFunction):
                     value.device_caches.clear()

@@ -86,21 +86,21 @@ def log_not(p):
 
 
 @triton.jit
+def split_sigmoid(x):
+    """Whether x is positive, and exp(-|x|)."""
+    # By its bits: of half-precision numbers LLVM would compare two at once, and take them apart again.
+    bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
+    return bits > 0, tl.exp2(tl.abs(x) * scalar(-_LOG2E, x.dtype))
+
+
+@triton.jit
 def split_softplus(x):
     """Two numbers, so that softplus(x) = first + log(1 + second).
 
     The first is NaN where x is not finite: x / 2 + |x / 2| for max(x, 0) makes that of -inf, and 0 * x of inf.
     """
     half = x * 0.5
-    return half + tl.abs(half) + x * 0.0, tl.exp(-tl.abs(x))
-
-
-@triton.jit
-def split_sigmoid(x):
-    """Whether x is positive, and exp(-|x|)."""
-    # By its bits: of half-precision numbers LLVM would compare two at once, and take them apart again.
-    bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
-    return bits > 0, tl.exp2(tl.abs(x) * scalar(-_LOG2E, x.dtype))
+    return half + tl.abs(half) + x * 0.0, split_sigmoid(x)[1]
 
 
 @triton.jit

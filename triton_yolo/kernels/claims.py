@@ -70,8 +70,9 @@ def _load_listed(lists, row, nth, num_parts, PARTS: tl.constexpr, PART_K: tl.con
 
 @triton.jit
 def claim_owned(state, order_ptr, truth, anchor, is_claim, A):
-    """Claim anchors [g, k] for rows [g, 1]; a contested state is CONTESTED and the largest row that claims the anchor.
+    """Claim anchors [g, k] for rows [g, 1], and tell which nobody claimed before.
 
+    A contested state is CONTESTED and the largest row that claims the anchor.
     So each anchor with claims belongs to one of them, whoever wins it. The second claim lists a contested anchor, and clears
     its place in ``best`` and, if there is one, in ``order``, which nobody set before.
     """
@@ -87,6 +88,7 @@ def claim_owned(state, order_ptr, truth, anchor, is_claim, A):
     if order_ptr is not None:
         tl.store(order_ptr + cell, tl.zeros(cell.shape, tl.int32), mask=is_second)
     append(state.contested, truth.image, anchor, is_second, A)
+    return is_claim & ~is_late
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 class Fill(NamedTuple):
-    """So many numbers of memory that is to become 0."""
+    """So many numbers of memory."""
 
     ptr: Any
     size: int

@@ -48,11 +48,16 @@ class Launch:
     def __call__(self, stream: int | None, grid: Grid, *args: Any) -> None:
         """Launch what is bound on ``stream``, with addresses for tensors; or, if that is None, let Triton launch and bind."""
         if stream is None:
-            self._bound = _bound(self._kernel[grid](*args, **self._constants, **self._options), self._trailing(len(args)))
+            compiled = self._kernel[grid](*args, **self._constants, **self._options, **self._limits())
+            self._bound = _bound(compiled, self._trailing(len(args)))
         else:
             assert self._bound is not None
             run, function, metadata, constants = self._bound
             run(*grid, stream, function, metadata, None, None, None, *args, *constants)
+
+    def _limits(self) -> dict[str, int]:
+        """What the compiler is told beside the options that every target has."""
+        return {}
 
     def _trailing(self, num_args: int) -> tuple[Any, ...]:
         return tuple(self._constants[name] for name in self._kernel.arg_names[num_args:])
@@ -66,6 +71,14 @@ class FusedLaunch(Launch):
     """A kernel whose formulas no other evaluates, with contraction."""
 
     _is_fused = True
+
+
+class RoomyLaunch(Launch):
+    """A kernel that may take all registers. Where nobody says so, ptxas 12 may spill a value to stay at 48 of them."""
+
+    def _limits(self) -> dict[str, int]:
+        is_compiled = isinstance(self._kernel, triton.JITFunction)
+        return {"maxnreg": 255} if is_compiled and triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
 
 
 def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:

@@ -14,6 +14,8 @@ from .grid import Cell, cell_centres, load_points, rectangle_cells, rectangle_si
 from .rows import Box, load_rows, pack_rows
 from .simota_cost import background_cost, pair_costs, pair_iou
 
+SPREAD: tl.constexpr = tl.constexpr(32)  # places of one count, so that not all rows wait for one another
+
 
 class Rule(NamedTuple):
     """Constants: classes, SimOTA's regions, and the grid's strides or, without ``IS_GRID``, arbitrary points.
@@ -60,10 +62,27 @@ class Region(NamedTuple):
 
 
 class Claims(NamedTuple):
-    """Anchors (N, SLOTS) that each row claimed, -1 for none; the largest row (B, A) that claimed an anchor, if contested."""
+    """Anchors (N, SLOTS) that each row claimed, -1 for none; what breaks ties (B, A) of contested anchors, in float64."""
 
     anchor_ptr: Any
-    owner_ptr: Any
+    order_ptr: Any
+
+
+class Matches(NamedTuple):
+    """The row that every anchor (B, A) is matched with, and their IoU; None where nobody wants them."""
+
+    row_ptr: Any
+    iou_ptr: Any
+
+
+class Tally(NamedTuple):
+    """Counts (2, SPREAD) of positives and ground truths, which rows add to in SPREAD places each.
+
+    ``poison`` () is 0, or NaN after a prediction that takes part in the loss and is not finite.
+    """
+
+    counts_ptr: Any
+    poison_ptr: Any
 
 
 class Point(NamedTuple):
@@ -159,8 +178,8 @@ def boxes_of(preds, image, anchor, mask, grid, RULE: tl.constexpr):
 
 
 @triton.jit
-def _enlist(members, state, claims, truth, anchor, mask, A):
-    """List the anchors [g, n] that nobody listed before, as background that nobody owns; which these are, and their places."""
+def _enlist(members, state, truth, anchor, mask, A):
+    """List the anchors [g, n] that nobody listed before, as background; which these are, and their places."""
     word = tl.where(mask, truth.image * ((A + 31) // 32) + anchor // 32, 0)
     bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
     is_new = mask & ((tl.atomic_or(members.words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
@@ -169,9 +188,7 @@ def _enlist(members, state, claims, truth, anchor, mask, A):
     first = tl.atomic_add(members.anchors.count_ptr + image, tl.sum(number, 1)[:, None], mask=truth.is_gt, sem="relaxed")
     place = first + tl.cumsum(number, 1) - number
     tl.store(members.anchors.ptr + image * A + place, anchor, mask=is_new)
-    nobody = tl.full(anchor.shape, -1, tl.int32)
-    tl.store(state.row_ptr + image * A + anchor, nobody, mask=is_new)
-    tl.store(claims.owner_ptr + image * A + anchor, nobody, mask=is_new)
+    tl.store(state.row_ptr + image * A + anchor, tl.full(anchor.shape, -1, tl.int32), mask=is_new)
     return is_new, image * 4 * A + place
 
 
@@ -199,33 +216,36 @@ def load_boxes(members, place, mask, A):
 
 @triton.jit(do_not_specialize=["N", "B", "cells", "words"])
 def _simota_prepare_kernel(
-    state, iou_ptr, members, rows, targets, height: tl.float64, width: tl.float64, N, B, cells, words, PACK: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    state, matches, members, tally, rows, targets, height: tl.float64, width: tl.float64, N, B, cells, words,
+    PACK: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All programs together empty the lists and pack the ground truth.
+    """All programs together empty the lists and the tally, if there is one, and pack the ground truth.
 
-    If somebody wants the assignment of all anchors, ``iou`` (B, A), they make each background.
+    If somebody wants the assignment of all anchors, they make each background.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     none_yet = tl.zeros((BLOCK,), tl.int32)
     tl.store(members.words_ptr + offs, none_yet, mask=offs < words)
     tl.store(members.anchors.count_ptr + offs, none_yet, mask=offs < B)
     tl.store(state.contested.count_ptr + offs, none_yet, mask=offs < B)
-    if iou_ptr is not None:
+    if tally.counts_ptr is not None:
+        tl.store(tally.counts_ptr + offs, none_yet, mask=offs < 2 * SPREAD)
+        tl.store(tally.poison_ptr + offs, none_yet.to(DTYPE), mask=offs < 1)
+    if matches.row_ptr is not None:
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(state.row_ptr + offs, none_yet - 1, mask=offs < cells)
-        tl.store(iou_ptr + offs, none_yet.to(DTYPE), mask=offs < cells)
+        tl.store(matches.row_ptr + offs, none_yet - 1, mask=offs < cells)
+        tl.store(matches.iou_ptr + offs, none_yet.to(DTYPE), mask=offs < cells)
     pack_rows(rows, targets, height, width, N, B, PACK, DTYPE)
 
 
 @triton.jit
-def _list_region(members, state, claims, region, preds, truth, centre, grid, N, RULE: tl.constexpr, PRODUCT: tl.constexpr):
+def _list_region(members, state, region, preds, truth, centre, grid, N, RULE: tl.constexpr, PRODUCT: tl.constexpr):
     """List the cells of the rows' centre regions, and find what each costs its row."""
     place = tl.arange(0, RULE.CELLS)[None, :]
     cell, is_cell = _region_cells(place, centre, grid, RULE)
     mask = is_cell & truth.is_gt
     box = boxes_of(preds, truth.image, cell.anchor, mask, grid, RULE)
-    is_new, listed = _enlist(members, state, claims, truth, cell.anchor, mask, grid.A)
+    is_new, listed = _enlist(members, state, truth, cell.anchor, mask, grid.A)
     _store_boxes(members, listed, box, is_new, grid.A)
     background = background_cost(preds, truth.image, cell.anchor, mask, RULE.C, RULE.DTYPE, PRODUCT)
     tl.store(members.cost_ptr + truth.image * grid.A + cell.anchor, background, mask=is_new)
@@ -241,7 +261,7 @@ def _list_region(members, state, claims, region, preds, truth, centre, grid, N, 
 
 @triton.jit
 def _list_around(
-    members, state, claims, preds, truth, centre, grid, part, parts, RULE: tl.constexpr, PRODUCT: tl.constexpr,
+    members, state, preds, truth, centre, grid, part, parts, RULE: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """List one part of several of the anchors in the rows' boxes, and, without ``SPAN``, in their centre regions."""
@@ -267,7 +287,7 @@ def _list_around(
             takes_part = in_centre(cell, centre, RULE.RADIUS)
         if RULE.HAS_BOX:
             takes_part = takes_part | in_box(cell, truth.box)
-        is_new, listed = _enlist(members, state, claims, truth, cell.anchor, (nth < length) & takes_part, grid.A)
+        is_new, listed = _enlist(members, state, truth, cell.anchor, (nth < length) & takes_part, grid.A)
         if tl.max(is_new.to(tl.int32)) > 0:
             box = boxes_of(preds, truth.image, cell.anchor, is_new, grid, RULE)
             _store_boxes(members, listed, box, is_new, grid.A)
@@ -278,7 +298,7 @@ def _list_around(
 
 @triton.jit(do_not_specialize=["N"])
 def _simota_member_kernel(
-    members, state, claims, region, preds, rows, grid, N, RULE: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_G: tl.constexpr,
+    members, state, region, preds, rows, grid, N, RULE: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program lists anchors that take part because of BLOCK_G rows, or a part of them, and finds their cost of no class."""
@@ -286,7 +306,7 @@ def _simota_member_kernel(
     truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
     if tl.program_id(1) < NUM_REGIONS:
         if RULE.SPAN > 0:
-            _list_region(members, state, claims, region, preds, truth, centre, grid, N, RULE, PRODUCT)
+            _list_region(members, state, region, preds, truth, centre, grid, N, RULE, PRODUCT)
     else:
         part, parts = tl.program_id(1) - NUM_REGIONS, tl.num_programs(1) - NUM_REGIONS
-        _list_around(members, state, claims, preds, truth, centre, grid, part, parts, RULE, PRODUCT, BLOCK_P)
+        _list_around(members, state, preds, truth, centre, grid, part, parts, RULE, PRODUCT, BLOCK_P)

@@ -208,22 +208,6 @@ def append(anchors, image, anchor, mask, A):
 
 
 @triton.jit
-def claim(state, truth, anchor, is_claim, A):
-    """Claim anchors [g, k] for rows [g, 1].
-
-    The second claim of an anchor makes it contested: it is listed, and its place in ``best``, which nobody set before, cleared.
-    """
-    cell = tl.where(is_claim, truth.image * A + anchor, 0)
-    # Not tl.broadcast_to: with one row, Triton 3.7's interpreter reads past the end of what an atomic operation broadcasts.
-    row = truth.row + tl.zeros(cell.shape, tl.int32)
-    is_late = is_claim & (tl.atomic_max(state.row_ptr + cell, row, mask=is_claim, sem="relaxed") >= 0)
-    earlier = tl.atomic_max(state.row_ptr + cell, tl.full(cell.shape, CONTESTED, tl.int32), mask=is_late, sem="relaxed")
-    is_second = is_late & (earlier < CONTESTED)  # of one claim only, whatever came in between
-    tl.store(state.best_ptr + cell, tl.full(cell.shape, LOWEST, tl.int64), mask=is_second)
-    append(state.contested, truth.image, anchor, is_second, A)
-
-
-@triton.jit
 def contest(state, truth, cell, value, mask, IS_TIE_BREAK: tl.constexpr, IS_WIDE: tl.constexpr):
     """Raise ``best`` of contested cells [g, n] to the ``value`` that rows [g, 1] have there, with the row.
 

@@ -10,28 +10,29 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import cross_entropy_with_logits, sigmoid
-from .members import boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
-from .rows import CONTESTED, claim, contest, list_length, load_listed, load_row_boxes, winner
+from .arguments import State
+from .boxes import cross_entropy_with_logits, sigmoid_of, split_sigmoid
+from .claims import claim_owned, owner_of
+from .members import SPREAD, boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
+from .rows import CONTESTED, contest, list_length, load_listed, load_row_boxes, winner
 from .simota_cost import pair_costs, pair_iou
-from .topk import empty_list, index_of, keep_best, none, ordered, rank, value_of
+from .topk import bits_of, empty_list, index_of, keep_best, none, ordered, rank, value_of
 
 SLOTS: tl.constexpr = tl.constexpr(16)  # places a row for its claims, of which there are at most 10
-IS_CONTESTED: tl.constexpr = tl.constexpr(1 << 30)  # a bit on the anchor of a claim
 _MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
+_FEW: tl.constexpr = tl.constexpr(3)  # of the largest IoUs at one of so many places: hardly ever are there more
 _SURE_COST: tl.constexpr = tl.constexpr(5e5)  # a feasible cost below is less than any infeasible one
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
 
 
 class Owned(NamedTuple):
-    """Claims [n]: place, image, anchor, the row that it is matched with, IoU, whether it is a positive that its row owns."""
+    """Claims [n]: place, image, anchor, the row that it is matched with, whether it is a positive that its row owns."""
 
     slot: Any
     image: Any
     anchor: Any
     row: Any
-    iou: Any
     is_pos: Any
 
 
@@ -58,38 +59,61 @@ def _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE: tl.
 
 
 @triton.jit
-def _keep_largest(kept, keys, nth):
-    """Keep in the places [g, LIST] the largest of them and of keys [g, n] > 0; ``nth`` tells equal ones apart."""
-    lane = tl.arange(0, _LIST)[None, :]
-    lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
-    while tl.max((top > lowest).to(tl.int32)) > 0:
-        takes = top > lowest
-        at = tl.min(tl.where(kept == lowest, lane, _LIST), 1)[:, None]
-        kept = tl.where(takes & (lane == at), top, kept)
-        at = tl.min(tl.where(keys == top, nth, 0x7FFFFFFF), 1)[:, None]
-        keys = tl.where(takes & (nth == at), 0, keys)
-        lowest, top = tl.min(kept, 1)[:, None], tl.max(keys, 1)[:, None]
-    return kept
+def _no_tensors():
+    return ()
 
 
 @triton.jit
-def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr):
-    """How many anchors each row takes [g, 1]: the sum of its largest IoUs, at least 1."""
-    place = tl.arange(0, _LIST)[None, :] + tl.zeros_like(truth.row)
-    is_place = place < _MAX_DYNAMIC_K
-    kept = ordered(tl.where(is_place, 0.0, float("inf")).to(DTYPE), place)[0]
+def _largest_by_place(
+    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
+):
+    """The DEPTH largest IoUs, as their bits, of the members that each of PLACES meets [g, PLACES], and the largest left out."""
+    left_out = bits_of(tl.zeros((truth.row.shape[0], PLACES), DTYPE))
+    kept = _no_tensors()
+    for _ in tl.static_range(DEPTH):
+        kept = kept + (left_out,)
     limit = tl.max(length)
     start = 0
     while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
-        mask = nth < length
-        iou = pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, mask, A))
-        key = ordered(tl.where(mask, iou, 0.0).to(DTYPE), nth)[0]
-        kept = _keep_largest(kept, key, nth)
+        for tile in tl.static_range(BLOCK_P // PLACES):
+            nth = start + tile * PLACES + tl.arange(0, PLACES)[None, :]
+            # 0 past the end, where boxes are empty.
+            bits = bits_of(pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, nth < length, A)))
+            larger = _no_tensors()
+            for i in tl.static_range(DEPTH):
+                larger = larger + (tl.maximum(kept[i], bits),)
+                bits = tl.minimum(kept[i], bits)
+            kept, left_out = larger, tl.maximum(left_out, bits)
         start += BLOCK_P
-    # Added up as integers, since the order of a list is any.
-    ious = (value_of(tl.where(is_place, kept, 0)).to(tl.float64) * _UNIT).to(tl.int64)
-    return tl.minimum(tl.maximum(tl.sum(ious, 1) >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)[:, None]
+    return kept, tl.max(left_out, 1)[:, None]
+
+
+@triton.jit
+def _sum_of_largest(
+    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
+):
+    """The sum of the ten largest IoUs of each row [g, 1], as an integer; and whether DEPTH at each place were enough."""
+    kept, left_out = _largest_by_place(members, truth, length, A, DTYPE, BLOCK_P, PLACES, DEPTH)
+    place = tl.arange(0, PLACES)[None, :]
+    total = tl.zeros(truth.row.shape, tl.int64)
+    for _ in tl.static_range(_MAX_DYNAMIC_K):
+        top = tl.max(kept[0], 1)[:, None]
+        total += (value_of(top).to(tl.float64) * _UNIT).to(tl.int64)
+        is_top = place == tl.min(tl.where(kept[0] == top, place, PLACES), 1)[:, None]
+        smaller = _no_tensors()
+        for i in tl.static_range(1, DEPTH):
+            smaller = smaller + (tl.where(is_top, kept[i], kept[i - 1]),)
+        kept = smaller + (tl.where(is_top, 0, kept[DEPTH - 1]),)
+    return total, left_out <= top
+
+
+@triton.jit
+def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr):
+    """How many anchors each row takes [g, 1]: the sum of its ten largest IoUs, at least 1."""
+    total, is_exact = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _FEW)
+    if tl.min(is_exact.to(tl.int32)) == 0:
+        total, _ = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _MAX_DYNAMIC_K)
+    return tl.minimum(tl.maximum(total >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)
 
 
 @triton.jit
@@ -110,9 +134,10 @@ def _nth_cheapest(cost, k, CELLS: tl.constexpr):
 
 @triton.jit
 def _store_claims(state, claims, truth, anchor, nth, A):
-    """Claim anchors [g, n] as the ``nth`` of their rows, where that is not negative."""
-    claim(state, truth, anchor, nth >= 0, A)
+    """Claim anchors [g, n] as the ``nth`` of their rows, where that is not negative; how many [g] nobody claimed before."""
+    is_first = claim_owned(state, claims.order_ptr, truth, anchor, nth >= 0, A)
     tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + nth, anchor, mask=nth >= 0)
+    return tl.sum(is_first.to(tl.int32), 1)[:, None]
 
 
 @triton.jit
@@ -130,7 +155,10 @@ def _claim_anywhere(
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Claim the ``k`` cheapest of all members, ``length`` [g, 1] in each row's list; how many [g, 1] these are."""
+    """Claim the ``k`` cheapest of all members, ``length`` [g, 1] in each row's list.
+
+    How many [g, 1] these are, and how many of them nobody claimed before.
+    """
     best, best_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
     limit = tl.max(length)
     start = 0
@@ -143,20 +171,20 @@ def _claim_anywhere(
         best, best_order = keep_best(best, best_order, tl.where(mask, key, none(key)), order)
         start += BLOCK_P
     place = rank(best, best_order, _MAX_DYNAMIC_K, _LIST)
-    _store_claims(state, claims, truth, index_of(best_order), tl.where(place < k, place, -1), grid.A)
-    return tl.sum((place < k).to(tl.int32), 1)[:, None]
+    first = _store_claims(state, claims, truth, index_of(best_order), tl.where(place < k, place, -1), grid.A)
+    return tl.sum((place < k).to(tl.int32), 1)[:, None], first
 
 
 @triton.jit(do_not_specialize=["N"])
 def _simota_claim_kernel(
-    members, state, claims, region, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    members, state, claims, region, tally, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PLACES: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors."""
     truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
     length = list_length(members.anchors, truth)
-    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P)
-    number = tl.zeros_like(truth.row)
+    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P, PLACES)
+    number, first = tl.zeros_like(truth.row), tl.zeros_like(truth.row)
     is_short = truth.is_gt
     if RULE.SPAN > 0:
         offs = truth.row.to(tl.int64) * RULE.CELLS + tl.arange(0, RULE.CELLS)[None, :]
@@ -164,31 +192,27 @@ def _simota_claim_kernel(
         anchor = tl.load(region.anchor_ptr + offs, mask=truth.is_gt, other=0)
         is_short = is_short & (tl.sum((cost < _SURE_COST).to(tl.int32), 1)[:, None] < k)
         number = tl.where(truth.is_gt & ~is_short, k, 0)
-        _store_claims(state, claims, truth, anchor, _nth_cheapest(cost, number, RULE.CELLS), grid.A)
+        first = _store_claims(state, claims, truth, anchor, _nth_cheapest(cost, number, RULE.CELLS), grid.A)
     if tl.max(is_short.to(tl.int32)) > 0:
         length = tl.where(is_short, length, 0)
-        number += _claim_anywhere(members, state, claims, preds, truth, centre, length, k, grid, RULE, BLOCK_G, BLOCK_S)
+        more, more_first = _claim_anywhere(
+            members, state, claims, preds, truth, centre, length, k, grid, RULE, BLOCK_G, BLOCK_S
+        )
+        number, first = number + more, first + more_first
     slot = tl.arange(0, SLOTS)[None, :]
     none_there = tl.full((BLOCK_G, SLOTS), -1, tl.int32)
     tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + slot, none_there, mask=(slot >= number) & (truth.row < N))
+    if tally.counts_ptr is not None:
+        ptr = tally.counts_ptr + truth.row % SPREAD
+        tl.atomic_add(ptr, first, mask=truth.is_gt, sem="relaxed")
+        tl.atomic_add(ptr + SPREAD, truth.is_gt.to(tl.int32), mask=truth.is_gt, sem="relaxed")
 
 
 # ---- conflicts, and the objectness of all
 
 
 @triton.jit
-def _raise_owners(claims, state, truth, is_any, A):
-    """Mark the claims of rows [g, 1] that are contested, if any are; the largest row that claimed an anchor will own it."""
-    ptr = claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + tl.arange(0, SLOTS)[None, :]
-    anchor = tl.load(ptr, mask=truth.is_gt & is_any, other=-1)
-    cell = tl.where(anchor >= 0, truth.image * A + anchor, 0)
-    is_contested = tl.load(state.row_ptr + cell, mask=anchor >= 0, other=-1) >= CONTESTED
-    tl.atomic_max(claims.owner_ptr + cell, truth.row + tl.zeros(cell.shape, tl.int32), mask=is_contested, sem="relaxed")
-    tl.store(ptr, anchor | IS_CONTESTED, mask=is_contested)
-
-
-@triton.jit
-def _objectness(objectness, state, members, obj_logits, A, index, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
+def _objectness(objectness, tally, state, members, obj_logits, A, index, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr):
     """Probability of BLOCK_A anchors of one image, and the sum of their cross entropy; positives are claimed by now."""
     chunks = (A + BLOCK_A - 1) // BLOCK_A
     image = (index // chunks).to(tl.int64)
@@ -202,15 +226,18 @@ def _objectness(objectness, state, members, obj_logits, A, index, DTYPE: tl.cons
     is_pos = tl.load(state.row_ptr + image * A + offs, mask=is_member, other=-1) >= 0
     ptr = obj_logits.ptr + image * obj_logits.row + offs.to(tl.int64) * obj_logits.column
     x = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+    is_up, e = split_sigmoid(x)
     if objectness.prob_ptr is not None:
-        tl.store(objectness.prob_ptr + image * A + offs, sigmoid(x), mask=mask)
-    tl.store(objectness.sum_ptr + index, tl.sum(tl.where(mask, cross_entropy_with_logits(x, is_pos.to(DTYPE)), 0.0)))
+        tl.store(objectness.prob_ptr + image * A + offs, sigmoid_of(is_up, e, DTYPE), mask=mask)
+    loss = tl.sum(tl.where(mask, cross_entropy_with_logits(x, is_pos.to(DTYPE)), 0.0))
+    tl.store(objectness.sum_ptr + index, loss)
+    tl.atomic_add(tally.poison_ptr, loss, mask=loss != loss, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N", "row_programs"])
 def _simota_contest_kernel(
-    objectness, members, state, claims, preds, rows, grid, N, row_programs, RULE: tl.constexpr, IS_TIE_BREAK: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
+    objectness, tally, members, state, claims, preds, rows, grid, N, row_programs, RULE: tl.constexpr,
+    IS_TIE_BREAK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program raises ``best`` of the contested anchors of the images of BLOCK_G rows to their negated cost.
 
@@ -221,54 +248,55 @@ def _simota_contest_kernel(
         truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
         length = list_length(state.contested, truth)
         limit = tl.max(length)
-        if not IS_TIE_BREAK:
-            _raise_owners(claims, state, truth, limit > 0, grid.A)
         start = 0
         while start < limit:
             nth = start + tl.arange(0, BLOCK_P)[None, :]
             mask = nth < length
             anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
             cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
-            contest(state, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
+            # In float64 the states say who claims; what breaks ties has a place of its own.
+            at = State(claims.order_ptr, state.best_ptr, state.contested)
+            contest(at, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)
             start += BLOCK_P
     elif objectness.sum_ptr is not None:
         index = tl.program_id(0) - row_programs
-        _objectness(objectness, state, members, preds.obj_logits, grid.A, index, RULE.DTYPE, BLOCK_A)
+        _objectness(objectness, tally, state, members, preds.obj_logits, grid.A, index, RULE.DTYPE, BLOCK_A)
 
 
 # ---- results
 
 
 @triton.jit
-def load_claims(claims, rows, slot, N):
-    """Claims [n] of places ``slot``: their image, anchor, whether there is one and whether it is contested."""
-    row = slot // SLOTS
-    anchor = tl.load(claims.anchor_ptr + slot, mask=row < N, other=-1)
-    image = tl.maximum(tl.load(rows.image_ptr + row, mask=row < N, other=0), 0).to(tl.int64)
+def settled(state, claims, rows, N, grid, IS_WIDE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The claims that BLOCK_G rows own, with the rows that won them: all that a row alone claimed, some of the contested."""
+    slot = tl.program_id(0) * BLOCK_G * SLOTS + tl.arange(0, BLOCK_G * SLOTS)
+    own_row = (slot // SLOTS).to(tl.int32)
+    anchor = tl.load(claims.anchor_ptr + slot, mask=own_row < N, other=-1)
+    image = tl.maximum(tl.load(rows.image_ptr + own_row, mask=own_row < N, other=0), 0).to(tl.int64)
     is_claim = anchor >= 0
-    return image, tl.where(is_claim, anchor & (IS_CONTESTED - 1), 0), is_claim, is_claim & (anchor >= IS_CONTESTED)
+    anchor = tl.where(is_claim, anchor, 0)
+    cell = image * grid.A + anchor
+    mark = tl.load(state.row_ptr + cell, mask=is_claim, other=-1)
+    is_pos = is_claim & (owner_of(mark) == own_row)
+    is_contested = is_pos & (mark >= CONTESTED)
+    order = 0
+    if IS_WIDE:
+        order = tl.load(claims.order_ptr + cell, mask=is_contested, other=0)
+    row = tl.where(is_contested, winner(state, cell, order, is_contested, IS_WIDE), own_row)
+    return Owned(slot, image, anchor, tl.where(is_pos, row, -1), is_pos)
 
 
 @triton.jit
-def settled(state, claims, preds, rows, program, N, grid, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """The claims that BLOCK_G rows own, with the rows that won them: all that a row alone claimed, some of the contested."""
-    slot = program * BLOCK_G * SLOTS + tl.arange(0, BLOCK_G * SLOTS)
-    image, anchor, is_claim, is_contested = load_claims(claims, rows, slot, N)
-    cell = image * grid.A + anchor
-    own_row = (slot // SLOTS).to(tl.int32)
-    owner = tl.load(claims.owner_ptr + cell, mask=is_contested, other=-1)
-    is_pos = is_claim & ((owner == own_row) | ~is_contested)
-    is_contested = is_contested & is_pos
-    mark = tl.load(state.row_ptr + cell, mask=is_contested, other=0)
-    row = tl.where(is_contested, winner(state, cell, mark, is_contested, tl.float64 == RULE.DTYPE), own_row)
-    tl.store(state.row_ptr + cell, row, mask=is_contested)
-    gt = load_row_boxes(rows.xyxy_ptr, 4, 1, row, is_pos, RULE.DTYPE)
-    iou = tl.where(is_pos, pair_iou(gt, boxes_of(preds, image, anchor, is_pos, grid, RULE)), 0.0).to(RULE.DTYPE)
-    return Owned(slot, image, anchor, tl.where(is_pos, row, -1), iou, is_pos)
+def store_matches(matches, own, iou, A):
+    """Write the row of positives, and their IoU."""
+    cell = own.image * A + own.anchor
+    tl.store(matches.row_ptr + cell, own.row, mask=own.is_pos)
+    tl.store(matches.iou_ptr + cell, iou, mask=own.is_pos)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _simota_settle_kernel(iou_ptr, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
-    """A program settles the anchors that BLOCK_G rows own, and writes their IoU (B, A)."""
-    own = settled(state, claims, preds, rows, tl.program_id(0), N, grid, RULE, BLOCK_G)
-    tl.store(iou_ptr + own.image * grid.A + own.anchor, own.iou, mask=own.is_pos)
+def _simota_settle_kernel(matches, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
+    """A program settles the anchors that BLOCK_G rows own."""
+    own = settled(state, claims, rows, N, grid, tl.float64 == RULE.DTYPE, BLOCK_G)
+    gt = load_row_boxes(rows.xyxy_ptr, 4, 1, own.row, own.is_pos, RULE.DTYPE)
+    store_matches(matches, own, pair_iou(gt, boxes_of(preds, own.image, own.anchor, own.is_pos, grid, RULE)), grid.A)

@@ -19,14 +19,23 @@ def list_sizes(topk: int, num_anchors: int) -> dict[str, int]:
 
 
 @triton.jit
+def bits_of(value):
+    """Bits of values, which order as those do where they are not negative."""
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
 def ordered(value, index):
     """Key and order of values with an index."""
     value = tl.where(value == 0, 0.0, value).to(value.dtype)  # -0 is 0
+    bits = bits_of(value)
     if value.dtype == tl.float64:
-        bits = value.to(tl.int64, bitcast=True)
         key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
     else:
-        bits = value.to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return key, (0x7FFFFFFF - index).to(tl.int32)
 

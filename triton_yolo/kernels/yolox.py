@@ -15,7 +15,8 @@ from .boxes import (
     overlap_derivative,
     rounded,
     scalar,
-    sigmoid,
+    sigmoid_of,
+    split_sigmoid,
     split_softplus,
 )
 from .decode import Raw, channel_sizes, load_raw, raw_corners, raw_grad, store_raw
@@ -153,7 +154,8 @@ def store_logit_gradient(
         logits = tl.load(preds.ptr + offs, mask=is_logit, other=0.0).to(DTYPE)
         one_hot = tl.where(channel == 5 + label[:, None], score[:, None], 0.0)
         one_hot = tl.where(is_obj, is_pos.to(DTYPE)[:, None], one_hot)
-        result = tl.where(is_logit, sigmoid(logits) - one_hot, 0.0)
+        is_up, e = split_sigmoid(logits)
+        result = tl.where(is_logit, sigmoid_of(is_up, e, DTYPE) - one_hot, 0.0)
         offs = out_base[:, None] + offs_c.to(tl.int64)[None, :] * out.channel
         tl.store(out.ptr + offs, rounded(result * scale, out.ptr.dtype.element_ty), mask=mask)
         start += BLOCK_C

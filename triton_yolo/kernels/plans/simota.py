@@ -1,7 +1,6 @@
 """Launches of SimOTA, to arbitrary points or as a part of YOLOX's criterion."""
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -9,7 +8,7 @@ import triton
 from ..._signatures import SimOTA, SimOTAAssign, SimOTAAssignment
 from ..arguments import Anchors, Grid, Rows, State, Tensor2, compute_type, points_of, targets_of, tensor3
 from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
-from ..members import Claims, Members, Predictions, Region, Rule, _simota_member_kernel, _simota_prepare_kernel
+from ..members import Claims, Matches, Members, Predictions, Region, Rule, Tally, _simota_member_kernel, _simota_prepare_kernel
 from ..rows import Pack, row_sizes
 from ..simota import Objectness, _simota_claim_kernel, _simota_contest_kernel, _simota_settle_kernel
 from ..simota_cost import Product
@@ -58,7 +57,10 @@ class Matching:
         )  # fmt: skip
         self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 128, 1)
         block_s = block_p if INTERPRETED else 64
-        self.claim = Launch(_simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, BLOCK_S=block_s)
+        places = block_p if INTERPRETED else 32
+        self.claim = Launch(
+            _simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, PLACES=places, BLOCK_S=block_s
+        )
         self.block_a = max(32, triton.next_power_of_2(num_anchors)) if INTERPRETED else 512
         self.contest, *self.tie_break = [
             Launch(
@@ -67,41 +69,43 @@ class Matching:
             )
             for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
         ]  # fmt: skip
+        self.is_wide = dtype == torch.float64
         self.launches = self.prepare, *((self.member, self.claim, self.contest, *self.tie_break) if num_rows else ())
         self.fixed: Buffers = {
             "boxes": (dtype, 4 * self.cells), "cost": (dtype, self.cells), "best": (torch.int64, self.cells),
-            "owner": (torch.int32, self.cells), "words": (torch.int32, self.words),
+            "target_row": (torch.int32, self.cells), "words": (torch.int32, self.words),
             "members": (torch.int32, self.cells), "num_members": (torch.int32, self.batch_size),
             "contested": (torch.int32, self.cells), "num_contested": (torch.int32, self.batch_size),
         }  # fmt: skip
+        if self.is_wide:
+            self.fixed["order"] = torch.int32, self.cells
         self.by_row: Buffers = {
             "image": (torch.int32, 1), "xyxy": (dtype, 4), "claims": (torch.int32, 16), "region_cost": (dtype, cells),
             "region_anchor": (torch.int32, cells),
         }  # fmt: skip
 
     def __call__(
-        self, run: Run, preds: Predictions, rows: Rows, size: tuple[float, float], row: Any, iou: Any, objectness: Objectness,
-        num_others: int,
+        self, run: Run, preds: Predictions, rows: Rows, size: tuple[float, float], matches: Matches,
+        tally: Tally, objectness: Objectness, num_others: int,
     ) -> tuple[State, Claims]:  # fmt: skip
-        """Claim and contest: ``row`` and ``iou``, if that is wanted, are of background then but where something was claimed.
-
-        ``num_others`` programs read the objectness.
-        """
+        """Claim and contest; ``num_others`` programs read the objectness."""
         stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
-        state = new(State, (row, b.best, new(Anchors, (b.contested, b.num_contested))))
+        state = new(State, (b.target_row, b.best, new(Anchors, (b.contested, b.num_contested))))
         members = new(Members, (new(Anchors, (b.members, b.num_members)), b.words, b.boxes, b.cost))
-        claims, region = new(Claims, (b.claims, b.owner)), new(Region, (b.region_cost, b.region_anchor))
-        programs = cdiv(max(self.words, self.batch_size, self.cells if iou is not None else 0), self.block), 1, 1
-        targets = targets_of(run.address, run.x.targets)
-        self.prepare(
-            stream, programs, state, iou, members, rows, targets, *size, num_rows, self.batch_size, self.cells, self.words
+        claims, region = (
+            new(Claims, (b.claims, b.order if self.is_wide else None)),
+            new(Region, (b.region_cost, b.region_anchor)),
         )
+        programs = cdiv(max(self.words, self.batch_size, self.cells if matches.row_ptr is not None else 0), self.block), 1, 1
+        targets = targets_of(run.address, run.x.targets)
+        sizes = num_rows, self.batch_size, self.cells, self.words
+        self.prepare(stream, programs, state, matches, members, tally, rows, targets, *size, *sizes)
         row_programs = cdiv(num_rows, self.block_g)
         if num_rows:
             programs = cdiv(num_rows, self.member_rows), self.parts, 1
-            self.member(stream, programs, members, state, claims, region, preds, rows, grid, num_rows)
-            self.claim(stream, (row_programs, 1, 1), members, state, claims, region, preds, rows, grid, num_rows)
-        pairs = objectness, members, state, claims, preds, rows, grid, num_rows, row_programs
+            self.member(stream, programs, members, state, region, preds, rows, grid, num_rows)
+            self.claim(stream, (row_programs, 1, 1), members, state, claims, region, tally, preds, rows, grid, num_rows)
+        pairs = objectness, tally, members, state, claims, preds, rows, grid, num_rows, row_programs
         if row_programs + num_others:
             self.contest(stream, (row_programs + num_others, 1, 1), *pairs)
         if num_rows:
@@ -126,12 +130,16 @@ class _SimOTAPlan(Plan):
         obj = new(Tensor2, (address(x.obj_logits), *x.obj_logits.stride()))
         points = points_of(address, x.points, x.strides)
         preds = new(Predictions, (tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits), points))
-        row, iou = map(address, run.out)
-        rows, nothing = new(Rows, (b.image, b.label, b.xyxy, b.xywh)), new(Objectness, (None, None))
-        state, claims = self.match(run, preds, rows, (0.0, 0.0), row, iou, nothing, 0)
+        matches = new(Matches, tuple(map(address, run.out)))
+        rows, tally, nothing = (
+            new(Rows, (b.image, b.label, b.xyxy, b.xywh)),
+            new(Tally, (None, None)),
+            new(Objectness, (None, None)),
+        )
+        state, claims = self.match(run, preds, rows, (0.0, 0.0), matches, tally, nothing, 0)
         if run.num_rows:
             programs = cdiv(run.num_rows, self.rows), 1, 1
-            self.settle(run.stream, programs, iou, state, claims, preds, rows, self.match.grid, run.num_rows)
+            self.settle(run.stream, programs, matches, state, claims, preds, rows, self.match.grid, run.num_rows)
 
 
 def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:

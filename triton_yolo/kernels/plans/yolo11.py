@@ -18,7 +18,7 @@ from ..._signatures import (
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..classes import Upstream, _yolo11_class_kernel, class_layout, class_sizes
 from ..fill import Fill
-from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, Buffers, Launch, Plan, RoomyLaunch, Run, Workspace, cdiv, new, run
 from ..reduce import TOTAL_SIZES
 from ..targets import packed_rows
 from ..yolo11 import (
@@ -57,7 +57,7 @@ class _Criterion:
         self.classes = Launch(_yolo11_class_kernel, DTYPE=kind, **layout, **sizes)
         sizes = slot_sizes(self._num_slots(num_rows))
         self.slots = sizes["SLOTS"]
-        self.positives = Launch(
+        self.positives = RoomyLaunch(
             _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes
         )
         self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)

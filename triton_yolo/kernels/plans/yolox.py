@@ -18,13 +18,16 @@ from ..._signatures import (
 )
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import channel_sizes
+from ..fill import Fill
 from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
-from ..members import Claims
+from ..members import Matches, Tally
 from ..reduce import TOTAL_SIZES
 from ..yolox import Matched, _yolox_grad_kernel, _yolox_loss_kernel, _yolox_total_kernel, positive_sizes
-from ..yolox_criterion import _yolox_background_kernel, _yolox_positive_kernel, _yolox_words_kernel
-from .simota import ONE, few_rows
+from ..yolox_criterion import Gradient, Results, _yolox_background_kernel, _yolox_words_kernel
+from .simota import ONE
 from .yolox_assign import YOLOXMatching, predictions
+
+_NOBODY = Matches(None, None)  # wants the assignment of all anchors
 
 
 class _AssignPlan(Plan):
@@ -35,8 +38,10 @@ class _AssignPlan(Plan):
     def launch(self, run: Run) -> None:
         row, iou, counts, label, xywh = map(run.address, run.out)
         rows = new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
-        results = None, None, None, None, counts, None, 0.0
-        self.assign.sum_up(run, predictions(run), rows, row, iou, None, results)
+        preds, matches, gains = predictions(run, run.x.preds), new(Matches, (row, iou)), (None, 0.0)
+        matched = self.assign.match(run, preds, rows, matches, None)
+        self.assign.settle(run, matched, preds, rows, None, None, matches, gains)
+        self.assign.sum_up(run, new(Results, (None, None, None, counts)), gains)
 
 
 class _Background:
@@ -55,11 +60,11 @@ class _Background:
             self.programs = cdiv(self.num_anchors, block), self.batch_size, 1
             self.launch = Launch(_yolox_background_kernel, 4, DTYPE=kind, BLOCK_A=block)
 
-    def __call__(self, run: Run, out: Tensor3, prob: Any, normaliser: Any) -> None:
+    def __call__(self, run: Run, out: Tensor3, prob: Any, tally: Tally) -> None:
         if self.has_words:
-            self.launch(run.stream, self.programs, out.ptr, prob, normaliser, self.words)
+            self.launch(run.stream, self.programs, out.ptr, prob, tally, self.words)
         else:
-            self.launch(run.stream, self.programs, out, prob, normaliser, self.num_anchors, self.num_channels)
+            self.launch(run.stream, self.programs, out, prob, tally, self.num_anchors, self.num_channels)
 
 
 class _CriterionPlan(Plan):
@@ -70,30 +75,25 @@ class _CriterionPlan(Plan):
         launches = assign.launches
         if self.wants_grad:
             self.background = _Background(x, out.grad_preds)
-            self.rows = few_rows(num_rows, 16 * assign.block_c)
-            self.positive = Launch(
-                _yolox_positive_kernel, 1, RULE=assign.rule, KIND=x.iou_loss, BLOCK_G=self.rows, BLOCK_C=assign.block_c
-            )
-            launches = *launches, self.background.launch, *((self.positive,) if num_rows else ())
-        fixed = {**assign.fixed, "target_row": (torch.int32, assign.cells), "normaliser": (dtype, 1)}
+            launches = *launches, self.background.launch
         by_row = {**assign.by_row, "label": (torch.int64, 1), "xywh": (dtype, 4)}
-        super().__init__(Workspace(fixed, by_row), *launches)
+        super().__init__(Workspace(assign.fixed, by_row), *launches)
 
     def launch(self, run: Run) -> None:
-        x, out, b, address, num_rows = run.x, run.out, run.buffers, run.address, run.num_rows
-        preds, rows, l1_gain = predictions(run), new(Rows, (b.image, b.label, b.xyxy, b.xywh)), address(x.l1_gain)
+        x, out, b, address = run.x, run.out, run.buffers, run.address
+        preds, rows = predictions(run, x.preds), new(Rows, (b.image, b.label, b.xyxy, b.xywh))
         prob = b.boxes if self.wants_grad else None  # nobody reads the members' boxes any more
-        results = address(out.loss), address(out.terms), address(out.num_fg), b.normaliser, None, l1_gain, x.iou_gain
-        self.assign.sum_up(run, preds, rows, b.target_row, None, prob, results)
+        matched = self.assign.match(run, preds, rows, _NOBODY, prob)
+        grad, spoilt, gains = None, None, (address(x.l1_gain), x.iou_gain)
         if self.wants_grad:
-            grad = tensor3(address, out.grad_preds)
-            self.background(run, grad, prob, b.normaliser)
-            if num_rows:
-                claims = new(Claims, (b.claims, b.owner))
-                self.positive(
-                    run.stream, (cdiv(num_rows, self.rows), 1, 1), grad, b.normaliser, self.assign.positives(run), claims,
-                    preds.boxes, rows, l1_gain, self.assign.grid, x.iou_gain, num_rows,
-                )  # fmt: skip
+            grad, spoilt = (
+                new(Gradient, predictions(run, out.grad_preds)[:3]),
+                new(Fill, (address(out.grad_preds), out.grad_preds.numel())),
+            )
+            self.background(run, grad.boxes, prob, self.assign.tally(run))
+        self.assign.settle(run, matched, preds, rows, grad, prob, _NOBODY, gains)
+        results = address(out.loss), address(out.terms), address(out.num_fg), None
+        self.assign.sum_up(run, new(Results, results), gains, spoilt)
 
 
 class _LossPlan(Plan):
@@ -118,7 +118,7 @@ class _LossPlan(Plan):
         x, address, partial = run.x, run.address, run.buffers.partial
         if self.num_programs:
             matched = _matched(run)
-            self.loss(run.stream, self.programs, partial, *predictions(run)[:3], matched, self.grid, self.num_classes)
+            self.loss(run.stream, self.programs, partial, *predictions(run, x.preds)[:3], matched, self.grid, self.num_classes)
         loss, terms = map(address, run.out)
         self.total(
             run.stream, ONE, loss, terms, address(x.normaliser), partial, address(x.l1_gain), x.iou_gain, self.num_programs

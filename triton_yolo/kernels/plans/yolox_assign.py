@@ -1,22 +1,27 @@
-"""Launches of YOLOX's assignment and of the sums of its losses, from raw predictions."""
+"""Launches of YOLOX's assignment and of what follows from its claims, from raw predictions."""
 
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from ..._signatures import YOLOX, YOLOXAssign
-from ..arguments import Grid, Rows, Tensor2, Tensor3
-from ..launch import Launch, Run, cdiv, new
-from ..members import Predictions
+from ..arguments import Grid, Rows, State, Tensor2, Tensor3
+from ..fill import Fill
+from ..launch import INTERPRETED, Launch, Run, cdiv, new
+from ..members import Claims, Matches, Predictions, Tally
 from ..reduce import TOTAL_SIZES
 from ..simota import Objectness
-from ..yolox_criterion import Positives, Sums, _yolox_finish_kernel, _yolox_settle_kernel
-from .simota import ONE, Matching, few_rows
+from ..yolox_criterion import Gradient, Positives, Product, Results, _yolox_finish_kernel, _yolox_positive_kernel
+from .simota import Matching, few_rows
+
+Gains = tuple[Any, float]  # of L1, and of the box term
+_FILLERS = 8  # programs that make all gradients NaN, if they must
 
 
 class YOLOXMatching(Matching):
-    """The launches up to the sums, or, of the assignment alone, to its counts."""
+    """All launches but that of the gradient of background."""
 
     def __init__(self, x: YOLOX | YOLOXAssign, dtype: torch.dtype, num_rows: int, iou_loss: str = "iou") -> None:
         batch_size, num_anchors, num_channels = x.preds.shape
@@ -24,39 +29,56 @@ class YOLOXMatching(Matching):
         shape, is_raw = (batch_size, num_anchors, num_classes), len(x.targets) == 1
         super().__init__(x.assigner, shape, grid, x.levels.strides, is_raw, dtype, num_rows)
         self.num_others = cdiv(num_anchors, self.block_a) * batch_size
-        self.block_c = min(triton.next_power_of_2(num_classes), 16)
-        self.settle_rows = few_rows(num_rows, 16 * self.block_c)
-        self.settle = Launch(
-            _yolox_settle_kernel, 1, RULE=self.rule, KIND=iou_loss, BLOCK_G=self.settle_rows, BLOCK_C=self.block_c
-        )
+        product = _product(num_classes)
+        self.owners = few_rows(num_rows, 16 * product.BLOCK_C) if INTERPRETED else 2
+        self.positive = Launch(_yolox_positive_kernel, 1, RULE=self.rule, KIND=iou_loss, PRODUCT=product, BLOCK_G=self.owners)
         self.finish = Launch(_yolox_finish_kernel, DTYPE=self.rule.DTYPE, **TOTAL_SIZES)
-        self.launches = *self.launches, self.finish, self.settle if num_rows else self.contest
-        self.fixed["objectness"] = dtype, self.num_others
+        self.launches = *self.launches, self.finish, self.positive if num_rows else self.contest
+        self.fixed |= {"objectness": (dtype, self.num_others), "tally": (torch.int32, 64), "poison": (dtype, 1)}
         self.by_row |= {
-            "positive_row": (torch.int32, 16), "positive_iou": (dtype, 16), "sums": (dtype, 3),
-            "counts_by_row": (torch.int32, 2),
+            "positive_image": (torch.int32, 16), "positive_label": (torch.int32, 16), "sums": (dtype, 3),
         }  # fmt: skip
 
-    def sum_up(self, run: Run, preds: Predictions, rows: Rows, row: Any, iou: Any, prob: Any, results: tuple[Any, ...]) -> None:
-        """Assign, and sum up the losses: ``results`` are what the last kernel takes, but for the sums."""
-        b, num_rows = run.buffers, run.num_rows
-        objectness, sums = new(Objectness, (prob, b.objectness)), new(Sums, (b.sums, b.counts_by_row))
-        state, claims = self(run, preds, rows, self.size, row, iou, objectness, self.num_others)
-        if num_rows:
-            programs = cdiv(num_rows, self.settle_rows), 1, 1
-            self.settle(
-                run.stream, programs, sums, self.positives(run), iou, state, claims, preds, rows, self.grid, num_rows,
-                self.rule.C,
+    def tally(self, run: Run) -> Tally:
+        return new(Tally, (run.buffers.tally, run.buffers.poison))
+
+    def match(self, run: Run, preds: Predictions, rows: Rows, matches: Matches, prob: Any) -> tuple[State, Claims]:
+        """Claim and contest, and sum up the loss of the objectness."""
+        objectness = new(Objectness, (prob, run.buffers.objectness))
+        return self(run, preds, rows, self.size, matches, self.tally(run), objectness, self.num_others)
+
+    def settle(
+        self, run: Run, matched: tuple[State, Claims], preds: Predictions, rows: Rows, out: Gradient | None, prob: Any,
+        matches: Matches, gains: Gains,
+    ) -> None:  # fmt: skip
+        """Sum up the losses of the positives, and write their gradient, if there is one, and their rows and IoU, if wanted."""
+        if run.num_rows:
+            b, programs = run.buffers, (cdiv(run.num_rows, self.owners), 1, 1)
+            # Nobody reads what the cells of a region cost any more.
+            positives = new(Positives, (b.positive_image, b.region_anchor, b.positive_label, b.region_cost))
+            self.positive(
+                run.stream, programs, out, prob, matches, b.sums, positives, *matched, self.tally(run), preds, rows, self.grid,
+                *gains, run.num_rows,
             )  # fmt: skip
-        self.finish(run.stream, ONE, *results[:-2], sums, objectness, *results[-2:], num_rows, self.num_others)
 
-    def positives(self, run: Run) -> Positives:
-        return new(Positives, (run.buffers.positive_row, run.buffers.positive_iou))
+    def sum_up(self, run: Run, results: Results, gains: Gains, spoilt: Fill | None = None) -> None:
+        objectness, programs = new(Objectness, (None, run.buffers.objectness)), cdiv(run.num_rows, self.owners)
+        grid = 1 if spoilt is None else _FILLERS, 1, 1
+        self.finish(
+            run.stream, grid, results, spoilt, run.buffers.sums, self.tally(run), objectness, *gains, programs, self.num_others
+        )
 
 
-def predictions(run: Run) -> Predictions:
-    """Parts of raw predictions (B, A, 5 + C)."""
-    preds = run.x.preds
+def _product(num_classes: int) -> Product:
+    """Eight positives, four to a warp's lane; ten factors a product."""
+    if INTERPRETED:
+        return Product(64, min(triton.next_power_of_2(num_classes), 16), 1)
+    block_c = min(triton.next_power_of_2(num_classes), 4)
+    return Product(32 // block_c, block_c, min(10, cdiv(num_classes, block_c)))
+
+
+def predictions(run: Run, preds: Tensor) -> Predictions:
+    """Parts of raw predictions (B, A, 5 + C), or of their gradient."""
     image, anchor, channel = preds.stride()
     boxes = new(Tensor3, (run.address(preds), image, anchor, channel))
     obj_logits = new(Tensor2, (run.channels(preds, 4), image, anchor))
