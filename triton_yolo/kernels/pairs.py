@@ -57,19 +57,20 @@ def load_truth(rows, offs_g, N, RULE: tl.constexpr):
 
 
 @triton.jit
-def widened(box, RULE: tl.constexpr):
-    """Boxes with every side at least ``RULE.MIN_SIDE`` about their centres, as the candidate test wants them."""
+def candidate_area(box, RULE: tl.constexpr):
+    """Where candidates of boxes are: the boxes with short sides widened."""
     if RULE.IS_ORIENTED:
         cos, sin = direction(box.angle)
         half_w, half_h = tl.maximum(box.w, RULE.MIN_SIDE) / 2, tl.maximum(box.h, RULE.MIN_SIDE) / 2
         wide = Rectangle(box.x, box.y, half_w, half_h, cos, sin)
     else:
-        wide = _widened(box, RULE.MIN_SIDE)
+        wide = widened(box, RULE.MIN_SIDE)
     return wide
 
 
 @triton.jit
-def _widened(box, MIN_SIDE: tl.constexpr):
+def widened(box, MIN_SIDE: tl.constexpr):
+    """Boxes with every side at least ``MIN_SIDE`` about their centres."""
     x1, y1, x2, y2 = box.x1, box.y1, box.x2, box.y2
     if MIN_SIDE > 0:
         x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1

@@ -6,7 +6,7 @@ import triton.language as tl
 from .._signatures import AlignMetric, Metrics, Selected, SelectTopk
 from .arguments import Grid, Rows, compute_type, points_of, targets_of, tensor3
 from .launch import Launch, Plan, Run, Workspace, cdiv, run
-from .pairs import Rule, candidates, load_truth, pair_metrics, pair_overlaps, walk_length, widened
+from .pairs import Rule, candidate_area, candidates, load_truth, pair_metrics, pair_overlaps, walk_length
 from .rows import row_sizes
 from .targets import packed_rows, packing
 from .topk import empty_list, is_among, keep_best, list_sizes, none, ordered
@@ -20,7 +20,7 @@ def _align_metric_kernel(
     """A program writes metric and overlap of BLOCK_G rows with BLOCK_P anchors, both (N, A)."""
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     truth = load_truth(rows, offs_g, N, RULE)
-    wide = widened(truth.box, RULE)
+    wide = candidate_area(truth.box, RULE)
     nth = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     anchor, mask = candidates(nth, walk_length(truth, wide, grid, RULE), wide, points, grid, RULE)
     overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)

@@ -12,6 +12,7 @@ from .decode import side_logits
 from .fill import fill
 from .grid import anchor_points, cell_centres
 from .pairs import (
+    candidate_area,
     candidates,
     is_inside,
     load_contested,
@@ -20,7 +21,6 @@ from .pairs import (
     pair_metrics,
     pair_overlaps,
     walk_length,
-    widened,
 )
 from .reduce import total
 from .rows import CONTESTED, Box, contest, list_length, pack_rows, store_anchor_boxes
@@ -135,7 +135,7 @@ def _task_aligned_claim_kernel(
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
         truth = load_truth(rows, offs_g, N, RULE)
-        wide = widened(truth.box, RULE)
+        wide = candidate_area(truth.box, RULE)
         length = walk_length(truth, wide, grid, RULE)
         limit = tl.max(length)
         nth = start + tl.arange(0, BLOCK_P)[None, :]
@@ -161,7 +161,7 @@ def _task_aligned_merge_kernel(
     It keeps them in ``claims`` (N, K), -1 where there are fewer.
     """
     truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
-    length = walk_length(truth, widened(truth.box, RULE), grid, RULE)
+    length = walk_length(truth, candidate_area(truth.box, RULE), grid, RULE)
     num_parts = tl.minimum(tl.cdiv(length, PART_P), PARTS)
     best, best_order = merge_parts(lists, truth.row, num_parts, PARTS, PART_K, K, KP, RULE.DTYPE, BLOCK_P)
     anchor, is_claim = index_of(best_order), is_taken(best, K, KP)
@@ -180,7 +180,7 @@ def _task_aligned_contest_kernel(
     IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
     STRIDES: tl.constexpr = RULE.STRIDES
     truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
-    wide = widened(truth.box, RULE)
+    wide = candidate_area(truth.box, RULE)
     length = walk_length(truth, wide, grid, RULE)
     num_contested = list_length(state.contested, truth)
     limit = tl.max(tl.minimum(length, num_contested))

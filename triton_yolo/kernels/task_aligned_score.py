@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from .pairs import (
+    candidate_area,
     load_contested,
     load_truth,
     pair_metrics,
     pair_overlaps,
     walk_length,
-    widened,
 )
 from .rows import CONTESTED, list_length, winner
 from .topk import empty_list, is_among, keep_best, none, ordered
@@ -132,7 +132,7 @@ def _task_aligned_score_kernel(
     """
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     truth = load_truth(rows, offs_g, N, RULE)
-    wide = widened(truth.box, RULE)
+    wide = candidate_area(truth.box, RULE)
     length, num_contested = walk_length(truth, wide, grid, RULE), list_length(state.contested, truth)
     owned = Owned(truth, wide, length, num_contested, claims_ptr, state, order_ptr)
     limit = CLAIMS + tl.max(tl.minimum(length, num_contested))
