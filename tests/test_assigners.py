@@ -48,6 +48,18 @@ def test_task_aligned_assigner(case, options):
     assert_close(result.target_scores, expected.target_scores, "target scores")
 
 
+def test_contested_anchor_goes_to_the_best_candidate_although_it_claimed_another():
+    """Two boxes that hold the first point alone claim it. The third overlaps more there, but it claims the second point."""
+    points = torch.tensor([[4.0, 4.0], [12.0, 4.0]], device=DEVICE)
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 9], [0, 0, 16, 8]]], device=DEVICE)
+    predicted = boxes[:, 2:].expand(1, 2, 4)
+    scores = torch.tensor([[[0.5], [0.9]]], device=DEVICE)
+    labels, mask = torch.zeros(1, 3, 1, dtype=torch.int64, device=DEVICE), torch.ones(1, 3, 1, device=DEVICE)
+    result = ty.TaskAlignedAssigner(topk=1, num_classes=1)(scores, predicted, points, labels, boxes, mask)
+    assert result.fg_mask.tolist() == [[True, True]]
+    assert result.target_gt_idx.tolist() == [[2, 2]]
+
+
 @given(strat.assigner_cases(), st.sampled_from([2, 13]))
 def test_task_aligned_assigner_takes_arbitrary_points(case, topk):
     order = torch.arange(len(case.points), device=DEVICE).flip(0)

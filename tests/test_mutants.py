@@ -35,7 +35,7 @@ MEANT = {
     "alpha and beta swapped": Planted(Mutant("pair_metric", "power(_a, _b) * power(_c, _d)", "power(_a, _d) * power(_c, _b)"), METRIC),
     "no widening": Planted(Mutant("widen", "_a < _b", "_a < 0"), TAL),
     "ties to the higher anchor": Planted(Mutant("topk_per_row", "_a.sort(stable=True).indices", "_a.flip(0).sort(stable=True).indices.neg() + len(_a) - 1", at="by_metric"), TOPK),
-    "conflict among claimants only": Planted(Mutant("match", "_a[_b].nonzero().squeeze(1)", "claims[_a[_b[claims]]]"), TAL),
+    "conflict among claimants only": Planted(Mutant("match", "_a[_b].nonzero().squeeze(1)", "claims[_a[_b[claims]]]"), f"{ASSIGNERS}_contested_anchor_goes_to_the_best_candidate_although_it_claimed_another"),
     "conflict ties to the higher slot": Planted(Mutant("match", "'amin'", "'amax'"), TAL),
     "conflict by metric": Planted(Mutant("match", "_a.new_zeros(_b).scatter_reduce_(0, _c[_d], _e[_d], 'amax')", "_a.new_zeros(_b).scatter_reduce_(0, _c[_d], -_e[_d], 'amax')"), TAL),
     "second top-k forgotten": Planted(Mutant("match", "_a is not None", "False"), TAL),
