@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-# The oldest and the newest of each maker; sm_80 and sm_90, the ones with a bar, in two types. `resources` compiles for all.
+# sm_80 and sm_90, the ones with a bar, in two types, and AMD's. Others of NVIDIA's run in the emulator's small step, and
+# `python -m tests.tools resources` compiles for all.
 PARTS = (
-    ("cuda:75", "float16"), ("cuda:80", "bfloat16"), ("cuda:80", "float32"), ("cuda:90", "bfloat16"), ("cuda:90", "float32"),
-    ("cuda:120", "float16"), ("hip:gfx942", "float32"),
+    ("cuda:80", "bfloat16"), ("cuda:80", "float32"), ("cuda:90", "bfloat16"), ("cuda:90", "float32"), ("hip:gfx942", "float32"),
 )  # fmt: skip
 BARRED = ("cuda:80", "cuda:90")
 # Not YOLO11's prepare kernel: it loads an anchor's bins into one thread, 4 bytes at a time in half precision.
