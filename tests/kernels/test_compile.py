@@ -16,7 +16,7 @@ BARRED = ("cuda:80", "cuda:90")
 # Not YOLO11's prepare kernel: it loads an anchor's bins into one thread, 4 bytes at a time in half precision.
 FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_class_kernel")
 CHOSEN = ("decode_dfl", "yolo11_assign", "yolo11_loss", "yolo11_criterion")
-CHOSEN_YOLOX = ("yolox_criterion", "yolox_loss")
+CHOSEN_YOLOX = ("yolox_criterion", "yolox_loss", "yolox_loss, GIoU")
 FULL_WIDTH_YOLOX = ("_yolox_background_kernel", "_yolox_grad_kernel")
 
 SCRIPT = """

@@ -74,7 +74,7 @@ class FusedLaunch(Launch):
 
 
 class RoomyLaunch(Launch):
-    """A kernel that may take all registers. Where nobody says so, ptxas 12 may spill a value to stay at 48 of them."""
+    """A kernel that may take all registers. Where nobody says so, ptxas may spill a value to keep to 48 or 72 of them."""
 
     def _limits(self) -> dict[str, int]:
         is_compiled = isinstance(self._kernel, triton.JITFunction)

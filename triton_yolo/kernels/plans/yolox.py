@@ -19,7 +19,7 @@ from ..._signatures import (
 from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
 from ..decode import channel_sizes
 from ..fill import Fill
-from ..launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, Launch, Plan, RoomyLaunch, Run, Workspace, cdiv, new, run
 from ..members import Matches, Tally
 from ..reduce import TOTAL_SIZES
 from ..yolox import Matched, _yolox_grad_kernel, _yolox_loss_kernel, _yolox_total_kernel, positive_sizes
@@ -133,7 +133,7 @@ class _GradientPlan(Plan):
         self.grid = Grid(x.levels.feat_shapes, num_anchors)
         block_a, block_c, num_warps = channel_sizes(num_anchors, self.num_channels, x.preds.stride(2))
         self.programs = cdiv(num_anchors, block_a), batch_size, 1
-        self.gradient = Launch(
+        self.gradient = RoomyLaunch(
             _yolox_grad_kernel, num_warps, STRIDES=x.levels.strides, KIND=x.iou_loss, DTYPE=compute_type(x.matched_iou.dtype),
             BLOCK_A=block_a, BLOCK_C=block_c,
         )  # fmt: skip
