@@ -77,6 +77,8 @@ class TaskAlignedAssigner(nn.Module):
         [[0, 1], [0, 5]]
     """
 
+    _box_size = 4
+
     def __init__(
         self,
         topk: int = 13,
@@ -118,14 +120,8 @@ class TaskAlignedAssigner(nn.Module):
             ValueError: sizes or devices do not agree; on the CPU also for a label out of range (elsewhere it is ignored).
             TypeError: an argument that must be a float tensor is not.
         """
-        return self._assign(4, pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt)
-
-    def _assign(
-        self, box_size: int, pd_scores: Tensor, pd_bboxes: Tensor, anc_points: Tensor, gt_labels: Tensor, gt_bboxes: Tensor,
-        mask_gt: Tensor,
-    ) -> TaskAlignedResult:  # fmt: skip
         names = ("pd_scores", "pd_bboxes", "anc_points")
-        targets, labels = padded_targets(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names, box_size)
+        targets, labels = padded_targets(pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt, names, self._box_size)
         _checks.tensor("pd_scores", pd_scores, ("B", "A", self.num_classes))
         pd_scores, pd_bboxes, anc_points, gt_bboxes = widened(pd_scores, pd_bboxes, anc_points, gt_bboxes)
         rule = TaskAligned(self.topk, self.topk2, self.alpha, self.beta, self.min_box_side, self.eps)
@@ -134,10 +130,11 @@ class TaskAlignedAssigner(nn.Module):
         fg_mask, slot = slots_of_rows(target_row, labels.shape[1])
         if labels.shape[1] == 0:
             target_labels = torch.full_like(slot, self.num_classes)
-            target_bboxes = gt_bboxes.new_zeros(*slot.shape, box_size)
+            target_bboxes = gt_bboxes.new_zeros(*slot.shape, self._box_size)
         else:
             target_labels = labels.gather(1, slot).where(fg_mask, self.num_classes)
-            target_bboxes = gt_bboxes.gather(1, slot.unsqueeze(-1).expand(-1, -1, box_size)).where(fg_mask.unsqueeze(-1), 0)
+            index = slot.unsqueeze(-1).expand(-1, -1, self._box_size)
+            target_bboxes = gt_bboxes.gather(1, index).where(fg_mask.unsqueeze(-1), 0)
         classes = torch.arange(self.num_classes, device=slot.device)
         target_scores = target_score.unsqueeze(-1).where(target_labels.unsqueeze(-1) == classes, 0)
         return TaskAlignedResult(target_labels, target_bboxes, target_scores, fg_mask, slot)
@@ -145,6 +142,9 @@ class TaskAlignedAssigner(nn.Module):
 
 class RotatedTaskAlignedAssigner(TaskAlignedAssigner):
     """Task-aligned assignment of oriented boxes, by ProbIoU (arXiv 2106.06072) in place of CIoU.
+
+    Boxes given and found are (B, ..., 5): centre x, centre y, width and height in pixels, angle in radians from x towards y. A
+    ground truth with a side that is not positive, or a number that is not finite, is ignored.
 
     An anchor is a candidate of a ground truth if its point lies in the rotated rectangle or on an edge. The rest is as in
     ``TaskAlignedAssigner``, arguments and ties too; ``eps`` guards the division only, and ``min_box_side`` is along the axes of
@@ -161,31 +161,7 @@ class RotatedTaskAlignedAssigner(TaskAlignedAssigner):
         [[0, 0], [0, 5]]
     """
 
-    @torch.no_grad()
-    def forward(
-        self,
-        pd_scores: Tensor,
-        pd_bboxes: Tensor,
-        anc_points: Tensor,
-        gt_labels: Tensor,
-        gt_bboxes: Tensor,
-        mask_gt: Tensor,
-    ) -> TaskAlignedResult:
-        """Assign. The result has no gradient, its ``target_bboxes`` are (B, A, 5).
-
-        Args:
-            pd_scores: (B, A, C) class probabilities.
-            pd_bboxes: (B, A, 5) as (centre x, centre y, width, height, angle in radians from x towards y), in pixels.
-            anc_points: (A, 2) in pixels, any points.
-            gt_labels: (B, G) or (B, G, 1) classes.
-            gt_bboxes: (B, G, 5) in pixels; one with a side that is not positive, or a number that is not finite, is ignored.
-            mask_gt: (B, G) or (B, G, 1), true where there is a box.
-
-        Raises:
-            ValueError: sizes or devices do not agree; on the CPU also for a label out of range (elsewhere it is ignored).
-            TypeError: an argument that must be a float tensor is not.
-        """
-        return self._assign(5, pd_scores, pd_bboxes, anc_points, gt_labels, gt_bboxes, mask_gt)
+    _box_size = 5
 
 
 class SimOTAAssigner(nn.Module):

@@ -175,30 +175,26 @@ class _ProbIoUBackward(_Backward):
 
 
 def bbox_iou(x: BboxIoU) -> Overlaps:
-    out = x.allocate()
-    if out.overlaps.numel():
-        run(_BboxIoU, x, out)
-    return out
+    return _filled(_BboxIoU, x)
 
 
 def bbox_iou_backward(x: BboxIoUBackward) -> GradBoxes:
-    out = x.allocate()
-    if x.grad.numel():
-        run(_BboxIoUBackward, x, out)
-    return out
+    return _filled(_BboxIoUBackward, x)
 
 
 def prob_iou(x: ProbIoU) -> Overlaps:
-    out = x.allocate()
-    if out.overlaps.numel():
-        run(_ProbIoU, x, out)
-    return out
+    return _filled(_ProbIoU, x)
 
 
 def prob_iou_backward(x: ProbIoUBackward) -> GradBoxes:
+    return _filled(_ProbIoUBackward, x)
+
+
+def _filled(make: Any, x: Any) -> Any:
+    """What an operation allocates, after the launches of its plan; without a pair there are none."""
     out = x.allocate()
-    if x.grad.numel():
-        run(_ProbIoUBackward, x, out)
+    if out[0].numel():
+        run(make, x, out)
     return out
 
 
