@@ -235,7 +235,9 @@ ASSIGNERS: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
 
 
 def label(name: str) -> str:
-    """The name with the version if it is a package."""
+    """The name with the version if it is a package; of this one the version that runs, whatever was installed when."""
+    if name == OURS:
+        return f"{name} {ty.__version__}"
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:

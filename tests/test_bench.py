@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, gpu, measure, results, scaling, tables, train_step
+from bench import compare, competitors, gpu, measure, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Step, Target
@@ -305,3 +305,9 @@ def test_nothing_of_the_tests_or_examples_is_imported():
 def test_every_plot_is_shown():
     text = (BENCH.parent / "docs" / "benchmarks.md").read_text()
     assert all(f"bench/plots/{file.name}" in text for file in (BENCH / "plots").iterdir())
+
+
+def test_our_version_is_the_one_that_runs(monkeypatch):
+    monkeypatch.setattr(competitors, "version", lambda name: "0.0.1")  # of an older install in editable mode
+    assert competitors.label(OURS) == f"{OURS} {competitors.ty.__version__}"
+    assert competitors.label("numpy") == "numpy 0.0.1"
