@@ -86,6 +86,17 @@ def rectangle_size(box, grid, STRIDES: tl.constexpr, REACH: tl.constexpr = 0):
 
 
 @triton.jit
+def most_cells(width, height, STRIDES: tl.constexpr, REACH: tl.constexpr = 0):
+    """What no ``rectangle_size`` of such sides is larger than, as float, for a fraction of the instructions that it takes."""
+    # The sum of (width / stride + margin) * (height / stride + margin) over the levels.
+    MARGIN: tl.constexpr = 2 + 2 * REACH
+    of_area, of_sides = 0.0, 0.0
+    for level in tl.static_range(len(STRIDES)):
+        of_area, of_sides = of_area + 1 / (STRIDES[level] * STRIDES[level]), of_sides + MARGIN / STRIDES[level]
+    return width * height * of_area + (width + height) * of_sides + (MARGIN * MARGIN * len(STRIDES) + 1)
+
+
+@triton.jit
 def rectangle_cells(nth, box, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr, REACH: tl.constexpr = 0):
     """The ``nth`` [g, n] cells of rectangles [g, 1], in order of their anchors.
 

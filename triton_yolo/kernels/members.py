@@ -10,10 +10,12 @@ import triton.language as tl
 
 from .arguments import Anchors, Points, Tensor2, Tensor3
 from .decode import load_raw_at, raw_corners
-from .grid import Cell, cell_centres, load_points, rectangle_cells, rectangle_size
+from .grid import Cell, cell_centres, load_points, most_cells, rectangle_cells, rectangle_size
 from .rows import Box, load_rows, pack_rows
 from .simota_cost import background_cost, pair_costs, pair_iou
 
+MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
+_SURE_COST: tl.constexpr = tl.constexpr(5e5)  # a feasible cost below is less than any infeasible one
 SPREAD: tl.constexpr = tl.constexpr(32)  # places of one count, so that not all rows wait for one another
 
 
@@ -55,10 +57,14 @@ class Members(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Cost and anchor (N, CELLS) of the cells of every row's centre region, infinite where a pair is not feasible."""
+    """Cost and anchor (N, CELLS) of the cells of every row's centre region, infinite where a pair is not feasible.
+
+    ``sure`` (N,) are those that cost less than any infeasible pair; of a row that does not count, all that it could take.
+    """
 
     cost_ptr: Any
     anchor_ptr: Any
+    sure_ptr: Any
 
 
 class Claims(NamedTuple):
@@ -257,6 +263,22 @@ def _list_region(members, state, region, preds, truth, centre, grid, N, RULE: tl
     offs = truth.row.to(tl.int64) * RULE.CELLS + place
     tl.store(region.cost_ptr + offs, tl.where(is_feasible, cost, float("inf")), mask=truth.row < N)
     tl.store(region.anchor_ptr + offs, cell.anchor, mask=truth.row < N)
+    sure = tl.sum((is_feasible & (cost < _SURE_COST)).to(tl.int32), 1)[:, None]
+    tl.store(region.sure_ptr + truth.row, tl.where(truth.is_gt, sure, MAX_DYNAMIC_K), mask=truth.row < N)
+
+
+@triton.jit
+def _longest_walk(truth, grid, RULE: tl.constexpr):
+    """What none of the rows [g, 1] walks further than."""
+    STRIDES: tl.constexpr = RULE.STRIDES
+    REACH: tl.constexpr = 0 if RULE.SPAN > 0 else 1.001 * RULE.RADIUS
+    length = tl.zeros(truth.row.shape, RULE.DTYPE) + grid.A
+    if RULE.IS_GRID:
+        width, height = tl.zeros_like(truth.box.x1), tl.zeros_like(truth.box.x1)
+        if RULE.HAS_BOX:
+            width, height = truth.box.x2 - truth.box.x1, truth.box.y2 - truth.box.y1
+        length = most_cells(width, height, STRIDES, REACH)
+    return tl.max(tl.where(truth.is_gt, length, -1.0))
 
 
 @triton.jit
@@ -309,4 +331,5 @@ def _simota_member_kernel(
             _list_region(members, state, region, preds, truth, centre, grid, N, RULE, PRODUCT)
     else:
         part, parts = tl.program_id(1) - NUM_REGIONS, tl.num_programs(1) - NUM_REGIONS
-        _list_around(members, state, preds, truth, centre, grid, part, parts, RULE, PRODUCT, BLOCK_P)
+        if part * BLOCK_P <= _longest_walk(truth, grid, RULE):
+            _list_around(members, state, preds, truth, centre, grid, part, parts, RULE, PRODUCT, BLOCK_P)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .boxes import overlap, power, sigmoid
-from .grid import load_points, rectangle_cells, rectangle_size
+from .grid import load_points, most_cells, rectangle_cells, rectangle_size
 from .oriented import Oriented, direction, prob_overlap
 from .rows import Box, Truth, load_anchor_boxes, load_listed, load_row_boxes, load_rows
 
@@ -97,11 +97,7 @@ def longest_walk(rows, offs_g, N, grid, RULE: tl.constexpr):
         STRIDES: tl.constexpr = RULE.STRIDES
         box = load_row_boxes(rows.xyxy_ptr, 4, 1, offs_g, offs_g < N, tl.float32)
         width, height = tl.maximum(box.x2 - box.x1, RULE.MIN_SIDE), tl.maximum(box.y2 - box.y1, RULE.MIN_SIDE)
-        # The sum of (width / stride + 2) * (height / stride + 2) over the levels.
-        of_area, of_sides = 0.0, 0.0
-        for level in tl.static_range(len(STRIDES)):
-            of_area, of_sides = of_area + 1 / (STRIDES[level] * STRIDES[level]), of_sides + 2 / STRIDES[level]
-        length = width * height * of_area + (width + height) * of_sides + (4 * len(STRIDES) + 1)
+        length = most_cells(width, height, STRIDES)
     else:
         length = tl.zeros_like(offs_g).to(tl.float32) + grid.A
     return tl.where((offs_g < N) & (length >= 0), length, -1.0)  # not NaN

@@ -12,18 +12,30 @@ import triton.language as tl
 
 from .arguments import State
 from .boxes import cross_entropy_with_logits, sigmoid_of, split_sigmoid
-from .claims import claim_owned, owner_of
-from .members import SPREAD, boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
-from .rows import CONTESTED, contest, list_length, load_listed, load_row_boxes, winner
+from .claims import claim_owned, merge_parts, owner_of, store_part
+from .members import MAX_DYNAMIC_K, SPREAD, boxes_of, cells_of, in_box, in_centre, load_boxes, load_truth
+from .rows import CONTESTED, contest, list_length, load_listed, load_row_boxes, load_rows, winner
 from .simota_cost import pair_costs, pair_iou
-from .topk import bits_of, empty_list, index_of, keep_best, none, ordered, rank, value_of
+from .topk import best_of, bits_of, index_of, none, ordered, rank, value_of
 
 SLOTS: tl.constexpr = tl.constexpr(16)  # places a row for its claims, of which there are at most 10
-_MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)
 _LIST: tl.constexpr = tl.constexpr(32)  # a place a lane
 _FEW: tl.constexpr = tl.constexpr(3)  # of the largest IoUs at one of so many places: hardly ever are there more
-_SURE_COST: tl.constexpr = tl.constexpr(5e5)  # a feasible cost below is less than any infeasible one
+_MORE: tl.constexpr = tl.constexpr(6)  # by chance there never are
 _UNIT: tl.constexpr = tl.constexpr(float(1 << 52))
+
+
+class Split(NamedTuple):
+    """Constants: members a part, and the most parts there can be, of those whose IoUs are looked at, and of those whose costs.
+
+    Of the listed IoUs no place of a merge meets more than ``IOU_DEPTH``, if ten do not suffice.
+    """
+
+    IOU_P: int
+    IOU_PARTS: int
+    IOU_DEPTH: int
+    COST_P: int
+    COST_PARTS: int
 
 
 class Owned(NamedTuple):
@@ -47,15 +59,14 @@ class Objectness(NamedTuple):
 
 
 @triton.jit
-def _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE: tl.constexpr):
-    """Cost of rows [g, 1] with members [g, n] wherever they are."""
+def _costs_anywhere(members, preds, truth, centre, anchor, mask, box, grid, RULE: tl.constexpr):
+    """Cost of rows [g, 1] with members [g, n] wherever they are, whose boxes are given."""
     cell = cells_of(anchor, mask, preds, grid, RULE)
     is_feasible = in_centre(cell, centre, RULE.RADIUS)
     if RULE.HAS_BOX:
         is_feasible = is_feasible & in_box(cell, truth.box)
     background = tl.load(members.cost_ptr + truth.image * grid.A + anchor, mask=mask, other=0.0)
-    iou = pair_iou(truth.box, boxes_of(preds, truth.image, anchor, mask, grid, RULE))
-    return pair_costs(background, preds, truth, anchor, mask, iou, is_feasible, RULE.DTYPE)
+    return pair_costs(background, preds, truth, anchor, mask, pair_iou(truth.box, box), is_feasible, RULE.DTYPE)
 
 
 @triton.jit
@@ -64,56 +75,131 @@ def _no_tensors():
 
 
 @triton.jit
+def _load_bits(source, truth, nth, stop, A, PARTS: tl.constexpr):
+    """Bits of the IoUs [g, n] of the ``nth`` members or, if there are PARTS, of the ``nth`` in their lists; 0 past the end."""
+    if PARTS > 0:
+        bits = tl.load(source + truth.row.to(tl.int64) * (PARTS * MAX_DYNAMIC_K) + nth, mask=nth < stop, other=0)
+    else:  # boxes are empty past the end
+        bits = bits_of(pair_iou(truth.box, load_boxes(source, truth.image * 4 * A + nth, nth < stop, A)))
+    return bits
+
+
+@triton.jit
 def _largest_by_place(
-    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
-):
-    """The DEPTH largest IoUs, as their bits, of the members that each of PLACES meets [g, PLACES], and the largest left out."""
+    source, truth, start, stop, A, PARTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The DEPTH largest, as their bits, of the IoUs that each of PLACES meets [g, PLACES], and the largest left out [g, 1].
+
+    They are those from ``start`` to ``stop`` [g, 1].
+    """
     left_out = bits_of(tl.zeros((truth.row.shape[0], PLACES), DTYPE))
     kept = _no_tensors()
     for _ in tl.static_range(DEPTH):
         kept = kept + (left_out,)
-    limit = tl.max(length)
-    start = 0
-    while start < limit:
+    limit = tl.max(stop) - start
+    done = 0
+    while done < limit:
         for tile in tl.static_range(BLOCK_P // PLACES):
-            nth = start + tile * PLACES + tl.arange(0, PLACES)[None, :]
-            # 0 past the end, where boxes are empty.
-            bits = bits_of(pair_iou(truth.box, load_boxes(members, truth.image * 4 * A + nth, nth < length, A)))
+            nth = start + done + tile * PLACES + tl.arange(0, PLACES)[None, :]
+            bits = _load_bits(source, truth, nth, stop, A, PARTS)
             larger = _no_tensors()
             for i in tl.static_range(DEPTH):
                 larger = larger + (tl.maximum(kept[i], bits),)
                 bits = tl.minimum(kept[i], bits)
             kept, left_out = larger, tl.maximum(left_out, bits)
-        start += BLOCK_P
+        done += BLOCK_P
     return kept, tl.max(left_out, 1)[:, None]
 
 
 @triton.jit
-def _sum_of_largest(
-    members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr, DEPTH: tl.constexpr
-):
-    """The sum of the ten largest IoUs of each row [g, 1], as an integer; and whether DEPTH at each place were enough."""
-    kept, left_out = _largest_by_place(members, truth, length, A, DTYPE, BLOCK_P, PLACES, DEPTH)
-    place = tl.arange(0, PLACES)[None, :]
-    total = tl.zeros(truth.row.shape, tl.int64)
-    for _ in tl.static_range(_MAX_DYNAMIC_K):
+def _ten_largest(
+    source, truth, start, stop, A, PARTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Bits [g, SLOTS] of the ten largest IoUs of each row, and whether DEPTH at each place were enough."""
+    kept, left_out = _largest_by_place(source, truth, start, stop, A, PARTS, DTYPE, BLOCK_P, PLACES, DEPTH)
+    place, slot = tl.arange(0, PLACES)[None, :], tl.arange(0, SLOTS)[None, :]
+    largest = bits_of(tl.zeros((truth.row.shape[0], SLOTS), DTYPE))
+    for nth in tl.static_range(MAX_DYNAMIC_K):
         top = tl.max(kept[0], 1)[:, None]
-        total += (value_of(top).to(tl.float64) * _UNIT).to(tl.int64)
+        largest = tl.where(slot == nth, top, largest)
         is_top = place == tl.min(tl.where(kept[0] == top, place, PLACES), 1)[:, None]
         smaller = _no_tensors()
         for i in tl.static_range(1, DEPTH):
             smaller = smaller + (tl.where(is_top, kept[i], kept[i - 1]),)
         kept = smaller + (tl.where(is_top, 0, kept[DEPTH - 1]),)
-    return total, left_out <= top
+    return largest, left_out <= top
 
 
 @triton.jit
-def _dynamic_k(members, truth, length, A, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr):
+def _list_ious(
+    ious_ptr, members, rows, part, grid, N, PART_P: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Leave the ten largest IoUs of BLOCK_G rows in one part of the members."""
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    image = tl.load(rows.image_ptr + offs_g, mask=offs_g < N, other=-1)
+    start = part * PART_P
+    if start < tl.max(tl.load(members.anchors.count_ptr + image, mask=image >= 0, other=0)):
+        truth = load_rows(rows, offs_g, N, DTYPE)
+        stop = tl.minimum(list_length(members.anchors, truth), start + PART_P)
+        largest, is_exact = _ten_largest(members, truth, start, stop, grid.A, 0, DTYPE, BLOCK_P, PLACES, _FEW)
+        if tl.min(is_exact.to(tl.int32)) == 0:
+            largest, is_exact = _ten_largest(members, truth, start, stop, grid.A, 0, DTYPE, BLOCK_P, PLACES, _MORE)
+            if tl.min(is_exact.to(tl.int32)) == 0:
+                largest, _ = _ten_largest(members, truth, start, stop, grid.A, 0, DTYPE, BLOCK_P, PLACES, MAX_DYNAMIC_K)
+        slot = tl.arange(0, SLOTS)[None, :]
+        at = (truth.row.to(tl.int64) * PARTS + part) * MAX_DYNAMIC_K + slot
+        tl.store(ious_ptr + at, largest, mask=(truth.row < N) & (slot < MAX_DYNAMIC_K))
+
+
+@triton.jit
+def _list_costs(
+    lists, region, members, preds, rows, part, grid, N, PARTS: tl.constexpr, RULE: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Leave the ten cheapest of one part of the members, for those of BLOCK_G rows that may need others than their own."""
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    sure = tl.zeros((BLOCK_G,), tl.int32)
+    if RULE.SPAN > 0:
+        sure = tl.load(region.sure_ptr + offs_g, mask=offs_g < N, other=MAX_DYNAMIC_K)
+    if tl.min(sure) < MAX_DYNAMIC_K:
+        truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
+        length = tl.where(sure[:, None] < MAX_DYNAMIC_K, list_length(members.anchors, truth), 0)
+        if part * BLOCK_P < tl.max(length):
+            nth = part * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+            mask = nth < length
+            anchor = load_listed(members.anchors, truth.image, nth, mask, grid.A)
+            box = load_boxes(members, truth.image * 4 * grid.A + nth, mask, grid.A)
+            key, order = ordered(-_costs_anywhere(members, preds, truth, centre, anchor, mask, box, grid, RULE), anchor)
+            best, best_order = best_of(tl.where(mask, key, none(key)), order, MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
+            store_part(lists, truth.row, length > 0, part, best, best_order, PARTS, MAX_DYNAMIC_K, _LIST)
+
+
+@triton.jit(do_not_specialize=["N", "iou_parts"])
+def _simota_claim_kernel(
+    ious_ptr, lists, region, members, preds, rows, grid, N, iou_parts, RULE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """A program looks through one part of the members for the largest IoUs of BLOCK_G rows or, behind, for the lowest costs."""
+    part = tl.program_id(1)
+    if part < iou_parts:
+        _list_ious(ious_ptr, members, rows, part, grid, N, SPLIT.IOU_P, SPLIT.IOU_PARTS, RULE.DTYPE, BLOCK_G, BLOCK_P, PLACES)
+    else:
+        part -= iou_parts
+        _list_costs(lists, region, members, preds, rows, part, grid, N, SPLIT.COST_PARTS, RULE, BLOCK_G, SPLIT.COST_P)
+
+
+@triton.jit
+def _dynamic_k(
+    ious_ptr, truth, num_parts, SPLIT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr
+):
     """How many anchors each row takes [g, 1]: the sum of its ten largest IoUs, at least 1."""
-    total, is_exact = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _FEW)
-    if tl.min(is_exact.to(tl.int32)) == 0:
-        total, _ = _sum_of_largest(members, truth, length, A, DTYPE, BLOCK_P, PLACES, _MAX_DYNAMIC_K)
-    return tl.minimum(tl.maximum(total >> 52, 1), _MAX_DYNAMIC_K).to(tl.int32)
+    stop = num_parts * MAX_DYNAMIC_K
+    largest, _ = _ten_largest(ious_ptr, truth, 0, stop, 0, SPLIT.IOU_PARTS, DTYPE, BLOCK_P, PLACES, SPLIT.IOU_DEPTH)
+    total = tl.sum((value_of(largest).to(tl.float64) * _UNIT).to(tl.int64), 1)[:, None]
+    return tl.minimum(tl.maximum(total >> 52, 1), MAX_DYNAMIC_K).to(tl.int32)
 
 
 @triton.jit
@@ -140,65 +226,34 @@ def _store_claims(state, claims, truth, anchor, nth, A):
     return tl.sum(is_first.to(tl.int32), 1)[:, None]
 
 
-@triton.jit
-def _claim_anywhere(
-    members,
-    state,
-    claims,
-    preds,
-    truth,
-    centre,
-    length,
-    k,
-    grid,
-    RULE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Claim the ``k`` cheapest of all members, ``length`` [g, 1] in each row's list.
-
-    How many [g, 1] these are, and how many of them nobody claimed before.
-    """
-    best, best_order = empty_list(BLOCK_G, _MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
-    limit = tl.max(length)
-    start = 0
-    while start < limit:
-        nth = start + tl.arange(0, BLOCK_P)[None, :]
-        mask = nth < length
-        anchor = load_listed(members.anchors, truth.image, nth, mask, grid.A)
-        cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
-        key, order = ordered(-cost, anchor)
-        best, best_order = keep_best(best, best_order, tl.where(mask, key, none(key)), order)
-        start += BLOCK_P
-    place = rank(best, best_order, _MAX_DYNAMIC_K, _LIST)
-    first = _store_claims(state, claims, truth, index_of(best_order), tl.where(place < k, place, -1), grid.A)
-    return tl.sum((place < k).to(tl.int32), 1)[:, None], first
-
-
 @triton.jit(do_not_specialize=["N"])
-def _simota_claim_kernel(
-    members, state, claims, region, tally, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PLACES: tl.constexpr, BLOCK_S: tl.constexpr,
+def _simota_merge_kernel(
+    ious_ptr, lists, members, state, claims, region, tally, rows, grid, N, RULE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors."""
-    truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
+    """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors, from what the parts left."""
+    truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
     length = list_length(members.anchors, truth)
-    k = _dynamic_k(members, truth, length, grid.A, RULE.DTYPE, BLOCK_P, PLACES)
-    number, first = tl.zeros_like(truth.row), tl.zeros_like(truth.row)
+    k = _dynamic_k(ious_ptr, truth, tl.cdiv(length, SPLIT.IOU_P), SPLIT, RULE.DTYPE, BLOCK_P, PLACES)
+    first = tl.zeros_like(truth.row)
     is_short = truth.is_gt
+    if RULE.SPAN > 0:
+        is_short = tl.load(region.sure_ptr + truth.row, mask=truth.row < N, other=MAX_DYNAMIC_K) < k
+    number = tl.where(truth.is_gt & ~is_short, k, 0)
     if RULE.SPAN > 0:
         offs = truth.row.to(tl.int64) * RULE.CELLS + tl.arange(0, RULE.CELLS)[None, :]
         cost = tl.load(region.cost_ptr + offs, mask=truth.is_gt, other=float("inf"))
         anchor = tl.load(region.anchor_ptr + offs, mask=truth.is_gt, other=0)
-        is_short = is_short & (tl.sum((cost < _SURE_COST).to(tl.int32), 1)[:, None] < k)
-        number = tl.where(truth.is_gt & ~is_short, k, 0)
         first = _store_claims(state, claims, truth, anchor, _nth_cheapest(cost, number, RULE.CELLS), grid.A)
     if tl.max(is_short.to(tl.int32)) > 0:
-        length = tl.where(is_short, length, 0)
-        more, more_first = _claim_anywhere(
-            members, state, claims, preds, truth, centre, length, k, grid, RULE, BLOCK_G, BLOCK_S
+        num_parts = tl.where(is_short, tl.cdiv(length, SPLIT.COST_P), 0)
+        best, best_order = merge_parts(
+            lists, truth.row, num_parts, SPLIT.COST_PARTS, MAX_DYNAMIC_K, MAX_DYNAMIC_K, _LIST, RULE.DTYPE, BLOCK_P
         )
-        number, first = number + more, first + more_first
+        place = rank(best, best_order, MAX_DYNAMIC_K, _LIST)
+        nth = tl.where(is_short & (place < k), place, -1)
+        first += _store_claims(state, claims, truth, index_of(best_order), nth, grid.A)
+        number += tl.sum((nth >= 0).to(tl.int32), 1)[:, None]
     slot = tl.arange(0, SLOTS)[None, :]
     none_there = tl.full((BLOCK_G, SLOTS), -1, tl.int32)
     tl.store(claims.anchor_ptr + truth.row.to(tl.int64) * SLOTS + slot, none_there, mask=(slot >= number) & (truth.row < N))
@@ -253,7 +308,8 @@ def _simota_contest_kernel(
             nth = start + tl.arange(0, BLOCK_P)[None, :]
             mask = nth < length
             anchor = load_listed(state.contested, truth.image, nth, mask, grid.A)
-            cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, grid, RULE)
+            box = boxes_of(preds, truth.image, anchor, mask, grid, RULE)
+            cost = _costs_anywhere(members, preds, truth, centre, anchor, mask, box, grid, RULE)
             # In float64 the states say who claims; what breaks ties has a place of its own.
             at = State(claims.order_ptr, state.best_ptr, state.contested)
             contest(at, truth, truth.image * grid.A + anchor, -cost, mask, IS_TIE_BREAK, IS_WIDE)

@@ -7,14 +7,22 @@ import triton
 
 from ..._signatures import SimOTA, SimOTAAssign, SimOTAAssignment
 from ..arguments import Anchors, Grid, Rows, State, Tensor2, compute_type, points_of, targets_of, tensor3
+from ..claims import Lists
 from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..members import Claims, Matches, Members, Predictions, Region, Rule, Tally, _simota_member_kernel, _simota_prepare_kernel
 from ..rows import Pack, row_sizes
-from ..simota import Objectness, _simota_claim_kernel, _simota_contest_kernel, _simota_settle_kernel
+from ..simota import (
+    Objectness,
+    Split,
+    _simota_claim_kernel,
+    _simota_contest_kernel,
+    _simota_merge_kernel,
+    _simota_settle_kernel,
+)
 from ..simota_cost import Product
 
 _MOST_CELLS = 128  # of a centre region that one program looks at
-_WALKERS = 16  # programs a row that list the anchors of its box
+_IOU_TILES, _IOU_P, _COST_P = 5, 192, 256  # parts of the members: five tiles for their IoUs, one for their costs
 ONE = 1, 1, 1
 
 
@@ -44,7 +52,9 @@ class Matching:
         span, cells = region_sizes(assigner.radius, len(strides)) if strides else (0, 32)
         is_grid = strides is not None
         self.rule = rule = Rule(num_classes, assigner.radius, has_box, is_grid, strides or (1.0,), span, cells, kind)
-        self.parts = (span > 0) + (1 if INTERPRETED else _WALKERS) * (has_box or span == 0)
+        walks = has_box or span == 0
+        self.parts = (span > 0) + (1 if INTERPRETED else cdiv(num_anchors, cells)) * walks
+        self.most_a_row = num_anchors if walks else len(rule.STRIDES) * span**2  # members because of one row
 
         self.block = 2**14 if INTERPRETED else 1024
         pack = Pack(num_classes, is_raw, True, 32)
@@ -58,9 +68,13 @@ class Matching:
         self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 128, 1)
         block_s = block_p if INTERPRETED else 64
         places = block_p if INTERPRETED else 32
-        self.claim = Launch(
-            _simota_claim_kernel, 1, RULE=rule, BLOCK_G=self.block_g, BLOCK_P=block_p, PLACES=places, BLOCK_S=block_s
-        )
+        iou_p, cost_p = (block_p, block_p) if INTERPRETED else (_IOU_P, _COST_P)
+        iou_parts = cdiv(num_anchors, _IOU_TILES * iou_p)
+        depth = min(10, cdiv(10 * iou_parts, places))
+        self.split = split = Split(_IOU_TILES * iou_p, iou_parts, depth, cost_p, cdiv(num_anchors, cost_p))
+        tiles = {"RULE": rule, "SPLIT": split, "BLOCK_G": self.block_g, "PLACES": places}
+        self.claim = Launch(_simota_claim_kernel, 1, BLOCK_P=iou_p, **tiles)
+        self.merge = Launch(_simota_merge_kernel, 1, BLOCK_P=block_p, **tiles)
         self.block_a = max(32, triton.next_power_of_2(num_anchors)) if INTERPRETED else 512
         self.contest, *self.tie_break = [
             Launch(
@@ -70,7 +84,8 @@ class Matching:
             for is_tie_break in ((False, True) if dtype == torch.float64 else (False,))
         ]  # fmt: skip
         self.is_wide = dtype == torch.float64
-        self.launches = self.prepare, *((self.member, self.claim, self.contest, *self.tie_break) if num_rows else ())
+        by_rows = self.member, self.claim, self.merge, self.contest, *self.tie_break
+        self.launches = self.prepare, *(by_rows if num_rows else ())
         self.fixed: Buffers = {
             "boxes": (dtype, 4 * self.cells), "cost": (dtype, self.cells), "best": (torch.int64, self.cells),
             "target_row": (torch.int32, self.cells), "words": (torch.int32, self.words),
@@ -79,9 +94,11 @@ class Matching:
         }  # fmt: skip
         if self.is_wide:
             self.fixed["order"] = torch.int32, self.cells
+        key = torch.int64 if self.is_wide else torch.int32
         self.by_row: Buffers = {
             "image": (torch.int32, 1), "xyxy": (dtype, 4), "claims": (torch.int32, 16), "region_cost": (dtype, cells),
-            "region_anchor": (torch.int32, cells),
+            "region_anchor": (torch.int32, cells), "sure": (torch.int32, 1), "ious": (key, 10 * split.IOU_PARTS),
+            "keys": (key, 10 * split.COST_PARTS), "orders": (torch.int32, 10 * split.COST_PARTS),
         }  # fmt: skip
 
     def __call__(
@@ -92,10 +109,8 @@ class Matching:
         stream, b, grid, num_rows = run.stream, run.buffers, self.grid, run.num_rows
         state = new(State, (b.target_row, b.best, new(Anchors, (b.contested, b.num_contested))))
         members = new(Members, (new(Anchors, (b.members, b.num_members)), b.words, b.boxes, b.cost))
-        claims, region = (
-            new(Claims, (b.claims, b.order if self.is_wide else None)),
-            new(Region, (b.region_cost, b.region_anchor)),
-        )
+        claims = new(Claims, (b.claims, b.order if self.is_wide else None))
+        region, lists = new(Region, (b.region_cost, b.region_anchor, b.sure)), new(Lists, (b.keys, b.orders))
         programs = cdiv(max(self.words, self.batch_size, self.cells if matches.row_ptr is not None else 0), self.block), 1, 1
         targets = targets_of(run.address, run.x.targets)
         sizes = num_rows, self.batch_size, self.cells, self.words
@@ -104,7 +119,12 @@ class Matching:
         if num_rows:
             programs = cdiv(num_rows, self.member_rows), self.parts, 1
             self.member(stream, programs, members, state, region, preds, rows, grid, num_rows)
-            self.claim(stream, (row_programs, 1, 1), members, state, claims, region, tally, preds, rows, grid, num_rows)
+            most = min(grid.A, num_rows * self.most_a_row)
+            iou_parts, cost_parts = cdiv(most, self.split.IOU_P), cdiv(most, self.split.COST_P)
+            programs = row_programs, iou_parts + cost_parts, 1
+            self.claim(stream, programs, b.ious, lists, region, members, preds, rows, grid, num_rows, iou_parts)
+            programs = row_programs, 1, 1
+            self.merge(stream, programs, b.ious, lists, members, state, claims, region, tally, rows, grid, num_rows)
         pairs = objectness, tally, members, state, claims, preds, rows, grid, num_rows, row_programs
         if row_programs + num_others:
             self.contest(stream, (row_programs + num_others, 1, 1), *pairs)
