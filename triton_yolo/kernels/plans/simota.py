@@ -170,8 +170,8 @@ def simota_assign(x: SimOTAAssign) -> SimOTAAssignment:
 
 
 def _product(num_classes: int, cells: int) -> Product:
-    """Four logits a thread and tile, or two; all classes, up to 80, in twenty factors a product."""
+    """Four logits a thread and tile, or one where cells are many, in at most twenty factors a product."""
     if INTERPRETED:
         return Product(min(triton.next_power_of_2(num_classes), 16), 1)
-    block_c = min(triton.next_power_of_2(num_classes), 4)
-    return Product(block_c, min(80 // block_c, cdiv(num_classes, block_c)))
+    block_c = min(triton.next_power_of_2(num_classes), 4 if cells == 32 else 2)
+    return Product(block_c, min(20, cdiv(num_classes, block_c)))
