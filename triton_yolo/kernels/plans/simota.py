@@ -62,7 +62,7 @@ class Matching:
         product = _product(num_classes, cells)
         self.member_rows = few_rows(num_rows, cells * product.BLOCK_C)
         self.member = Launch(
-            _simota_member_kernel, 1 if INTERPRETED or cells == 32 else cells // 16, RULE=rule, PRODUCT=product,
+            _simota_member_kernel, 1 if INTERPRETED else cells // 32, RULE=rule, PRODUCT=product,
             BLOCK_G=self.member_rows, BLOCK_P=cells,
         )  # fmt: skip
         self.block_g, block_p, _ = row_sizes(max(num_rows, 1), num_anchors, 128, 1)
@@ -173,5 +173,5 @@ def _product(num_classes: int, cells: int) -> Product:
     """Four logits a thread and tile, or one where cells are many, in at most twenty factors a product."""
     if INTERPRETED:
         return Product(min(triton.next_power_of_2(num_classes), 16), 1)
-    block_c = min(triton.next_power_of_2(num_classes), 4 if cells == 32 else 2)
+    block_c = min(triton.next_power_of_2(num_classes), 4 if cells == 32 else 1)
     return Product(block_c, min(20, cdiv(num_classes, block_c)))
