@@ -59,7 +59,7 @@ def keypoint_distance(pred: Tensor, target: Tensor, visible: Tensor, area: Tenso
     """1 - OKS of places (M, K, 2) in boxes of ``area`` (M,): the mean over the visible (M, K) ones, 0 without any."""
     squared = (pred - target).where(visible[..., None], 0).square().sum(-1)
     error = squared / ((2 * sigmas) ** 2 * (area[:, None] + 1e-9) * 2)
-    return (-torch.expm1(-error) * visible).sum(-1) / visible.sum(-1).clamp(min=1)
+    return ((1 - torch.exp(-error)) * visible).sum(-1) / visible.sum(-1).clamp(min=1)
 
 
 def keypoint_loss(

@@ -33,7 +33,7 @@ MEANT = {
     "negative heights not turned": (Mutant("shape_angle", "(_a < 0) != (_b < 0)", "_a != _a"), IOU),
     "a tie's derivative goes to one side": (Mutant("overlap_derivative", "tl.where(_a == _b, 0.5, _c)", "tl.where(_a == _b, 1.0, _c)", 0, 4), IOU),
     "boxes that touch overlap on one side": (Mutant("overlap_derivative", "tl.where(_a == 0, _b / 2, 0.0)", "tl.where(_a == 0, _b, 0.0)", 0, 2), IOU),
-    "fast exponential of a small distance": (Mutant("_one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
+    "fast exponential of a small distance": (Mutant("one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
     "angles as they come": (Mutant("direction", "tl.floor(_a)", "0.0 * _a"), f"{PROB_IOU}_of_any_angle"),
     "angles of ground truth forgotten": (Mutant("load_truth", "tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)", "0.0 * tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)"), f"{LAUNCHES}_oriented_boxes"),
     "log of one minus p as it stands": (Mutant("log_rest", "tl.where(_a <= 0.5, _b, _c)", "_c"), LOG_NOT),
