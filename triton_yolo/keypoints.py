@@ -84,7 +84,7 @@ def keypoint_loss(
     """
     _checks.tensor("pred_keypoints", pred_keypoints, ("B", "A", "K * D"))
     batch_size, num_anchors, _ = pred_keypoints.shape
-    sigmas = checked_sigmas(pred_keypoints, gt_keypoints, sigmas)
+    sigmas = sigmas_of(pred_keypoints, gt_keypoints, sigmas)
     num_rows = gt_keypoints.shape[0]
     _checks.tensor("gt_boxes", gt_boxes, (num_rows, 4), like=pred_keypoints)
     _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_keypoints, is_float=False)
@@ -105,8 +105,8 @@ def keypoint_loss(
     return KeypointLossOutput(out.loss, *out.terms.unbind())
 
 
-def checked_sigmas(pred_keypoints: Tensor, gt_keypoints: Tensor, sigmas: Sequence[float] | None) -> tuple[float, ...]:
-    """Check that predictions (B, A, K * D) and ground truth (N, K, 2 or 3) have as many keypoints as there are sigmas."""
+def sigmas_of(pred_keypoints: Tensor, gt_keypoints: Tensor, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+    """The sigmas, or the default ones, for predictions (B, A, K * D) and ground truth (N, K, 2 or 3) of as many keypoints."""
     _checks.tensor("gt_keypoints", gt_keypoints, ("N", "K", "2 or 3"), like=pred_keypoints)
     _, num_keypoints, num_dims = gt_keypoints.shape
     if num_dims not in (2, 3) or num_keypoints < 1:
