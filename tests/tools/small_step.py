@@ -31,6 +31,12 @@ def run(device: torch.device) -> dict[str, Tensor]:
         for i, grad in enumerate(torch.autograd.grad(out.loss, preds)):
             found[f"{name}, gradient {i}"] = grad
 
+    raw = (yolo11[0].detach()[..., : 3 * 17] / 4).requires_grad_()
+    keypoints = rows[:, None, 2:5] * torch.linspace(0, 1, 17, device=device)[:, None]  # of which the first is not visible
+    out = ty.YOLO11PoseLoss(40, strides=STRIDES).to(device)(*yolo11, raw, case.feat_shapes, rows, keypoints)
+    found["YOLO11PoseLoss"] = out.loss.detach()
+    (found["YOLO11PoseLoss, gradient of keypoints"],) = torch.autograd.grad(out.loss, raw)
+
     points, strides = (x.to(device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
     boxes = ty.decode_dfl(yolo11[0], points, reg_max=case.reg_max, strides=strides)
     raw_boxes = ty.decode_yolox(yolox[0], points, strides)

@@ -136,6 +136,11 @@ def _raw_place(x, at, offs_k, D: tl.constexpr):
 
 
 @triton.jit
+def _store(ptr, x, mask):
+    tl.store(ptr, rounded(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _is_finite(x):
     return tl.abs(x) < float("inf")
 
@@ -197,7 +202,8 @@ def _keypoint_positives_kernel(
     offs_k = tl.arange(0, TILE.BLOCK_K)[None, :]
     K: tl.constexpr = len(KIND.SIGMAS)
     per_variance = _per_variance(offs_k, KIND.SIGMAS, DTYPE)
-    pose, flags = tl.zeros((TILE.BLOCK_P, TILE.BLOCK_K), DTYPE), tl.zeros((TILE.BLOCK_P, TILE.BLOCK_K), DTYPE)
+    BLOCK_P: tl.constexpr = TILE.BLOCK_P
+    pose, flags = tl.zeros((BLOCK_P, offs_k.shape[1]), DTYPE), tl.zeros((BLOCK_P, offs_k.shape[1]), DTYPE)
     start = 0
     while start < number:
         at = _load_positives(places_ptr, truth.row_ptr, start, number, grid.A, TILE)
@@ -215,14 +221,13 @@ def _keypoint_positives_kernel(
         if out is not None:
             scale = _num_images(counts, DTYPE) / _num_fg(counts, DTYPE)
             d_x, d_y = keypoint_slope(x)
-            slope, to = scalar(pose_gain, DTYPE) * scale, out.ptr.dtype.element_ty
+            slope, flag_slope = scalar(pose_gain, DTYPE) * scale, scalar(kobj_gain, DTYPE) / K * scale
             out_ptr = _raw_place(out, at, offs_k, KIND.D)
-            tl.store(out_ptr, rounded(d_x * slope, to), mask=mask)
-            tl.store(out_ptr + out.channel, rounded(d_y * slope, to), mask=mask)
+            _store(out_ptr, d_x * slope, mask)
+            _store(out_ptr + out.channel, d_y * slope, mask)
             if KIND.D == 3:
-                slope = scalar(kobj_gain, DTYPE) / K * scale
-                tl.store(out_ptr + 2 * out.channel, rounded((sigmoid(logit) - flag) * slope, to), mask=mask)
-        start += TILE.BLOCK_P
+                _store(out_ptr + 2 * out.channel, (sigmoid(logit) - flag) * flag_slope, mask)
+        start += BLOCK_P
     tl.store(partial_ptr + tl.program_id(0), tl.sum(pose))
     tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(flags))
 
