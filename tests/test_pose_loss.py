@@ -105,7 +105,7 @@ def test_results_repeat_to_the_bit():
 def test_the_sum_of_its_parts(num_rows):
     criterion, preds, shapes, rows, keypoints = small(num_rows, pose_gain=2.0, kobj_gain=3.0, sigmas=[0.1, 0.2, 0.3, 0.4, 0.5])
     out = criterion(*preds, shapes, rows, keypoints)
-    found, target_row = criterion.detection._with_rows(*preds[:2], shapes, rows)
+    found, target_row = criterion._with_rows(*preds[:2], shapes, rows)
     boxes, size = ty.Targets.from_yolo(rows, (32, 32)).boxes_xyxy, keypoints.new_tensor([32, 32, 1])
     alone = ty.keypoint_loss(
         preds[2],
@@ -141,7 +141,6 @@ def test_copies():
     for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert torch.equal(copied(*preds, *others).loss, expected)
     assert not criterion.state_dict()
-    assert "pose_gain=12.0" in repr(criterion)
     assert criterion.process_group is None
 
 

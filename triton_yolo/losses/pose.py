@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, _ops
 from .._precision import widened
@@ -38,7 +37,7 @@ class YOLO11PoseLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11PoseLoss(nn.Module):
+class YOLO11PoseLoss(YOLO11Loss):
     """The criterion of YOLO11-pose and YOLOv8-pose: that of the boxes, ``YOLO11Loss``, and ``keypoint_loss`` on its positives.
 
     YOLO-Pose (arXiv 2204.06806), and see both. A number that takes part and is not finite (every logit of boxes and classes,
@@ -46,12 +45,11 @@ class YOLO11PoseLoss(nn.Module):
 
     Args:
         num_classes: number of classes C.
-        strides: stride of every level in pixels, in the order in which the predictions are concatenated.
         sigmas: K numbers, see ``keypoint_loss``.
         pose_gain: weight of the similarity term.
         kobj_gain: weight of the visibility term.
-        process_group: see ``YOLO11Loss``; positives are counted on all its ranks.
-        options: the other arguments of ``YOLO11Loss``. Ultralytics' criterion has ``min_box_side=16``.
+        options: the other arguments of ``YOLO11Loss``, whose ``loss_of`` is that of boxes alone. Ultralytics' criterion has
+            ``min_box_side=16``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,27 +69,16 @@ class YOLO11PoseLoss(nn.Module):
         self,
         num_classes: int,
         *,
-        strides: Sequence[float] = (8, 16, 32),
         sigmas: Sequence[float] | None = None,
         pose_gain: float = 12.0,
         kobj_gain: float = 1.0,
-        process_group: dist.ProcessGroup | bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self.detection = YOLO11Loss(num_classes, strides=strides, process_group=process_group, **options)
+        super().__init__(num_classes, **options)
         self.sigmas = None if sigmas is None else _checks.reals("sigmas", sigmas)
-        self.gains = _checks.real("pose_gain", pose_gain), _checks.real("kobj_gain", kobj_gain)
+        self.keypoint_gains = _checks.real("pose_gain", pose_gain), _checks.real("kobj_gain", kobj_gain)
 
-    @property
-    def process_group(self) -> dist.ProcessGroup | bool | None:
-        return self.detection.process_group
-
-    @process_group.setter
-    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
-        self.detection.process_group = value
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pred_dist: Tensor,
         pred_scores: Tensor,
@@ -119,24 +106,21 @@ class YOLO11PoseLoss(nn.Module):
         _checks.tensor("pred_dist", pred_dist, ("B", "A", "4 * reg_max"))
         _checks.tensor("pred_keypoints", pred_keypoints, (*pred_dist.shape[:2], "K * D"), like=pred_dist)
         pred_dist, pred_scores, pred_keypoints = widened(pred_dist, pred_scores, pred_keypoints)
-        found, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, targets)
+        found, row = self._with_rows(pred_dist, pred_scores, feat_shapes, targets)
         sigmas = sigmas_of(pred_keypoints, keypoints, self.sigmas)
-        levels = _checks.levels(feat_shapes, self.detection.strides, pred_keypoints.shape[1])
+        levels = _checks.levels(feat_shapes, self.strides, pred_keypoints.shape[1])
         boxes = _boxes_px(targets, levels)
         if boxes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {boxes.shape[0]} rows of targets, got {keypoints.shape[0]}")
-        counts = _counts(found.num_fg, found.loss, len(pred_dist), self.detection._ranks)
+        counts = _counts(found.num_fg, found.loss, len(pred_dist), self._ranks)
         wants_grad = torch.is_grad_enabled() and (found.loss.requires_grad or pred_keypoints.requires_grad)
         x = KeypointLoss(
             pred_keypoints, found.loss, row, *counts, keypoints.detach(), boxes, isinstance(targets, Tensor), levels, sigmas,
-            self.gains, wants_grad,
+            self.keypoint_gains, wants_grad,
         )  # fmt: skip
         out = _ops.keypoint_loss(x)
         pose, kobj = out.terms.unbind()
         return YOLO11PoseLossOutput(out.loss, found.box, found.cls, found.dfl, pose, kobj, found.num_fg)
-
-    def extra_repr(self) -> str:
-        return f"sigmas={self.sigmas}, pose_gain={self.gains[0]}, kobj_gain={self.gains[1]}"
 
 
 def _boxes_px(targets: Tensor | Targets, levels: Levels) -> Tensor:
