@@ -60,7 +60,7 @@ MEANT = {
     "oriented: rectangles around boxes as if upright": Planted(Mutant("upright_bounds", "_a * _b + _a.flip(1) * _c", "_a"), f"{ASSIGNERS}_oriented_boxes_have_the_points_on_their_diagonals"),
     "oriented: edges are outside": Planted(Mutant("is_inside_oriented", "_a <= _b / 2", "_a < _b / 2", 0, 2), f"{ASSIGNERS}_points_on_the_edge_of_an_oriented_box_are_candidates"),
     "keypoints: a gradient where nothing is left": Planted(Mutant("_Positives.slopes", "_a.where(_b > 0, 0)", "_a"), f"{KEYPOINTS}_a_huge_number_costs_as_much_as_it_can_and_pulls_no_more"),
-    "keypoints: all count as visible": Planted(Mutant("_Positives.__init__", "_a != 0", "_a == _a"), f"{KEYPOINTS}_keypoint_loss"),
+    "keypoints: all count as visible": Planted(Mutant("_Truth.__init__", "_a != 0", "_a == _a"), f"{KEYPOINTS}_keypoint_loss"),
     "keypoints: positives may hold anything": Planted(Mutant("keypoint_loss", "_a.where(is_finite(_b) & _c, torch.nan)", "_a"), f"{KEYPOINTS}_no_number_of_a_positive_shows_everywhere"),
     "keypoints: gradients of float16 too soon": Planted(Mutant("KeypointLoss.allocate", "_a == torch.float16", "False"), f"{KEYPOINTS}_gradients_of_float16_wait_for_the_loss_scale", "triton_yolo/_signatures"),
     "reference: keypoints unseen by sign": Planted(Mutant("is_visible", "_a != 0", "_a > 0"), OF_KEYPOINTS, REFERENCE),
