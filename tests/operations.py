@@ -169,10 +169,10 @@ def keypoint_loss(dtype: torch.dtype, num_dims: int = 3, *, wants_grad: bool = T
     row[0, [3, 6, 17]], row[1, [0, 1, 9, 19]] = 1, 0
     keypoints = torch.rand(2, 5, 3, dtype=dtype, device=DEVICE)
     keypoints[..., 2] = torch.tensor([2, 0, 1, 2, 2], device=DEVICE)
-    boxes = torch.tensor([[4, 4, 28, 20], [0, 8, 30, 31]], dtype=dtype, device=DEVICE)
+    sizes = torch.tensor([[0.75, 0.5], [0.9, 0.7]], dtype=dtype, device=DEVICE)
     other, number = torch.ones((), dtype=working_dtype(dtype), device=DEVICE), (row >= 0).sum()
     sigmas = (0.05, 0.1, 0.2, 0.1, 0.3)
-    return of.KeypointLoss(preds, other, row, number, None, keypoints, boxes, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
+    return of.KeypointLoss(preds, other, row, number, None, keypoints, sizes, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
 
 
 def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:

@@ -98,8 +98,8 @@ def keypoint_loss(
     nothing = torch.zeros((), dtype=working_dtype(pred_keypoints.dtype), device=pred_keypoints.device)
     wants_grad = torch.is_grad_enabled() and pred_keypoints.requires_grad
     x = KeypointLoss(
-        pred_keypoints, nothing, row, is_fg.sum(), None, gt_keypoints.detach(), gt_boxes.detach(), False, levels, sigmas, gains,
-        wants_grad,
+        pred_keypoints, nothing, row, is_fg.sum(), None, gt_keypoints.detach(), (gt_boxes[:, 2:] - gt_boxes[:, :2]).detach(),
+        False, levels, sigmas, gains, wants_grad,
     )  # fmt: skip
     out = _ops.keypoint_loss(x)
     return KeypointLossOutput(out.loss, *out.terms.unbind())

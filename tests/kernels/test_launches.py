@@ -189,12 +189,11 @@ def test_keypoint_loss(layout, dtype, num_keypoints, num_dims, gt_dims):
     preds = laid_out(torch.randn(2, X_ANCHORS, num_keypoints * num_dims).to(dtype), layout)
     row = torch.where(torch.rand(2, X_ANCHORS) < 1 / 12, torch.randint(6, (2, X_ANCHORS)), -1).int()
     keypoints = laid_out(torch.cat([40 * torch.randn(6, num_keypoints, 2), torch.randint(2, (6, num_keypoints, 1))], 2), layout)
-    corners = torch.rand(6, 2) * 60
-    boxes = torch.cat([corners, corners + 8 + 60 * torch.rand(6, 2)], 1)
+    sizes = (8 + 60 * torch.rand(6, 4))[:, 2:]
     sigmas = tuple(0.05 + 0.4 * k / num_keypoints for k in range(num_keypoints))
     x = of.KeypointLoss(
         preds, torch.tensor(2.0).to(torch.float64 if dtype == torch.float64 else torch.float32), row, (row >= 0).sum(), None,
-        keypoints[..., :gt_dims], boxes, False, X_LEVELS, sigmas, (12.0, 1.0), True,
+        keypoints[..., :gt_dims], sizes, False, X_LEVELS, sigmas, (12.0, 1.0), True,
     )  # fmt: skip
     assert_same(kernels.keypoint_loss(x), eager.keypoint_loss(x))
     total = torch.tensor(3.0).to(x.other_loss)

@@ -134,7 +134,7 @@ def _keypoint_loss(
 ) -> of.KeypointLoss:
     preds, other = _preds(dtype, layout, num_keypoints * num_dims), _empty(dtype=working_dtype(dtype))
     row, number = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(dtype=torch.int64)
-    gt, sigmas = (_empty(ROWS, num_keypoints, 3), _empty(ROWS, 4)), (1 / num_keypoints,) * num_keypoints
+    gt, sigmas = (_empty(ROWS, num_keypoints, 3), _empty(ROWS, 6)[:, 4:]), (1 / num_keypoints,) * num_keypoints
     return of.KeypointLoss(preds, other, row, number, None, *gt, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
 
 

@@ -24,9 +24,9 @@ class KeypointLossOutputs(NamedTuple):
 class KeypointLoss(NamedTuple):
     """Raw keypoints (B, A, K * D), D 2 or 3, of a given assignment, added to a loss () of other terms.
 
-    ``target_row`` (B, A) int32 is a row of ``gt_keypoints`` (N, K, 2 or 3), which are shares of the image if
-    ``is_normalised``, and ``gt_boxes`` (N, 4) in pixels. The terms are divided by ``num_fg`` () as it is, by 1 if it is 0, and
-    their sum is multiplied by ``num_images`` (), by B if there is none.
+    ``target_row`` (B, A) int32 is a row of ``gt_keypoints`` (N, K, 2 or 3) and of ``gt_sizes`` (N, 2), width and height of the
+    boxes: in shares of the image if ``is_normalised``, else in pixels. The terms are divided by ``num_fg`` () as it is, by 1
+    if it is 0, and their sum is multiplied by ``num_images`` (), by B if there is none.
     """
 
     pred_keypoints: Tensor
@@ -35,7 +35,7 @@ class KeypointLoss(NamedTuple):
     num_fg: Tensor
     num_images: Tensor | None
     gt_keypoints: Tensor
-    gt_boxes: Tensor
+    gt_sizes: Tensor
     is_normalised: bool
     levels: Levels
     sigmas: tuple[float, ...]

@@ -77,12 +77,12 @@ class _Truth:
     """Of the rows: keypoints (2, N, K) and area (N,) in pixels, which are visible and their share in the mean (N, K)."""
 
     def __init__(self, x: KeypointLoss, dtype: torch.dtype) -> None:
-        numbers, boxes = x.gt_keypoints.to(dtype), x.gt_boxes.to(dtype)
+        numbers, sizes = x.gt_keypoints.to(dtype), x.gt_sizes.to(dtype)
         visible = numbers.isfinite().all(-1)
         if numbers.shape[2] == 3:
             visible &= numbers[..., 2] != 0
         height, width = x.levels.image_size if x.is_normalised else (1.0, 1.0)
         self.places = torch.stack([numbers[..., 0] * width, numbers[..., 1] * height])
-        self.area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        self.area = sizes[:, 0] * width * (sizes[:, 1] * height)
         self.visible = visible.to(dtype)
         self.share = self.visible / self.visible.sum(1, keepdim=True).clamp(min=1)

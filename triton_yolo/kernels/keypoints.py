@@ -16,7 +16,6 @@ from .grid import cell_centres
 from .launch import INTERPRETED
 from .oriented import one_less_exp
 from .reduce import total
-from .rows import load_row_boxes
 
 FILL_BLOCK = 2**18 if INTERPRETED else 4096
 
@@ -38,11 +37,11 @@ class Kind(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Row (B, A) of every anchor, keypoints (N, K, 2 or 3) of any layout, and boxes (N, 4) in pixels."""
+    """Row (B, A) of every anchor; keypoints (N, K, 2 or 3) and sizes of boxes (N, 2) of any layout."""
 
     row_ptr: Any
     keypoints: Tensor3
-    boxes: Tensor2
+    sizes: Tensor2
 
 
 class Counts(NamedTuple):
@@ -147,7 +146,7 @@ def _is_finite(x):
 
 @triton.jit
 def _load_truth(truth, at, offs_k, mask, height, width, GT_D: tl.constexpr, DTYPE: tl.constexpr):
-    """Places of keypoints [p, k] in pixels, and which are visible."""
+    """Places of keypoints [p, k] in pixels, which are visible, and areas of boxes [p, 1]."""
     step = truth.keypoints.channel
     ptr = truth.keypoints.ptr + at.row.to(tl.int64) * truth.keypoints.image + offs_k.to(tl.int64) * truth.keypoints.anchor
     x = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
@@ -156,15 +155,18 @@ def _load_truth(truth, at, offs_k, mask, height, width, GT_D: tl.constexpr, DTYP
     if GT_D == 3:
         flag = tl.load(ptr + 2 * step, mask=mask, other=0.0).to(DTYPE)
         visible = visible & _is_finite(flag) & (flag != 0)
-    return x * scalar(width, DTYPE), y * scalar(height, DTYPE), visible
+    width, height = scalar(width, DTYPE), scalar(height, DTYPE)
+    ptr = truth.sizes.ptr + at.row.to(tl.int64) * truth.sizes.row
+    w = tl.load(ptr, mask=at.mask, other=0.0).to(DTYPE) * width
+    h = tl.load(ptr + truth.sizes.column, mask=at.mask, other=0.0).to(DTYPE) * height
+    return x * width, y * height, visible, w * h
 
 
 @triton.jit
-def _errors(raw_x, raw_y, gt_x, gt_y, visible, per_variance, at, boxes, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
+def _errors(raw_x, raw_y, gt_x, gt_y, visible, area, per_variance, at, grid, STRIDES: tl.constexpr, DTYPE: tl.constexpr):
     """Of keypoints at twice the raw distance from the corner of their anchor's cell."""
     x, y, stride = cell_centres(at.anchor, grid, STRIDES, DTYPE)
-    box = load_row_boxes(boxes.ptr, boxes.row, boxes.column, at.row, at.mask, DTYPE)
-    area = ((box.x2 - box.x1) / stride) * ((box.y2 - box.y1) / stride) + 1e-9
+    area = area / (stride * stride) + 1e-9
     dx = tl.where(visible, 2 * raw_x + (x - 0.5) - gt_x / stride, 0.0)
     dy = tl.where(visible, 2 * raw_y + (y - 0.5) - gt_y / stride, 0.0)
     number = tl.maximum(tl.sum(visible.to(tl.int32), 1), 1)[:, None].to(DTYPE)
@@ -211,8 +213,8 @@ def _keypoint_positives_kernel(
         ptr = _raw_place(preds, at, offs_k, KIND.D)
         raw_x = tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
         raw_y = tl.load(ptr + preds.channel, mask=mask, other=0.0).to(DTYPE)
-        gt_x, gt_y, visible = _load_truth(truth, at, offs_k, mask, height, width, KIND.GT_D, DTYPE)
-        x = _errors(raw_x, raw_y, gt_x, gt_y, visible, per_variance, at, truth.boxes, grid, STRIDES, DTYPE)
+        gt_x, gt_y, visible, area = _load_truth(truth, at, offs_k, mask, height, width, KIND.GT_D, DTYPE)
+        x = _errors(raw_x, raw_y, gt_x, gt_y, visible, area, per_variance, at, grid, STRIDES, DTYPE)
         pose += keypoint_distance(x) + (raw_x * 0.0 + raw_y * 0.0)
         if KIND.D == 3:
             logit = tl.load(ptr + 2 * preds.channel, mask=mask, other=0.0).to(DTYPE)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks, _ops
 from .._precision import widened
 from .._ranks import Ranks
-from .._signatures import KeypointLoss, Levels, UnpackRows
+from .._signatures import KeypointLoss
 from ..keypoints import sigmas_of
 from ..targets import Targets
 from .yolo11 import YOLO11Loss
@@ -109,27 +109,18 @@ class YOLO11PoseLoss(YOLO11Loss):
         found, row = self._with_rows(pred_dist, pred_scores, feat_shapes, targets)
         sigmas = sigmas_of(pred_keypoints, keypoints, self.sigmas)
         levels = _checks.levels(feat_shapes, self.strides, pred_keypoints.shape[1])
-        boxes = _boxes_px(targets, levels)
-        if boxes.shape[0] != keypoints.shape[0]:
-            raise ValueError(f"keypoints must be those of {boxes.shape[0]} rows of targets, got {keypoints.shape[0]}")
+        sizes = targets[:, 4:].detach() if isinstance(targets, Tensor) else targets.boxes_xywh[:, 2:]
+        if sizes.shape[0] != keypoints.shape[0]:
+            raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")
         counts = _counts(found.num_fg, found.loss, len(pred_dist), self._ranks)
         wants_grad = torch.is_grad_enabled() and (found.loss.requires_grad or pred_keypoints.requires_grad)
         x = KeypointLoss(
-            pred_keypoints, found.loss, row, *counts, keypoints.detach(), boxes, isinstance(targets, Tensor), levels, sigmas,
+            pred_keypoints, found.loss, row, *counts, keypoints.detach(), sizes, isinstance(targets, Tensor), levels, sigmas,
             self.keypoint_gains, wants_grad,
         )  # fmt: skip
         out = _ops.keypoint_loss(x)
         pose, kobj = out.terms.unbind()
         return YOLO11PoseLossOutput(out.loss, found.box, found.cls, found.dfl, pose, kobj, found.num_fg)
-
-
-def _boxes_px(targets: Tensor | Targets, levels: Levels) -> Tensor:
-    """Corners (N, 4) of all rows."""
-    if isinstance(targets, Targets):
-        return targets.boxes_xyxy
-    height, width = levels.image_size
-    with torch.no_grad():
-        return _ops.unpack_rows(UnpackRows(targets.detach(), width, height)).boxes_xyxy
 
 
 def _counts(num_fg: Tensor, like: Tensor, batch_size: int, ranks: Ranks) -> tuple[Tensor, Tensor | None]:

@@ -51,8 +51,8 @@ class _KeypointPlan(Plan):
         images = None if x.num_images is None else address(x.num_images)
         counts = new(Counts, (address(x.num_fg), images, self.batch_size))
         if self.programs:
-            boxes = new(Tensor2, (address(x.gt_boxes), *x.gt_boxes.stride()))
-            truth = new(Truth, (address(x.target_row), tensor3(address, x.gt_keypoints), boxes))
+            sizes = new(Tensor2, (address(x.gt_sizes), *x.gt_sizes.stride()))
+            truth = new(Truth, (address(x.target_row), tensor3(address, x.gt_keypoints), sizes))
             self.positives(
                 run.stream, (self.programs, 1, 1), run.buffers.partial, run.buffers.places, slopes,
                 tensor3(address, x.pred_keypoints), truth, counts, self.grid, *self.size, *x.gains, self.count,
