@@ -202,8 +202,9 @@ def _keypoint_positives_kernel(
     """
     number = _leave_positives(places_ptr, truth.row_ptr, count, TILE.SLOTS)
     offs_k = tl.arange(0, TILE.BLOCK_K)[None, :]
+    SIGMAS: tl.constexpr = KIND.SIGMAS
     K: tl.constexpr = len(KIND.SIGMAS)
-    per_variance = _per_variance(offs_k, KIND.SIGMAS, DTYPE)
+    per_variance = _per_variance(offs_k, SIGMAS, DTYPE)
     BLOCK_P: tl.constexpr = TILE.BLOCK_P
     pose, flags = tl.zeros((BLOCK_P, offs_k.shape[1]), DTYPE), tl.zeros((BLOCK_P, offs_k.shape[1]), DTYPE)
     start = 0
