@@ -10,10 +10,13 @@ from . import results
 from .cases import Case, has_coco, make_case
 from .compare import HEADER, Builder, compare, markdown
 from .competitors import ASSIGNERS, CRITERIA
+from .keypoints import KEYPOINTS
 from .measure import copy_bandwidth
 from .stages import STAGES
 
-OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS}
+OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {
+    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": KEYPOINTS,
+}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:

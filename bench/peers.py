@@ -35,6 +35,18 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     return model.train()
 
 
+def ultralytics_pose_model(config: str, num_classes: int, num_keypoints: int = 17, num_dims: int = 3) -> nn.Module:
+    """The same with keypoints, e.g. of ``"yolo11n-pose.yaml"``."""
+    with contained():
+        from ultralytics.cfg import get_cfg
+        from ultralytics.nn.tasks import PoseModel
+
+        shape = (num_keypoints, num_dims)
+        model = PoseModel(config, ch=3, nc=num_classes, data_kpt_shape=shape, verbose=False)
+    model.args = get_cfg()
+    return model.train()
+
+
 def ultralytics_assigner(num_classes: int, *, topk: int, alpha: float, beta: float) -> nn.Module:
     """The assigner of the detection criterion, which widens boxes to its second stride, 16 px."""
     with contained():
@@ -52,10 +64,20 @@ def ultralytics_oriented() -> tuple[Any, Any, type[nn.Module]]:
         return probiou, batch_probiou, RotatedTaskAlignedAssigner
 
 
+def ultralytics_keypoint_loss() -> type[nn.Module]:
+    """The loss of keypoints alone, made of their sigmas."""
+    with contained():
+        from ultralytics.utils.loss import KeypointLoss
+
+        return KeypointLoss
+
+
 def ultralytics_preds(
     pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[tuple[int, int]], **more: Tensor
 ) -> dict[str, Any]:
-    """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A); of oriented boxes also ``angle`` (B, 1, A)."""
+    """What the criterion takes as predictions, from (B, 4R, A) and (B, C, A); of oriented boxes also ``angle`` (B, 1, A), of
+    keypoints ``kpts`` (B, K * D, A).
+    """
     features = [pred_dist.new_empty(len(pred_dist), 1, *shape) for shape in feat_shapes]
     return {"boxes": pred_dist, "scores": pred_scores, "feats": features, **more}
 

@@ -20,24 +20,37 @@ from .task_aligned import (
 )
 from .yolo11 import YOLO11LossOutput, yolo11_assign, yolo11_loss
 from .yolo11_obb import YOLO11OBBLossOutput, yolo11_obb_assign, yolo11_obb_loss
+from .yolo11_pose import (
+    COCO_SIGMAS,
+    KeypointLossOutput,
+    YOLO11PoseLossOutput,
+    decode_keypoints,
+    keypoint_loss,
+    yolo11_pose_loss,
+)
 from .yolox import YOLOXLossOutput, yolox_assign, yolox_loss
 
 __all__ = [
     "AXIS_ALIGNED",
+    "COCO_SIGMAS",
     "ORIENTED",
     "Geometry",
+    "KeypointLossOutput",
     "SimOTAResult",
     "TaskAlignedResult",
     "YOLO11LossOutput",
     "YOLO11OBBLossOutput",
+    "YOLO11PoseLossOutput",
     "YOLOXLossOutput",
     "align_metric",
     "bbox_iou",
     "decode_angle",
     "decode_dfl",
+    "decode_keypoints",
     "decode_oriented",
     "decode_yolox",
     "dfl_loss",
+    "keypoint_loss",
     "make_anchors",
     "pad_targets",
     "prob_iou",
@@ -51,6 +64,7 @@ __all__ = [
     "yolo11_loss",
     "yolo11_obb_assign",
     "yolo11_obb_loss",
+    "yolo11_pose_loss",
     "yolox_assign",
     "yolox_loss",
 ]

@@ -13,6 +13,7 @@ from tests.test_losses import small_yolo11, small_yolox
 from triton_yolo import _ops
 from triton_yolo import _signatures as of
 from triton_yolo._operation import Operation
+from triton_yolo._precision import working_dtype
 
 OPERATIONS: dict[str, Operation] = {value.name: value for value in vars(_ops).values() if isinstance(value, Operation)}
 LEVELS = of.Levels((4, 4, 2, 2), (8.0, 16.0))
@@ -160,6 +161,20 @@ def yolox_criterion(dtype: torch.dtype, *, wants_grad: bool = True) -> of.YOLOX:
     return of.YOLOX(x.preds, [rows(dtype)], gain, LEVELS, x.assigner, "giou", 5.0, wants_grad)
 
 
+def keypoint_loss(dtype: torch.dtype, num_dims: int = 3, *, wants_grad: bool = True) -> of.KeypointLoss:
+    """Five keypoints of two rows, some unseen, for seven positives."""
+    torch.manual_seed(0)
+    preds = torch.randn(2, 20, 5 * num_dims, dtype=dtype, device=DEVICE)
+    row = torch.full((2, 20), -1, dtype=torch.int32, device=DEVICE)
+    row[0, [3, 6, 17]], row[1, [0, 1, 9, 19]] = 1, 0
+    keypoints = torch.rand(2, 5, 3, dtype=dtype, device=DEVICE)
+    keypoints[..., 2] = torch.tensor([2, 0, 1, 2, 2], device=DEVICE)
+    sizes = torch.tensor([[0.75, 0.5], [0.9, 0.7]], dtype=dtype, device=DEVICE)
+    other, number = torch.ones((), dtype=working_dtype(dtype), device=DEVICE), (row >= 0).sum()
+    sigmas = (0.05, 0.1, 0.2, 0.1, 0.3)
+    return of.KeypointLoss(preds, other, row, number, None, keypoints, sizes, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
+
+
 def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:
     def inputs(dtype: torch.dtype) -> Any:
         x = make(dtype)
@@ -171,7 +186,7 @@ def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any
 DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, prob_iou, yolo11_loss, yolox_loss)
 _PLAIN = (
     unpack_rows, align_metric, select_topk_candidates, task_aligned_assign, simota_assign, yolo11_assign, yolo11_criterion,
-    yolox_assign, yolox_criterion,
+    yolox_assign, yolox_criterion, keypoint_loss,
 )  # fmt: skip
 INPUTS: dict[str, Callable[[torch.dtype], Any]] = {make.__name__: make for make in (*DIFFERENTIABLE, *_PLAIN)}
 INPUTS |= {f"{make.__name__}_backward": _backward(make) for make in DIFFERENTIABLE}

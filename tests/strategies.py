@@ -147,6 +147,36 @@ def yolo11_cases(draw, dtype: torch.dtype = torch.float32):
     return YOLO11Case(dist, scores, shapes, draw(rows(batch_size, num_classes)), options)
 
 
+class KeypointCase(NamedTuple):
+    preds: Tensor
+    target_row: Tensor
+    keypoints: Tensor
+    boxes: Tensor
+    feat_shapes: list[tuple[int, int]]
+    options: dict
+
+
+@st.composite
+def keypoint_cases(draw, dtype: torch.dtype = torch.float32):
+    """Raw keypoints in a random layout, an assignment, and ground truth of which some is not visible."""
+    shapes, strides = draw(pyramids(max_side=5))
+    batch_size, num_rows = draw(st.integers(1, 3)), draw(st.integers(0, 4))
+    num_keypoints, num_dims = draw(st.sampled_from([1, 3, 17])), draw(st.sampled_from([2, 3]))
+    num_anchors = sum(h * w for h, w in shapes)
+    preds = draw(tensors((batch_size, num_anchors, num_keypoints * num_dims), jitters=(0.0, 0.25)))
+    chosen = draw(st.lists(st.integers(-2, num_rows - 1).map(float), min_size=1, max_size=6))
+    row = spread(chosen, (batch_size, num_anchors)).int().clamp(min=-1)
+    size = 8.0 * max(shapes[0])
+    places = draw(tensors((num_rows, num_keypoints, 2), st.integers(-4, 36).map(lambda i: i / 32), jitters=(0.0,))) * size
+    flags = spread(draw(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=4)), (num_rows, num_keypoints, 1))
+    keypoints = torch.cat([places, flags], 2) if draw(st.booleans()) else places
+    options = dict(strides=strides, pose_gain=draw(st.sampled_from([12.0, 1.0])), kobj_gain=draw(st.sampled_from([1.0, 0.0])))
+    if draw(st.booleans()):
+        options["sigmas"] = [(1 + k % 5) / 16 for k in range(num_keypoints)]
+    gt_boxes = draw(boxes((num_rows,), size)) if num_rows else torch.zeros(0, 4, device=DEVICE)
+    return KeypointCase(draw(layouts(preds.to(dtype))), row, keypoints, gt_boxes, shapes, options)
+
+
 class YOLOXCase(NamedTuple):
     preds: Tensor
     feat_shapes: list[tuple[int, int]]

@@ -23,6 +23,10 @@ def loss_of(system: str, preds: torch.Tensor, rows: torch.Tensor, group):
     if system == "yolo11":
         criterion = ty.YOLO11Loss(3, strides=STRIDES, reg_max=4, process_group=group)
         return criterion(preds[..., :16], preds[..., 16:], SHAPES, rows)
+    if system == "pose":
+        keypoints = rows.new_tensor([[0.2, 0.3, 1], [0.6, 0.5, 0]]) * rows[:, 2:3, None]  # which know no image
+        criterion = ty.YOLO11PoseLoss(3, strides=STRIDES, reg_max=2, process_group=group)
+        return criterion(preds[..., :8], preds[..., 8:11], preds[..., 11:17], SHAPES, rows, keypoints)
     return ty.YOLOXLoss(14, strides=STRIDES, use_l1=True, process_group=group)(preds, SHAPES, rows)
 
 
@@ -54,6 +58,10 @@ def test_two_ranks_equal_one_process(system: str, parts: tuple[int, int], form: 
     # Averaging over the ranks halves what each sees of its own images.
     assert_close(torch.cat([grad_0, grad_1]) / 2, whole.grad, "gradient")
     assert_close((terms_0 + terms_1) / 2, torch.stack(expected[1:-1]), "terms")
+
+
+def test_two_ranks_with_keypoints_equal_one_process(tmp_path: Path):
+    test_two_ranks_equal_one_process("pose", PARTS["unequal batches"], "group", tmp_path)
 
 
 @pytest.fixture

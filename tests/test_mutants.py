@@ -16,6 +16,7 @@ TAL, SIM = f"{ASSIGNERS}_task_aligned_assigner", f"{ASSIGNERS}_simota_assigner"
 INFEASIBLE = f"{ASSIGNERS}_simota_where_infeasible_anchors_may_win"
 COSTS = f"{SIM} {ASSIGNERS}_logarithm_of_a_probability_of_nothing_costs_a_hundred"
 LOSS11, LOSSX = f"{LOSSES}_yolo11_loss", f"{LOSSES}_yolox_loss"
+KEYPOINTS, OF_KEYPOINTS = "tests/test_keypoints.py::test", "tests/test_keypoint_reference.py"
 SPECIFICATION, ORIENTED = "tests/test_reference.py", "tests/test_oriented_reference.py"
 
 
@@ -58,6 +59,13 @@ MEANT = {
     "oriented: a gradient past the bounds": Planted(Mutant("prob_overlap_derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
     "oriented: rectangles around boxes as if upright": Planted(Mutant("upright_bounds", "_a * _b + _a.flip(1) * _c", "_a"), f"{ASSIGNERS}_oriented_boxes_have_the_points_on_their_diagonals"),
     "oriented: edges are outside": Planted(Mutant("is_inside_oriented", "_a <= _b / 2", "_a < _b / 2", 0, 2), f"{ASSIGNERS}_points_on_the_edge_of_an_oriented_box_are_candidates"),
+    "keypoints: a gradient where nothing is left": Planted(Mutant("_Positives.slopes", "_a.where(_b > 0, 0)", "_a"), f"{KEYPOINTS}_a_huge_number_costs_as_much_as_it_can_and_pulls_no_more"),
+    "keypoints: all count as visible": Planted(Mutant("_Truth.__init__", "_a != 0", "_a == _a"), f"{KEYPOINTS}_keypoint_loss"),
+    "keypoints: positives may hold anything": Planted(Mutant("keypoint_loss", "_a.where(is_finite(_b) & _c, torch.nan)", "_a"), f"{KEYPOINTS}_no_number_of_a_positive_shows_everywhere"),
+    "keypoints: gradients of float16 too soon": Planted(Mutant("KeypointLoss.allocate", "_a == torch.float16", "False"), f"{KEYPOINTS}_gradients_of_float16_wait_for_the_loss_scale", "triton_yolo/_signatures"),
+    "reference: keypoints unseen by sign": Planted(Mutant("is_visible", "_a != 0", "_a > 0"), OF_KEYPOINTS, REFERENCE),
+    "reference: keypoints at the centre of the cell": Planted(Mutant("decode_keypoints", "_a - 0.5", "_a"), OF_KEYPOINTS, REFERENCE),
+    "reference: mean over all keypoints": Planted(Mutant("keypoint_distance", "_a.sum(-1).clamp(min=1)", "_a.shape[1]"), OF_KEYPOINTS, REFERENCE),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),
     "reference: covariance of the other turn": Planted(Mutant("covariance", "(_a - _b) * _c * _d", "(_b - _a) * _c * _d"), ORIENTED, REFERENCE),
@@ -70,7 +78,7 @@ SLIPS = {
     "overlap": (IOU, 2), "overlap_derivative": (IOU, 3), "prob_overlap_derivative": (PROB_IOU, 2), "expectation_backward": (LOSS11, 1), "boxes_from_distances": (DECODING, 1),
     "yolox_raw_grad": (DECODING_X, 1), "is_inside": (SIM, 1), "topk_per_row": (TOPK, 2), "grid_pairs": (LOSS11, 2),
     "point_pairs": (TAL, 1), "Regions.in_centre": (SIM, 1), "_costs": (COSTS, 2), "dynamic_k": (SIM, 1),
-    "cheapest_k": (SIM, 1), "boxes_from_raw": (DECODING_X, 1), "_gather_members": (SIM, 1),
+    "_Positives.slopes": (f"{KEYPOINTS}_keypoint_loss", 1), "cheapest_k": (SIM, 1), "boxes_from_raw": (DECODING_X, 1), "_gather_members": (SIM, 1),
 }  # fmt: skip
 ALIKE = {"point_pairs: _a > _b -> _a >= _b": "the test of each pair follows", "point_pairs: _a < _b -> _a <= _b": "the same"}
 """Slips that change no result, and why."""

@@ -32,7 +32,7 @@ def test_opcheck(name, dtype):
         torch.library.opcheck(operation.operator, tuple(operation.flat(x)))
 
 
-@pytest.mark.parametrize("name", ["yolo11_criterion", "yolox_criterion"])
+@pytest.mark.parametrize("name", ["yolo11_criterion", "yolox_criterion", "keypoint_loss"])
 def test_opcheck_without_gradients(name):
     operation, x = OPERATIONS[name], INPUTS[name](torch.float32)._replace(wants_grad=False)
     with warnings.catch_warnings():
@@ -145,6 +145,13 @@ def test_gradcheck_yolo11_loss(reg_max, has_weights):
 def test_gradcheck_yolox_loss(iou_loss, use_l1):
     x = operations.yolox_loss(F64, iou_loss, use_l1=use_l1)
     assert torch.autograd.gradcheck(lambda p: _ops.yolox_loss(x._replace(preds=p)).loss, x.preds.requires_grad_())
+
+
+@pytest.mark.parametrize("num_dims", [2, 3])
+def test_gradcheck_keypoint_loss(num_dims):
+    x = operations.keypoint_loss(F64, num_dims)
+    inputs = x.pred_keypoints.requires_grad_(), x.other_loss.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, o: _ops.keypoint_loss(x._replace(pred_keypoints=p, other_loss=o)).loss, inputs)
 
 
 class TinyDetector(torch.nn.Module):

@@ -39,6 +39,12 @@ def ultralytics_loss(criterion: Any, preds: Tensor, rows: Tensor) -> Tensor:
     return criterion(peers.ultralytics_preds(*preds.split([64, 3], 1), SHAPES), peers.ultralytics_batch(rows))[0]
 
 
+def ultralytics_pose_loss(criterion: Any, preds: Tensor, rows: Tensor) -> Tensor:
+    dist, scores, keypoints = preds.split([64, 3, 15], 1)
+    batch = {**peers.ultralytics_batch(rows), "keypoints": rows[:, None, 1:4].repeat(1, 5, 1) / 3}
+    return criterion(peers.ultralytics_preds(dist, scores, SHAPES, kpts=keypoints), batch)[0]
+
+
 def yolo9_loss(criterion: Any, preds: Tensor, rows: Tensor) -> Tensor:
     targets = peers.libreyolo_targets(rows, 2)
     return criterion(peers.libreyolo_maps(*preds.split([64, 3], 1), SHAPES), targets)["total_loss"]
@@ -72,9 +78,17 @@ def ultralytics_model() -> Any:
     return peers.ultralytics_model("yolo11n.yaml", 3)
 
 
+@functools.cache
+def ultralytics_pose_model() -> Any:
+    return peers.ultralytics_pose_model("yolo11n-pose.yaml", 3, 5)
+
+
 TRAINERS = {
     "ultralytics": lambda: Trainer(
         ultralytics, "ultralytics", lambda: ultralytics_model().init_criterion(), ultralytics_loss, 67
+    ),
+    "ultralytics-pose": lambda: Trainer(
+        ultralytics, "ultralytics", lambda: ultralytics_pose_model().init_criterion(), ultralytics_pose_loss, 82
     ),
     "yolox": lambda: Trainer(yolox, "yolox", yolox_head, yolox_loss, 8),
     "libreyolo-yolox": lambda: Trainer(libreyolo, "libreyolo", libreyolo_head, yolox_loss, 8),
@@ -207,6 +221,20 @@ def function(module: str, name: str, make: Callable = scaled) -> Callable:
     return change
 
 
+def inherited(name: str) -> Callable:
+    """Replace a method in the class that the criterion's has it from."""
+
+    def change(criterion: Any, monkeypatch: Any) -> None:
+        owner = next(base for base in type(criterion).__mro__ if name in vars(base))
+        monkeypatch.setattr(owner, name, scaled(getattr(owner, name)))
+
+    return change
+
+
+def static(stock: Callable) -> Any:
+    return staticmethod(scaled(stock))
+
+
 def hook(path: str, kind: str = "forward") -> Callable:
     def change(criterion: Any, monkeypatch: Any) -> None:
         x = functools.reduce(getattr, path.split("."), criterion)
@@ -269,6 +297,16 @@ CHANGES = {
         (f"{LOSS}.dist2bbox", function(LOSS, "dist2bbox")),
         (f"{TAL}.bbox_iou", function(TAL, "bbox_iou")),
     ],
+    "ultralytics-pose": [
+        ("bce is a FocalLoss", member("bce", focal)),
+        ("bce_pose has other settings", member("bce_pose", lambda _: nn.BCEWithLogitsLoss(reduction="sum"))),
+        ("keypoint_loss is a Other", subclass("keypoint_loss")),
+        ("keypoint_loss has hooks", hook("keypoint_loss")),
+        ("KeypointLoss.forward", method("keypoint_loss", "forward")),
+        ("its calculate_keypoints_loss", own_method("", "calculate_keypoints_loss")),
+        ("v8PoseLoss.kpts_decode", method("", "kpts_decode", static)),
+        ("v8PoseLoss.bbox_decode", inherited("bbox_decode")),
+    ],
     "yolox": YOLOX,
     "libreyolo-yolox": YOLOX,
     "libreyolo-yolo9": [
@@ -329,7 +367,13 @@ def test_a_changed_part_keeps_the_stock_computation(trainer, what, change, when,
 @pytest.mark.peers
 @pytest.mark.parametrize(
     ("trainer", "name"),
-    [("ultralytics", "loss"), ("yolox", "get_losses"), ("libreyolo-yolox", "get_losses"), ("libreyolo-yolo9", "__call__")],
+    [
+        ("ultralytics", "loss"),
+        ("ultralytics-pose", "loss"),
+        ("yolox", "get_losses"),
+        ("libreyolo-yolox", "get_losses"),
+        ("libreyolo-yolo9", "__call__"),
+    ],
     indirect=["trainer"],
 )
 def test_a_loss_that_somebody_replaced_before_stays(trainer, name, monkeypatch):

@@ -4,7 +4,9 @@ Criteria, from the raw output of a head and the ground truth to the loss with it
 
 - ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10, 12 and 26; returns ``YOLO11LossOutput``.
 - ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
+- ``YOLO11PoseLoss``: YOLO11 and YOLOv8 with keypoints; returns ``YOLO11PoseLossOutput``.
 - ``Targets``: ground truth in other forms than YOLO's rows.
+- ``keypoint_loss``: keypoints alone, for an assignment from elsewhere; returns ``KeypointLossOutput``.
 
 Assigners of padded ground truth:
 
@@ -30,11 +32,13 @@ from ._backend import backend
 from ._version import __version__
 from .anchors import make_anchors
 from .assigners import RotatedTaskAlignedAssigner, SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
-from .losses import YOLO11Loss, YOLO11LossOutput, YOLOXLoss, YOLOXLossOutput
+from .keypoints import KeypointLossOutput, keypoint_loss
+from .losses import YOLO11Loss, YOLO11LossOutput, YOLO11PoseLoss, YOLO11PoseLossOutput, YOLOXLoss, YOLOXLossOutput
 from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, prob_iou, select_topk_candidates
 from .targets import Targets
 
 __all__ = [
+    "KeypointLossOutput",
     "RotatedTaskAlignedAssigner",
     "SimOTAAssigner",
     "SimOTAResult",
@@ -43,6 +47,8 @@ __all__ = [
     "TaskAlignedResult",
     "YOLO11Loss",
     "YOLO11LossOutput",
+    "YOLO11PoseLoss",
+    "YOLO11PoseLossOutput",
     "YOLOXLoss",
     "YOLOXLossOutput",
     "__version__",
@@ -51,6 +57,7 @@ __all__ = [
     "bbox_iou",
     "decode_dfl",
     "decode_yolox",
+    "keypoint_loss",
     "make_anchors",
     "prob_iou",
     "select_topk_candidates",

@@ -269,6 +269,14 @@ def matched_rows(argument: str, rows: Tensor, is_matched: Tensor) -> None:
     require(wrong.numel() == 0, argument, "be rows of targets with the anchor's image and a class", wrong[:5].tolist())
 
 
+def rows_below(argument: str, rows: Tensor, number: int) -> None:
+    """Check on the CPU, but for a graph, that there are all rows (B, A)."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(rows) is not Tensor:
+        return
+    wrong = rows[rows >= number]
+    require(wrong.numel() == 0, argument, f"be below the number of rows {number}", wrong[:5].tolist())
+
+
 def targets(rows: Sequence[Tensor], batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")) -> None:
     """Check the values of what operations take as targets, on the CPU."""
     if rows[0].device.type != "cpu":

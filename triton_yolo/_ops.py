@@ -49,6 +49,8 @@ yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YO
 yolo11_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_loss", of.YOLO11Loss, gradient=_yolo11_backward)
 yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of.YOLO11, check=_check_yolo11)
 
+keypoint_loss: Operation[of.KeypointLossOutputs] = Operation("keypoint_loss", of.KeypointLoss)
+
 simota_assign: Operation[of.SimOTAAssignment] = Operation("simota_assign", of.SimOTAAssign, check=_check_padded)
 _yolox_backward: Operation[of.GradPreds] = Operation("yolox_loss_backward", of.YOLOXLossBackward)
 yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign, check=_check_yolox)

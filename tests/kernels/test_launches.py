@@ -9,6 +9,8 @@ from tests.kernels.cases import (
     ANCHORS,
     SHAPES,
     STRIDES,
+    X_ANCHORS,
+    X_LEVELS,
     X_SHAPES,
     X_STRIDES,
     assign,
@@ -173,6 +175,30 @@ def test_oriented_boxes(layout, dtype):
     expected = eager.task_aligned_assign(x)
     assert (expected.target_row >= 0).sum() > 3
     assert_same(kernels.task_aligned_assign(x), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "num_keypoints", "num_dims", "gt_dims"),
+    [(torch.float32, 17, 3, 3), (torch.float64, 5, 3, 2), (torch.float16, 1, 2, 2), (torch.float32, 40, 2, 3)],
+)
+@pytest.mark.usefixtures("meter")
+def test_keypoint_loss(layout, dtype, num_keypoints, num_dims, gt_dims):
+    """Every twelfth anchor is positive: more than a tile has places for."""
+    torch.manual_seed(0)
+    preds = laid_out(torch.randn(2, X_ANCHORS, num_keypoints * num_dims).to(dtype), layout)
+    row = torch.where(torch.rand(2, X_ANCHORS) < 1 / 12, torch.randint(6, (2, X_ANCHORS)), -1).int()
+    keypoints = laid_out(torch.cat([40 * torch.randn(6, num_keypoints, 2), torch.randint(2, (6, num_keypoints, 1))], 2), layout)
+    sizes = (8 + 60 * torch.rand(6, 4))[:, 2:]
+    sigmas = tuple(0.05 + 0.4 * k / num_keypoints for k in range(num_keypoints))
+    x = of.KeypointLoss(
+        preds, torch.tensor(2.0).to(torch.float64 if dtype == torch.float64 else torch.float32), row, (row >= 0).sum(), None,
+        keypoints[..., :gt_dims], sizes, False, X_LEVELS, sigmas, (12.0, 1.0), True,
+    )  # fmt: skip
+    assert_same(kernels.keypoint_loss(x), eager.keypoint_loss(x))
+    total = torch.tensor(3.0).to(x.other_loss)
+    x = x._replace(num_images=total, num_fg=total / 2, is_normalised=True, wants_grad=False)
+    assert_same(kernels.keypoint_loss(x), eager.keypoint_loss(x))
 
 
 def use_tiles(monkeypatch, module, rows, anchors, parts=1):

@@ -10,7 +10,7 @@ from triton_yolo.kernels.launch import INTERPRETED
 KERNELS = "triton_yolo/kernels"
 LAUNCHES, VALUES = "tests/kernels/test_launches.py::test", "tests/kernels/test_values.py::test"
 YOLO11, YOLOX, IOU, STAGES = (f"{LAUNCHES}_{name}" for name in ("yolo11", "yolox", "bbox_iou", "padded_stages"))
-PROB_IOU = f"{LAUNCHES}_prob_iou"
+PROB_IOU, KEYPOINTS = f"{LAUNCHES}_prob_iou", f"{LAUNCHES}_keypoint_loss"
 DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "decode_yolox", "unpack_rows"))
 SIMOTA, CLASSES = f"{LAUNCHES}_simota_with_points_in_any_order", f"{LAUNCHES}_classes_of_several_tiles"
 TILES = f"{LAUNCHES}_tile_sizes_leave_no_trace_in_the_assignment"
@@ -33,12 +33,17 @@ MEANT = {
     "negative heights not turned": (Mutant("shape_angle", "(_a < 0) != (_b < 0)", "_a != _a"), IOU),
     "a tie's derivative goes to one side": (Mutant("overlap_derivative", "tl.where(_a == _b, 0.5, _c)", "tl.where(_a == _b, 1.0, _c)", 0, 4), IOU),
     "boxes that touch overlap on one side": (Mutant("overlap_derivative", "tl.where(_a == 0, _b / 2, 0.0)", "tl.where(_a == 0, _b, 0.0)", 0, 2), IOU),
-    "fast exponential of a small distance": (Mutant("_one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
+    "fast exponential of a small distance": (Mutant("one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
     "angles as they come": (Mutant("direction", "tl.floor(_a)", "0.0 * _a"), f"{PROB_IOU}_of_any_angle"),
     "angles of ground truth forgotten": (Mutant("load_truth", "tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)", "0.0 * tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)"), f"{LAUNCHES}_oriented_boxes"),
     "log of one minus p as it stands": (Mutant("log_rest", "tl.where(_a <= 0.5, _b, _c)", "_c"), LOG_NOT),
     "infinite logits hidden": (Mutant("split_softplus", "_a + tl.abs(_a) + _b * 0.0", "tl.maximum(_b, 0.0)"), BROKEN_X),
     "infinite class logits hidden": (Mutant("_yolo11_class_kernel", "tl.sum(_a.to(_b) * 0.0)", "0.0"), BROKEN),
+    "similarity of COCO's keypoints for all": (Mutant("_per_variance", "_a == _b", "_a == _a"), KEYPOINTS),
+    "positives left with gaps among keypoints": (Mutant("_leave_positives", "_a - 1", "_a"), KEYPOINTS),
+    "unseen keypoints count": (Mutant("_load_truth", "_a & _b & (_c != 0)", "_a & _b"), KEYPOINTS),
+    "flags of all lanes": (Mutant("_keypoint_positives_kernel", "tl.where(_a, _b, 0.0)", "_b"), KEYPOINTS),
+    "keypoints of positives may hold anything": (Mutant("_keypoint_positives_kernel", "_a + (_b * 0.0 + _c * 0.0)", "_a"), "tests/test_keypoints.py::test_no_number_of_a_positive_shows_everywhere"),
     "bins not masked": (Mutant("side_logits", "tl.where(_a, _b, float('-inf'))", "_b"), DECODE),
     "store not masked": (Mutant("_decode_dfl_kernel", "_a[:, None]", "_a[:, None] | True", 2, 3), DECODE),
     "channel address in 32 bits": (Mutant("side_logits", "_a.to(tl.int64)", "_a", 0, 2), FAR),
@@ -79,7 +84,7 @@ MEANT = {
 # Any slip in these functions; so many of them are tried.
 SLIPS = {
     "overlap": (IOU, 3), "overlap_derivative": (IOU, 5), "prob_overlap_derivative": (PROB_IOU, 2), "shape_angle": (IOU, 2), "arctangent": (IOU, 1), "_log1p": (LOG_NOT, 1),
-    "expectation": (DECODE, 1), "raw_corners": (DECODE_X, 1), "raw_grad": (DECODE_X, 1), "cell_centres": (YOLO11, 1),
+    "keypoint_slope": (KEYPOINTS, 2), "_errors": (KEYPOINTS, 2), "expectation": (DECODE, 1), "raw_corners": (DECODE_X, 1), "raw_grad": (DECODE_X, 1), "cell_centres": (YOLO11, 1),
     "cell_span": (YOLO11, 1), "rectangle_cells": (YOLO11, 2), "rectangle_size": (YOLO11, 1), "widened": (YOLO11, 1),
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),
     "claim_owned": (YOLO11, 1), "best_of": (YOLO11, 1), "merge_parts": (TILES, 1), "_claimed_anchors": (CRITERION, 2), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),

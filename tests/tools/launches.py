@@ -129,6 +129,15 @@ def _yolox_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of
     return of.YOLOX(x.preds, [_empty(ROWS, 6)], _empty(), LEVELS, SIMOTA, "iou", 5.0, wants_grad)
 
 
+def _keypoint_loss(
+    dtype: torch.dtype, layout: str, *, wants_grad: bool, num_keypoints: int = 17, num_dims: int = 3
+) -> of.KeypointLoss:
+    preds, other = _preds(dtype, layout, num_keypoints * num_dims), _empty(dtype=working_dtype(dtype))
+    row, number = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(dtype=torch.int64)
+    gt, sigmas = (_empty(ROWS, num_keypoints, 3), _empty(ROWS, 6)[:, 4:]), (1 / num_keypoints,) * num_keypoints
+    return of.KeypointLoss(preds, other, row, number, None, *gt, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
+
+
 def _launch(make: Callable[..., Any], dtype: torch.dtype, layout: str, *, has_gradient: bool, **options: Any) -> None:
     from triton_yolo import kernels
 
@@ -176,6 +185,9 @@ OPERATORS: dict[str, Operator] = {
     "yolox_loss": _with_gradient(_yolox_loss),
     "yolox_loss, GIoU": _with_gradient(_yolox_loss, FIRST, iou_loss="giou"),
     "yolox_loss, C=1": _with_gradient(_yolox_loss, FIRST, num_classes=1),
+    "keypoint_loss": _operator(_keypoint_loss, wants_grad=True),
+    "keypoint_loss, no gradient": _operator(_keypoint_loss, FIRST, wants_grad=False),
+    "keypoint_loss, K=133, D=2": _operator(_keypoint_loss, FIRST, wants_grad=True, num_keypoints=133, num_dims=2),
     "yolox_criterion": _operator(_yolox_criterion, wants_grad=True),
     "yolox_criterion, no gradient": _operator(_yolox_criterion, FIRST, wants_grad=False),
 }

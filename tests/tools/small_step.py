@@ -31,6 +31,8 @@ def run(device: torch.device) -> dict[str, Tensor]:
         for i, grad in enumerate(torch.autograd.grad(out.loss, preds)):
             found[f"{name}, gradient {i}"] = grad
 
+    raw = (yolo11[0].detach()[..., : 3 * 17] / 4).requires_grad_()
+    keypoints = rows[:, None, 2:5] * torch.linspace(0, 1, 17, device=device)[:, None]  # of which the first is not visible
     points, strides = (x.to(device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
     boxes = ty.decode_dfl(yolo11[0], points, reg_max=case.reg_max, strides=strides)
     raw_boxes = ty.decode_yolox(yolox[0], points, strides)
@@ -49,6 +51,11 @@ def run(device: torch.device) -> dict[str, Tensor]:
     labels, gt_boxes = gt.labels.view(2, -1, 1), gt.boxes_xyxy.view(2, -1, 4)
     padded = (labels, gt_boxes, torch.ones_like(labels, dtype=torch.bool))
     scores, boxes, points_px = yolo11[1].detach(), boxes.detach(), points * strides[:, None]
+    anchor = torch.arange(raw.shape[1], device=device).repeat(2, 1)
+    row = torch.where(anchor % 12 < 2, anchor % 7, -1)
+    out = ty.keypoint_loss(raw, row, case.imgsz * keypoints, gt.boxes_xyxy, case.feat_shapes, strides=STRIDES)
+    found["keypoint_loss"], found["keypoint_loss, terms"] = out.loss.detach(), torch.stack(out[1:])
+    (found["keypoint_loss, gradient"],) = torch.autograd.grad(out.loss, raw)
     metric, _ = ty.align_metric(scores.sigmoid(), boxes, points_px, *padded, alpha=0.5, beta=6.0)
     found["align_metric"], found["top-k"] = metric, ty.select_topk_candidates(metric, 10)
     found["task-aligned"] = ty.TaskAlignedAssigner(10, 40)(scores.sigmoid(), boxes, points_px, *padded)[3]

@@ -15,6 +15,7 @@ from .common import (
     new_ground_truth,
     wider,
 )
+from .keypoints import KeypointLoss, KeypointLossOutputs
 from .stages import (
     AlignMetric,
     BboxIoU,
@@ -75,6 +76,8 @@ __all__ = [
     "GradDistScores",
     "GradPreds",
     "GroundTruth",
+    "KeypointLoss",
+    "KeypointLossOutputs",
     "Levels",
     "Metrics",
     "Overlaps",

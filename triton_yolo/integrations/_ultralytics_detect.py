@@ -1,7 +1,7 @@
 """The detection criterion and the assigner of Ultralytics, computed with this package's."""
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bbox
 KEEPS_STOCK = "_triton_yolo_keeps_stock"
 """Attribute of a criterion: why."""
 _EPS = 1e-9  # of the assigner; the criterion has it built in
-_MEMBERS = {
+MEMBERS = {
     "bce": (BCE,),
     "assigner": ("ultralytics.utils.tal.TaskAlignedAssigner",),
     "bbox_loss": ("ultralytics.utils.loss.BboxLoss",),
@@ -26,13 +26,25 @@ _MEMBERS = {
 }
 
 
+Prepare = Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], tuple[torch.nn.Module, tuple[Any, ...]]]
+
+
 def criterion_loss(owner: Any) -> Any:
-    stock, _COMPUTATION[:] = owner.loss, [Stock(owner, "loss", _MEMBERS, _settings)]
+    _COMPUTATION[:] = [Stock(owner, "loss", MEMBERS, settings)]
+    return loss_by(owner, _difference, _prepare, ("box", "cls", "dfl"))
+
+
+def loss_by(owner: Any, difference_of: Callable[[Any], str | None], prepare: Prepare, terms: Sequence[str]) -> Any:
+    """What takes the place of a criterion's ``loss``: the stock one where something differs, else ours.
+
+    ``prepare`` makes our criterion and its inputs; ``terms`` are those of its output in the order of the stock one's names.
+    """
+    stock = owner.loss
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            difference = _difference(self)
+            difference = difference_of(self)
             if difference:
                 say_what_stays("ultralytics", type(self).__name__, difference)
                 return stock(self, preds, batch)
@@ -40,17 +52,28 @@ def criterion_loss(owner: Any) -> Any:
                 raise TypeError(
                     "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
                 )
-            dist, scores = preds["boxes"], preds["scores"]
-            criterion, names = _criterion(self, dist.device), self.loss_names
-            shapes = [feature.shape[2:] for feature in preds["feats"]]
-            columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
+            names = self.loss_names
+            criterion, inputs = prepare(self, preds, batch)
         except (AttributeError, KeyError) as error:
             raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
-        rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
-        out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
-        return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
+        out = criterion(*inputs)
+        return out.loss.reshape(1), {name: getattr(out, term) for name, term in zip(names, terms, strict=True)}
 
     return loss
+
+
+def _prepare(stock: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[YOLO11Loss, tuple[Any, ...]]:
+    dist, *others = inputs_of(preds, batch)
+    return _criterion(stock, dist.device), (dist, *others)
+
+
+def inputs_of(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[Sequence[int]], Tensor]:
+    """Distances and class logits, sizes of the levels, and rows, as our criteria take them."""
+    dist, scores = preds["boxes"], preds["scores"]
+    shapes = [feature.shape[2:] for feature in preds["feats"]]
+    columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
+    rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
+    return dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows
 
 
 _COMPUTATION: list[Stock] = []
@@ -75,7 +98,8 @@ def constants(criterion: Any, device: torch.device) -> Hashable | None:
         return None  # the loss itself says what is wrong
 
 
-def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
+def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
+    """Whether those of the members are stock."""
     reg_max = criterion.reg_max
     return {
         "bce": is_elementwise(bce),
@@ -87,27 +111,33 @@ def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_l
 
 def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
     """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
-    assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
-    return kept(
-        _weighted,
-        device,
-        weights,
-        num_classes=stock.nc,
-        strides=tuple(assigner.stride),
-        reg_max=stock.reg_max,
-        topk=assigner.topk,
-        topk2=_topk2(assigner),
-        alpha=assigner.alpha,
-        beta=assigner.beta,
-        box_gain=gains.box,
-        cls_gain=gains.cls,
-        dfl_gain=gains.dfl,
-        min_box_side=assigner.stride_val,
-    )
+    return kept(_weighted, device, stock.class_weights, **options_of(stock))
 
 
-def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
-    return YOLO11Loss(class_weights=None if class_weights is None else class_weights.reshape(-1), **settings)
+def options_of(stock: Any) -> dict[str, Any]:
+    """Those of our criterion, but for the weights of classes."""
+    assigner, gains = stock.assigner, stock.hyp
+    return {
+        "num_classes": stock.nc,
+        "strides": tuple(assigner.stride),
+        "reg_max": stock.reg_max,
+        "topk": assigner.topk,
+        "topk2": _topk2(assigner),
+        "alpha": assigner.alpha,
+        "beta": assigner.beta,
+        "box_gain": gains.box,
+        "cls_gain": gains.cls,
+        "dfl_gain": gains.dfl,
+        "min_box_side": assigner.stride_val,
+    }
+
+
+def _weighted(class_weights: Tensor | None, **options: Any) -> YOLO11Loss:
+    return YOLO11Loss(class_weights=flat(class_weights), **options)
+
+
+def flat(class_weights: Tensor | None) -> Tensor | None:
+    return None if class_weights is None else class_weights.reshape(-1)
 
 
 def assigner_forward(owner: Any) -> Any:

@@ -192,7 +192,8 @@ def _key(make: Any, x: Any, num_rows: int) -> tuple[Any, ...]:
     parts = [make, triton.next_power_of_2(num_rows) if INTERPRETED else num_rows > 0, x[0].device]
     for name, value in zip(x._fields, x, strict=True):
         if isinstance(value, Tensor):
-            parts += value.dtype, None if name in BY_ROW else value.shape, value.stride(), value.data_ptr() % _ALIGNMENT
+            shape = value.shape[1:] if name in BY_ROW else value.shape
+            parts += value.dtype, shape, value.stride(), value.data_ptr() % _ALIGNMENT
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
             for part in value:
                 parts += part.dtype, part.stride(), part.data_ptr() % _ALIGNMENT

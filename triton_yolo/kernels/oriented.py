@@ -59,7 +59,7 @@ def direction(angle):
 
 
 @triton.jit
-def _one_less_exp(x):
+def one_less_exp(x):
     """1 - exp(-x) for x >= 0, with the relative error of exp however small x is."""
     TERMS: tl.constexpr = 14 if x.dtype == tl.float64 else 8
     series = 1.0 - x * 0.0
@@ -117,7 +117,7 @@ def _distance(excess, areas, apart, EPS: tl.constexpr):
 
 @triton.jit
 def _hellinger(distance, EPS: tl.constexpr):
-    return tl.sqrt(_one_less_exp(distance) + EPS)
+    return tl.sqrt(one_less_exp(distance) + EPS)
 
 
 @triton.jit

@@ -1,0 +1,56 @@
+"""Keypoints of positive anchors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._precision import working_dtype
+from .common import Levels
+
+
+class KeypointLossOutputs(NamedTuple):
+    """The loss (); its weighted terms (2,): pose, kobj; gradients, without elements if unwanted.
+
+    Gradients are written before the loss's own is known. Of float16 they are in float32, so that a loss scale comes in time.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    grad_pred_keypoints: Tensor
+    grad_other_loss: Tensor
+
+
+class KeypointLoss(NamedTuple):
+    """Raw keypoints (B, A, K * D), D 2 or 3, of a given assignment, added to a loss () of other terms.
+
+    ``target_row`` (B, A) int32 is a row of ``gt_keypoints`` (N, K, 2 or 3) and of ``gt_sizes`` (N, 2), width and height of the
+    boxes: in shares of the image if ``is_normalised``, else in pixels. The terms are divided by ``num_fg`` () as it is, by 1
+    if it is 0, and their sum is multiplied by ``num_images`` (), by B if there is none.
+    """
+
+    pred_keypoints: Tensor
+    other_loss: Tensor
+    target_row: Tensor
+    num_fg: Tensor
+    num_images: Tensor | None
+    gt_keypoints: Tensor
+    gt_sizes: Tensor
+    is_normalised: bool
+    levels: Levels
+    sigmas: tuple[float, ...]
+    gains: tuple[float, ...]
+    wants_grad: bool
+
+    @property
+    def num_dims(self) -> int:
+        """Numbers a predicted keypoint."""
+        return self.pred_keypoints.shape[2] // len(self.sigmas)
+
+    def allocate(self) -> KeypointLossOutputs:
+        preds, dtype = self.pred_keypoints, working_dtype(self.pred_keypoints.dtype)
+        loss = preds.new_empty((), dtype=dtype)
+        if not self.wants_grad:
+            return KeypointLossOutputs(loss, loss.new_empty(2), preds.new_empty(0), loss.new_empty(0))
+        grad = torch.empty_like(preds, dtype=dtype if preds.dtype == torch.float16 else preds.dtype)
+        return KeypointLossOutputs(loss, loss.new_empty(2), grad, torch.empty_like(self.other_loss))
