@@ -15,6 +15,7 @@ from .common import (
     new_ground_truth,
     wider,
 )
+from .masks import MaskLoss, MaskLossOutputs
 from .stages import (
     AlignMetric,
     BboxIoU,
@@ -76,6 +77,8 @@ __all__ = [
     "GradPreds",
     "GroundTruth",
     "Levels",
+    "MaskLoss",
+    "MaskLossOutputs",
     "Metrics",
     "Overlaps",
     "ProbIoU",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._precision import working_dtype
 
-BY_ROW = ("rows", "targets", "gt_labels", "gt_boxes")
+BY_ROW = ("rows", "targets", "gt_labels", "gt_boxes", "mask_number", "masks")
 """Inputs with one entry a ground-truth row, of which every batch has another number."""
 
 

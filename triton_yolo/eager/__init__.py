@@ -2,6 +2,7 @@
 
 from .boxes import bbox_iou, bbox_iou_backward
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
+from .masks import mask_loss
 from .oriented import prob_iou, prob_iou_backward
 from .scale import scale_
 from .simota import simota_assign
@@ -18,6 +19,7 @@ __all__ = [
     "decode_dfl_backward",
     "decode_yolox",
     "decode_yolox_backward",
+    "mask_loss",
     "prob_iou",
     "prob_iou_backward",
     "scale_",

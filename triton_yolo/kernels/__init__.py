@@ -2,6 +2,7 @@
 
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
 from .overlap import bbox_iou, bbox_iou_backward, prob_iou, prob_iou_backward
+from .plans.masks import mask_loss
 from .plans.simota import simota_assign
 from .plans.task_aligned import task_aligned_assign
 from .plans.yolo11 import yolo11_assign, yolo11_criterion, yolo11_loss, yolo11_loss_backward
@@ -18,6 +19,7 @@ __all__ = [
     "decode_dfl_backward",
     "decode_yolox",
     "decode_yolox_backward",
+    "mask_loss",
     "prob_iou",
     "prob_iou_backward",
     "scale_",
