@@ -129,6 +129,15 @@ def _yolox_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of
     return of.YOLOX(x.preds, [_empty(ROWS, 6)], _empty(), LEVELS, SIMOTA, "iou", 5.0, wants_grad)
 
 
+def _mask_loss(dtype: torch.dtype, layout: str, *, overlap_mask: bool = True, wants_grad: bool = True) -> of.MaskLoss:
+    masks = _empty(BATCH if overlap_mask else ROWS, 160, 160, dtype=torch.uint8)
+    rows = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(ROWS, 4), masks, _empty(ROWS, dtype=torch.int64)
+    protos = _empty(BATCH, 32, 160, 160, dtype=dtype)
+    return of.MaskLoss(
+        _preds(dtype, layout, 32), protos, *rows, _empty(), (640.0, 640.0), overlap_mask, wants_grad
+    )  # fmt: skip
+
+
 def _launch(make: Callable[..., Any], dtype: torch.dtype, layout: str, *, has_gradient: bool, **options: Any) -> None:
     from triton_yolo import kernels
 
@@ -177,4 +186,7 @@ OPERATORS: dict[str, Operator] = {
     "yolox_loss, C=1": _with_gradient(_yolox_loss, FIRST, num_classes=1),
     "yolox_criterion": _operator(_yolox_criterion, wants_grad=True),
     "yolox_criterion, no gradient": _operator(_yolox_criterion, FIRST, wants_grad=False),
+    "mask_loss": _operator(_mask_loss),
+    "mask_loss, a mask a row": _operator(_mask_loss, FIRST, overlap_mask=False),
+    "mask_loss, no gradient": _operator(_mask_loss, FIRST, wants_grad=False),
 }

@@ -16,15 +16,16 @@ from .launch import INTERPRETED
 from .reduce import total
 from .rows import load_row_boxes
 
-_TILE = 4096  # numbers of the prototypes that a program holds: 32 a thread
 
+def pixel_sizes(num_channels: int, num_pixels: int, numbers: int) -> dict[str, int]:
+    """Channels and pixels of a tile of so many ``numbers``, and warps.
 
-def tile_sizes(num_channels: int, width: int, num_pixels: int) -> dict[str, int]:
-    """Channels, pixels and columns of a tile, and warps: a thread has one pixel of up to 32 channels."""
+    More numbers a thread would take more than 128 registers: addresses are as many, and twice as long.
+    """
     channels = triton.next_power_of_2(num_channels)
-    pixels = min(triton.next_power_of_2(num_pixels), max(2**18 // channels, 16)) if INTERPRETED else max(_TILE // channels, 16)
-    columns = triton.next_power_of_2(width) if INTERPRETED else 16
-    return {"CHANNELS": channels, "PIXELS": pixels, "COLUMNS": min(columns, pixels), "num_warps": 4}
+    if INTERPRETED:
+        numbers = min(channels * triton.next_power_of_2(num_pixels), 2**18)
+    return {"CHANNELS": channels, "PIXELS": max(numbers // channels, 16), "num_warps": 4}
 
 
 class Tensor4(NamedTuple):
@@ -99,13 +100,18 @@ def _edge(value, pixels_a_px, size, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _unpack(pixels):
+    """x1, y1, x2, y2 [...] of packed pixels."""
+    x1, y1 = (pixels & 0xFFFF).to(tl.int32), ((pixels >> 16) & 0xFFFF).to(tl.int32)
+    return x1, y1, ((pixels >> 32) & 0xFFFF).to(tl.int32), ((pixels >> 48) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
 def _load_positive(positives, row_ptr, image, nth, A):
     slot = image * A + nth
     anchor = tl.load(positives.anchor_ptr + slot)
-    pixels = tl.load(positives.pixels_ptr + slot)
-    row, weight = tl.load(row_ptr + image * A + anchor), tl.load(positives.weight_ptr + slot)
-    x1, y1 = (pixels & 0xFFFF).to(tl.int32), ((pixels >> 16) & 0xFFFF).to(tl.int32)
-    return Positive(anchor, row, weight, x1, y1, ((pixels >> 32) & 0xFFFF).to(tl.int32), ((pixels >> 48) & 0xFFFF).to(tl.int32))
+    x1, y1, x2, y2 = _unpack(tl.load(positives.pixels_ptr + slot))
+    return Positive(anchor, tl.load(row_ptr + image * A + anchor), tl.load(positives.weight_ptr + slot), x1, y1, x2, y2)
 
 
 @triton.jit
@@ -226,8 +232,12 @@ def _mask_positive_kernel(
 def _mask_prototype_kernel(
     grad, coefficients, prototypes, positives, row_ptr, truth, scale_ptr, poison_ptr, sizes,
     OVERLAP: tl.constexpr, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of an image, walks the positives, and writes the prototypes' gradient there."""
+    """A program owns a tile of an image, looks for the positives that cover some of it, LISTED at once, and takes one by one.
+
+    It writes the prototypes' gradient of its tile.
+    """
     image, n = tl.program_id(1).to(tl.int64), tl.arange(0, PIXELS)
     across = tl.cdiv(sizes.width, COLUMNS)
     left = tl.program_id(0) % across * COLUMNS
@@ -239,11 +249,15 @@ def _mask_prototype_kernel(
     if OVERLAP:
         held = _load_mask(truth, image, 0, tile, OVERLAP, DTYPE)
     slope = tl.zeros((CHANNELS, PIXELS), DTYPE)
-    count, nth = tl.load(positives.count_ptr + image), 0
-    while nth < count:
-        positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
-        is_beside = (positive.x1 < left + COLUMNS) & (positive.x2 > left)
-        if is_beside & (positive.y1 < top + PIXELS // COLUMNS) & (positive.y2 > top):
+    count, start = tl.load(positives.count_ptr + image), 0
+    while start < count:
+        listed = start + tl.arange(0, LISTED)
+        pixels = tl.load(positives.pixels_ptr + image * sizes.A + listed, mask=listed < count, other=0)
+        x1, y1, x2, y2 = _unpack(pixels)
+        is_here = (x1 < left + COLUMNS) & (x2 > left) & (y1 < top + PIXELS // COLUMNS) & (y2 > top)
+        nth = tl.min(tl.where(is_here, listed, count), 0)
+        while nth < count:
+            positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
             inside = (x >= positive.x1) & (x < positive.x2) & (y >= positive.y1) & (y < positive.y2)
             coefficient = _load_coefficients(coefficients, image, positive.anchor, sizes.M, CHANNELS, DTYPE)
             logit = tl.sum(prototype * coefficient[:, None], 0)
@@ -251,7 +265,8 @@ def _mask_prototype_kernel(
                 held = _load_mask(truth, image, positive.row, Tile(inside, x, y), OVERLAP, DTYPE)
             error = sigmoid(logit) - _target(truth, held, positive.row, OVERLAP, DTYPE)
             slope += coefficient[:, None] * tl.where(inside, error * positive.weight, 0.0)[None, :]
-        nth += 1
+            nth = tl.min(tl.where(is_here & (listed > nth), listed, count), 0)
+        start += LISTED
     slope = slope * (tl.load(scale_ptr).to(DTYPE) + tl.load(poison_ptr))
     mask = tile.mask[None, :] & (tl.arange(0, CHANNELS)[:, None] < sizes.M)
     tl.store(_prototype_places(grad, image, tile, CHANNELS), rounded(slope, grad.ptr.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._signatures import MaskLoss, MaskLossOutputs
 from ..arguments import compute_type, tensor3
-from ..launch import INTERPRETED, FusedLaunch, Plan, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, FusedLaunch, Plan, RoomyFusedLaunch, Run, Workspace, cdiv, new, run
 from ..masks import (
     Positives,
     Sizes,
@@ -18,29 +18,30 @@ from ..masks import (
     _mask_positive_kernel,
     _mask_prototype_kernel,
     _mask_total_kernel,
-    tile_sizes,
+    pixel_sizes,
 )
 from ..reduce import TOTAL_SIZES
 
-_PROGRAMS = 1 if INTERPRETED else 512
-"""An image: each takes the positives of some places in the list."""
+_PROGRAMS = 512  # an image: each takes the positives of some places in the list
 
 
 class _MaskLossPlan(Plan):
     def __init__(self, x: MaskLoss, out: MaskLossOutputs, num_rows: int) -> None:
         (batch_size, num_anchors, channels), (height, width) = x.coefficients.shape, x.prototypes.shape[2:]
         dtype, cells = out.loss.dtype, batch_size * num_anchors
-        kind, sizes = compute_type(dtype), tile_sizes(channels, width, height * width)
-        self.sizes = Sizes(num_anchors, channels, height, width)
+        self.sizes, kind = Sizes(num_anchors, channels, height, width), compute_type(dtype)
+        options = {"OVERLAP": x.overlap_mask, "DTYPE": kind}
         self.num_filled = x.coefficients.numel() if x.wants_grad else 0
-        self.programs = min(num_anchors, _PROGRAMS), batch_size, 1
-        columns = sizes.pop("COLUMNS")
-        across, down = cdiv(width, columns), cdiv(height, sizes["PIXELS"] // columns)
-        self.tiles = across * down, batch_size, 1
         block = min(triton.next_power_of_2(max(num_anchors, 1)), 2**14) if INTERPRETED else 1024
-        self.list = FusedLaunch(_mask_list_kernel, 4, DTYPE=kind, BLOCK=block)
-        self.positive = FusedLaunch(_mask_positive_kernel, OVERLAP=x.overlap_mask, DTYPE=kind, **sizes)
-        self.prototype = FusedLaunch(_mask_prototype_kernel, OVERLAP=x.overlap_mask, DTYPE=kind, COLUMNS=columns, **sizes)
+        self.list = FusedLaunch(_mask_list_kernel, 8, DTYPE=kind, BLOCK=block)
+        self.programs = min(num_anchors, 1 if INTERPRETED else _PROGRAMS), batch_size, 1
+        self.positive = RoomyFusedLaunch(_mask_positive_kernel, **options, **pixel_sizes(channels, height * width, 1024))
+        tile = pixel_sizes(channels, height * triton.next_power_of_2(width), 2048)
+        columns = min(triton.next_power_of_2(width) if INTERPRETED else 8, tile["PIXELS"])
+        self.tiles = cdiv(width, columns) * cdiv(height, tile["PIXELS"] // columns), batch_size, 1
+        self.prototype = RoomyFusedLaunch(
+            _mask_prototype_kernel, **options, COLUMNS=columns, LISTED=block if INTERPRETED else 128, **tile
+        )  # fmt: skip
         self.total = FusedLaunch(_mask_total_kernel, DTYPE=kind, **TOTAL_SIZES)
         launches = [self.list, self.total]
         self.has_positives, self.has_pixels = cells > 0, x.wants_grad and batch_size > 0
