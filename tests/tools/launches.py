@@ -102,10 +102,10 @@ def _yolo11_loss(dtype: torch.dtype, layout: str, *, has_weights: bool = False, 
     return of.YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums, *gt, weights, LEVELS, x.reg_max, GAINS)
 
 
-def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of.YOLO11:
+def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool, wants_row: bool = False) -> of.YOLO11:
     x = _yolo11_assign(dtype, layout)
     return of.YOLO11(
-        x.pred_dist, x.pred_scores, [_empty(ROWS, 6)], None, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad
+        x.pred_dist, x.pred_scores, [_empty(ROWS, 6)], None, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad, wants_row
     )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_loss, R=1, C=1": _with_gradient(_yolo11_loss, FIRST, reg_max=1, num_classes=1),
     "yolo11_loss, R=32": _with_gradient(_yolo11_loss, FIRST, reg_max=32, num_classes=1203),
     "yolo11_criterion": _operator(_yolo11_criterion, wants_grad=True),
+    "yolo11_criterion, rows": _operator(_yolo11_criterion, FIRST, wants_grad=True, wants_row=True),
     "yolo11_criterion, no gradient": _operator(_yolo11_criterion, FIRST, wants_grad=False),
     "task_aligned_assign": _operator(_task_aligned_assign, LAST),
     "task_aligned_assign, oriented": _operator(_rotated_task_aligned_assign, LAST),

@@ -148,10 +148,14 @@ class YOLO11Assigning:
     """The launches of YOLO11's assignment, from raw predictions: as an operation, or as part of the whole criterion.
 
     Args:
+        is_whole: whether the sum of the scores becomes the normaliser.
+        is_final: whether rows and scores of all anchors are wanted, and not claims alone.
         fills: whether a gradient is zeroed on the way.
     """
 
-    def __init__(self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_whole: bool, fills: bool) -> None:
+    def __init__(
+        self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_whole: bool, is_final: bool, fills: bool
+    ) -> None:
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
@@ -159,10 +163,10 @@ class YOLO11Assigning:
         self.num_poisons = self.programs[0] * batch_size
         self.prepare = FusedLaunch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            IS_FINAL=not is_whole, PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
+            IS_FINAL=is_final, PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
         )  # fmt: skip
         self.matching = _Matching(
-            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=not is_whole, is_proper=x.reg_max > 1
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1
         )
         self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
         self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
@@ -179,7 +183,7 @@ class YOLO11Assigning:
     def __call__(
         self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows,
         zeros: Fill | None = None,
-    ) -> None:  # fmt: skip
+    ) -> State:  # fmt: skip
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
         boxes = new(Tensor3, (buffers.boxes, 4 * grid.A, 1, grid.A))
@@ -194,3 +198,4 @@ class YOLO11Assigning:
         if num_rows or zeros is not None:
             self.matching(run, result, state, boxes, scores, None, rows, grid, zeros)
         self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)
+        return state

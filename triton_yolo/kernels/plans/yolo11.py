@@ -33,7 +33,7 @@ from ..yolo11 import (
     _yolo11_total_kernel,
     slot_sizes,
 )
-from .task_aligned import YOLO11Assigning, state_of
+from .task_aligned import YOLO11Assigning
 
 
 class _Criterion:
@@ -84,8 +84,10 @@ class _Criterion:
     def __call__(
         self, run: Run, grads: Gradients | None, grad: Any, poison: Any, dist: Tensor3, scores: Tensor3, matched: Matched,
         claims: Claims | None, normaliser: Any,
-    ) -> None:  # fmt: skip
+    ) -> int:  # fmt: skip
+        """Launch them, and return the number of partial sums."""
         x, num_slots = run.x, self._num_slots(run.num_rows)
+        num_partial = cdiv(num_slots, self.slots)
         weights = None if x.class_weights is None else run.address(x.class_weights)
         upstream = new(Upstream, (grad, normaliser))
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
@@ -99,13 +101,13 @@ class _Criterion:
                 self.fill(run.stream, programs, grads.dist.ptr, upstream, self.counts.dist)
             if num_slots:
                 self.positives(
-                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, upstream, dist, scores, matched,
+                    run.stream, (num_partial, 1, 1), partial, grads, upstream, dist, scores, matched,
                     claims, weights, self.grid, *self.size, *x.gains, num_slots,
                 )  # fmt: skip
+        return num_partial
 
-    def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
+    def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss, num_partial: int) -> None:
         programs = 1 if grads is None or INTERPRETED else 8, 1, 1
-        num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
             run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
             self.num_dense, num_partial,
@@ -119,7 +121,7 @@ def gradients(run: Run) -> Gradients:
 
 class _AssignPlan(Plan):
     def __init__(self, x: YOLO11Assign, out: YOLO11Assignment, num_rows: int) -> None:
-        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, fills=False)
+        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, is_final=True, fills=False)
         super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
     def launch(self, run: Run) -> None:
@@ -136,8 +138,8 @@ class _LossPlan(Plan):
     def launch(self, run: Run) -> None:
         x, address = run.x, run.address
         dist, scores, normaliser = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores), address(x.normaliser)
-        self.criterion(run, None, None, None, dist, scores, matched(run), None, normaliser)
-        self.criterion.add_up(run, None, normaliser, new(Loss, map(address, run.out)))
+        num_partial = self.criterion(run, None, None, None, dist, scores, matched(run), None, normaliser)
+        self.criterion.add_up(run, None, normaliser, new(Loss, map(address, run.out)), num_partial)
 
 
 class _GradientPlan(Plan):
@@ -161,11 +163,14 @@ class _CriterionPlan(Plan):
         (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
         self.has_grad = x.wants_grad and batch_size * num_anchors > 0
         grads = (out.grad_pred_dist, out.grad_pred_scores) if self.has_grad else None
-        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, fills=self.has_grad)
-        self.criterion = _Criterion(x, grads, dtype, num_claims=self.assign.matching.num_claims, num_rows=num_rows)
+        fills = self.has_grad and not x.wants_row
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, is_final=x.wants_row, fills=fills)
+        num_claims = 0 if x.wants_row else self.assign.matching.num_claims
+        self.criterion = _Criterion(x, grads, dtype, num_claims=num_claims, num_rows=num_rows)
         fixed = {
-            **self.assign.fixed, **self.criterion.fixed, "target_row": (torch.int32, batch_size * num_anchors),
-            "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
+            **self.assign.fixed, **self.criterion.fixed, "target_score": (dtype, batch_size * num_anchors),
+            "normaliser": (dtype, 2), "held": (dtype, 2),
+            "target_row": (torch.int32, 0 if x.wants_row else batch_size * num_anchors),
         }  # fmt: skip
         memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype)})
         super().__init__(memory, *self.assign.launches, *self.criterion.launches)
@@ -173,18 +178,21 @@ class _CriterionPlan(Plan):
     def launch(self, run: Run) -> None:
         x, out, buffers, address = run.x, run.out, run.buffers, run.address
         dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        row, score, normaliser = buffers.target_row, buffers.target_score, buffers.normaliser
+        row = address(out.target_row) if x.wants_row else buffers.target_row
+        score, normaliser = buffers.target_score, buffers.normaliser
         rows = new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
         order = buffers.order if self.assign.matching.is_wide else None
-        claims = new(Claims, (buffers.claims, buffers.image, state_of(run, row), order))
         grads, zeros, poison = None, None, None
         if self.has_grad:
             grads, poison = gradients(run), normaliser
+        if grads is not None and not x.wants_row:
             zeros = new(Fill, (grads.dist.ptr, out.grad_pred_dist.numel()))
-        self.assign(run, dist, scores, row, score, normaliser, address(out.num_fg), rows, zeros)
+        state = self.assign(run, dist, scores, row, score, normaliser, address(out.num_fg), rows, zeros)
         matched = new(Matched, (row, score, buffers.label, buffers.xyxy))
-        self.criterion(run, grads, None, poison, dist, scores, matched, claims, normaliser)
-        self.criterion.add_up(run, grads, normaliser, new(Loss, (address(out.loss), address(out.terms), buffers.held)))
+        claims = None if x.wants_row else new(Claims, (buffers.claims, buffers.image, state, order))
+        num_partial = self.criterion(run, grads, None, poison, dist, scores, matched, claims, normaliser)
+        loss = new(Loss, (address(out.loss), address(out.terms), buffers.held))
+        self.criterion.add_up(run, grads, normaliser, loss, num_partial)
 
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
