@@ -6,6 +6,7 @@ It is slow on purpose and imports nothing from ``triton_yolo``. Tests and benchm
 from .anchors import make_anchors
 from .boxes import bbox_iou, xywh_to_xyxy, xyxy_to_xywh
 from .dfl import decode_dfl, dfl_loss
+from .masks import MaskTargets, mask_loss
 from .oriented import ORIENTED, decode_angle, decode_oriented, prob_iou
 from .simota import SimOTAResult, decode_yolox, simota_assign
 from .targets import pad_targets
@@ -20,16 +21,19 @@ from .task_aligned import (
 )
 from .yolo11 import YOLO11LossOutput, yolo11_assign, yolo11_loss
 from .yolo11_obb import YOLO11OBBLossOutput, yolo11_obb_assign, yolo11_obb_loss
+from .yolo11_seg import YOLO11SegLossOutput, yolo11_seg_loss
 from .yolox import YOLOXLossOutput, yolox_assign, yolox_loss
 
 __all__ = [
     "AXIS_ALIGNED",
     "ORIENTED",
     "Geometry",
+    "MaskTargets",
     "SimOTAResult",
     "TaskAlignedResult",
     "YOLO11LossOutput",
     "YOLO11OBBLossOutput",
+    "YOLO11SegLossOutput",
     "YOLOXLossOutput",
     "align_metric",
     "bbox_iou",
@@ -39,6 +43,7 @@ __all__ = [
     "decode_yolox",
     "dfl_loss",
     "make_anchors",
+    "mask_loss",
     "pad_targets",
     "prob_iou",
     "resolve_conflicts",
@@ -51,6 +56,7 @@ __all__ = [
     "yolo11_loss",
     "yolo11_obb_assign",
     "yolo11_obb_loss",
+    "yolo11_seg_loss",
     "yolox_assign",
     "yolox_loss",
 ]

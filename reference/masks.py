@@ -52,8 +52,8 @@ def mask_loss(
 ) -> Tensor:
     """Cross entropy of the masks of all positives, by the areas of their targets' boxes, over the number of positives: ().
 
-    Coefficients (B, A, M) and prototypes (B, M, h, w), which are resized to the masks; rows (B, A) of anchors, -1 for none; size
-    of the image in pixels. ``normaliser`` () takes the place of the number of positives.
+    Coefficients (B, A, M) and prototypes (B, M, h, w), which are resized to the masks; rows (B, A) of anchors, -1 for none;
+    size of the image in pixels. ``normaliser`` () takes the place of the number of positives.
     """
     coefficients, prototypes = working_precision(pred_masks), working_precision(prototypes)
     height, width = targets.masks.shape[1:]

@@ -27,16 +27,16 @@ class _Part(NamedTuple):
 class _Image(NamedTuple):
     """An image and its positives. Prototypes (h, w, M) are pixel by pixel: what a box covers has long pieces of memory."""
 
-    index: int
+    number: int
     parts: list[_Part]
 
     def prototypes(self, x: MaskLoss, dtype: torch.dtype) -> Tensor:
-        return x.prototypes[self.index].permute(1, 2, 0).to(dtype).contiguous()
+        return x.prototypes[self.number].permute(1, 2, 0).to(dtype).contiguous()
 
     def mask(self, x: MaskLoss, part: _Part) -> Tensor:
         """What belongs to the pixels of a part."""
         if x.overlap_mask:
-            return (x.masks[self.index][part.place] == x.mask_number[part.row]).flatten()
+            return (x.masks[self.number][part.place] == x.mask_number[part.row]).flatten()
         return x.masks[part.row][part.place].flatten()
 
 
@@ -49,17 +49,17 @@ def mask_loss(x: MaskLoss) -> MaskLossOutputs:
         sums = torch.zeros_like(prototypes) if x.wants_grad else None
         for part in image.parts:
             seen = prototypes[part.place].flatten(0, 1)
-            coefficients = x.coefficients[image.index, part.anchors].to(loss.dtype)
+            coefficients = x.coefficients[image.number, part.anchors].to(loss.dtype)
             logits = coefficients @ seen.T
             mask = image.mask(x, part).to(loss.dtype).expand_as(logits)
             total += part.weight * F.binary_cross_entropy_with_logits(logits, mask, reduction="sum").item()
             if sums is not None:
                 error = logits.sigmoid_().sub_(mask).mul_(scale * part.weight)
-                grads[0][image.index, part.anchors] = (error @ seen).to(grads[0].dtype)
+                grads[0][image.number, part.anchors] = (error @ seen).to(grads[0].dtype)
                 region = sums[part.place]
                 region += (error.T @ coefficients).view_as(region)
         if sums is not None:
-            grads[1][image.index] = sums.permute(2, 0, 1)
+            grads[1][image.number] = sums.permute(2, 0, 1)
     if math.isnan(scale) or (not math.isfinite(total) and not _are_logits_finite(x, loss.dtype)):
         return MaskLossOutputs(*[out.fill_(torch.nan) for out in (loss, *grads)])
     return MaskLossOutputs(loss.fill_(scale * total), *grads)
@@ -69,7 +69,7 @@ def _are_logits_finite(x: MaskLoss, dtype: torch.dtype) -> bool:
     for image in _images(x):
         prototypes = image.prototypes(x, dtype)
         for part in image.parts:
-            logits = x.coefficients[image.index, part.anchors].to(dtype) @ prototypes[part.place].flatten(0, 1).T
+            logits = x.coefficients[image.number, part.anchors].to(dtype) @ prototypes[part.place].flatten(0, 1).T
             if not logits.isfinite().all():
                 return False
     return True

@@ -1,8 +1,8 @@
 """The mask term of instance segmentation: cross entropy of positives' masks inside their targets' boxes, and its gradients.
 
-Logits are worked out where they are needed, a tile of pixels at a time, and kept nowhere. Positives of an image are listed in the
-order of their anchors. The gradient of coefficients is a sum over the pixels of one positive, that of prototypes one over the
-positives that cover a pixel: every sum belongs to one program, so that nothing depends on their order.
+Logits are worked out where they are needed, a tile of pixels at a time, and kept nowhere. Positives of an image are listed in
+the order of their anchors. The gradient of coefficients is a sum over the pixels of one positive, that of prototypes one over
+the positives that cover a pixel: every sum belongs to one program, so that nothing depends on their order.
 """
 
 from typing import Any, NamedTuple

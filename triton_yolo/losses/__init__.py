@@ -1,6 +1,14 @@
 """Criteria for training loops: assignment and loss in one call."""
 
+from .segmentation import YOLO11SegmentationLoss, YOLO11SegmentationLossOutput
 from .yolo11 import YOLO11Loss, YOLO11LossOutput
 from .yolox import YOLOXLoss, YOLOXLossOutput
 
-__all__ = ["YOLO11Loss", "YOLO11LossOutput", "YOLOXLoss", "YOLOXLossOutput"]
+__all__ = [
+    "YOLO11Loss",
+    "YOLO11LossOutput",
+    "YOLO11SegmentationLoss",
+    "YOLO11SegmentationLossOutput",
+    "YOLOXLoss",
+    "YOLOXLossOutput",
+]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._signatures import MaskLoss, MaskLossOutputs
 from ..arguments import compute_type, tensor3
-from ..launch import INTERPRETED, FusedLaunch, Plan, RoomyFusedLaunch, Run, Workspace, cdiv, new, run
+from ..launch import INTERPRETED, FusedLaunch, Launch, Plan, RoomyFusedLaunch, Run, Workspace, cdiv, new, run
 from ..masks import (
     Positives,
     Sizes,
@@ -43,7 +43,7 @@ class _MaskLossPlan(Plan):
             _mask_prototype_kernel, **options, COLUMNS=columns, LISTED=block if INTERPRETED else 128, **tile
         )  # fmt: skip
         self.total = FusedLaunch(_mask_total_kernel, DTYPE=kind, **TOTAL_SIZES)
-        launches = [self.list, self.total]
+        launches: list[Launch] = [self.list, self.total]
         self.has_positives, self.has_pixels = cells > 0, x.wants_grad and batch_size > 0
         if self.has_positives:
             launches.append(self.positive)
