@@ -109,7 +109,6 @@ def term_of_rows(
 
 def numbers_in_images(image_index: Tensor) -> Tensor:
     """The place (N,) of every row among those of its image, from 1."""
-    order = image_index.argsort(stable=True)
-    ordered = image_index[order]
+    ordered, order = image_index.sort(stable=True)
     places = torch.arange(1, len(order) + 1, device=order.device) - torch.searchsorted(ordered, ordered)
-    return places[order.argsort()]
+    return places.gather(0, order.argsort())

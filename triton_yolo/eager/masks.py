@@ -52,7 +52,7 @@ def mask_loss(x: MaskLoss) -> MaskLossOutputs:
             coefficients = x.coefficients[image.number, part.anchors].to(loss.dtype)
             logits = coefficients @ seen.T
             mask = image.mask(x, part).to(loss.dtype).expand_as(logits)
-            total += part.weight * F.binary_cross_entropy_with_logits(logits, mask, reduction="sum").item()
+            total += part.weight * _cross_entropy(logits, mask).item()
             if sums is not None:
                 error = logits.sigmoid_().sub_(mask).mul_(scale * part.weight)
                 grads[0][image.number, part.anchors] = (error @ seen).to(grads[0].dtype)
@@ -63,6 +63,12 @@ def mask_loss(x: MaskLoss) -> MaskLossOutputs:
     if math.isnan(scale) or (not math.isfinite(total) and not _are_logits_finite(x, loss.dtype)):
         return MaskLossOutputs(*[out.fill_(torch.nan) for out in (loss, *grads)])
     return MaskLossOutputs(loss.fill_(scale * total), *grads)
+
+
+def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """The sum over all logits. The difference comes first, so that a small loss of a large logit keeps its digits."""
+    over = logits.clamp(min=0).addcmul_(logits, mask, value=-1)
+    return over.sum() + F.softplus(logits.abs().neg_()).sum()
 
 
 def _are_logits_finite(x: MaskLoss, dtype: torch.dtype) -> bool:
