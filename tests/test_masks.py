@@ -310,7 +310,7 @@ def test_criterion_takes_targets_and_masks_of_either_kind():
 @pytest.mark.parametrize("place", range(4))
 def test_what_is_not_finite_anywhere_is_finite_nowhere(place):
     criterion, args = small_criterion()
-    row = criterion._with_rows(*args[:2], args[4], args[5])[1]
+    row = criterion.detection._with_rows(*args[:2], args[4], args[5])[1]
     image, anchor = (row >= 0).nonzero()[0].tolist()
     with torch.no_grad():
         if place == 3:

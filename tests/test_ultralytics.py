@@ -240,7 +240,7 @@ def task_batch(task: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("task", ["yolo11n-seg", "yolov8n-seg", "yolo11n-pose", "yolov8n-pose"])
+@pytest.mark.parametrize("task", ["yolo11n-pose", "yolov8n-pose"])
 def test_plain_assigner_of_other_criteria(task, monkeypatch):
     calls = []
     ours = _ultralytics_detect.TaskAlignedAssigner
@@ -257,7 +257,8 @@ def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
     compare_steps(model, task_batch(task), is_ours=False)
     compare_steps(model, task_batch(task), is_ours=False)
     assert f"triton_yolo {ty.__version__}: computes the losses of Ultralytics' detectors from now on" in stays
-    assert ["keeps the computation of ultralytics: its class is another" in line for line in stays].count(True) == 1
+    kept = [line for line in stays if "keeps the computation of ultralytics: its class is another" in line]
+    assert len(kept) == len(set(kept)) >= 1
     stays.clear()
 
 
@@ -274,7 +275,10 @@ def test_visual_prompts_keep_single_terms(stays):
 def methods() -> list[Callable]:
     from ultralytics.utils import dist, loss, tal
 
-    return [loss.v8DetectionLoss.loss, tal.TaskAlignedAssigner.forward, dist.generate_ddp_file, loss.TVPDetectLoss.__init__]
+    return [
+        loss.v8DetectionLoss.loss, loss.v8SegmentationLoss.loss, tal.TaskAlignedAssigner.forward, dist.generate_ddp_file,
+        loss.TVPDetectLoss.__init__,
+    ]  # fmt: skip
 
 
 def test_patch_and_unpatch():
@@ -308,7 +312,7 @@ def test_untested_version_warns_and_is_compared(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     with pytest.warns(UserWarning, match=r"8\.5\.2 is untested, tested is 8\.4\.190"):
         integration.patch()
-    assert len(integration._PATCH._saved) == 4
+    assert len(integration._PATCH._saved) == len(methods())
 
 
 def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):

@@ -1,7 +1,7 @@
 """The detection criterion and the assigner of Ultralytics, computed with this package's."""
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bbox
 KEEPS_STOCK = "_triton_yolo_keeps_stock"
 """Attribute of a criterion: why."""
 _EPS = 1e-9  # of the assigner; the criterion has it built in
-_MEMBERS = {
+MEMBERS = {
     "bce": (BCE,),
     "assigner": ("ultralytics.utils.tal.TaskAlignedAssigner",),
     "bbox_loss": ("ultralytics.utils.loss.BboxLoss",),
@@ -27,7 +27,7 @@ _MEMBERS = {
 
 
 def criterion_loss(owner: Any) -> Any:
-    stock, _COMPUTATION[:] = owner.loss, [Stock(owner, "loss", _MEMBERS, _settings)]
+    stock, _COMPUTATION[:] = owner.loss, [Stock(owner, "loss", MEMBERS, settings)]
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,24 +36,30 @@ def criterion_loss(owner: Any) -> Any:
             if difference:
                 say_what_stays("ultralytics", type(self).__name__, difference)
                 return stock(self, preds, batch)
-            if isinstance(self.hyp, dict):
-                raise TypeError(
-                    "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
-                )
-            dist, scores = preds["boxes"], preds["scores"]
+            dist, scores, shapes, rows = inputs(self, preds, batch)
             criterion, names = _criterion(self, dist.device), self.loss_names
-            shapes = [feature.shape[2:] for feature in preds["feats"]]
-            columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
         except (AttributeError, KeyError) as error:
             raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
-        rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
-        out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
+        out = criterion(dist, scores, shapes, rows)
         return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
 
     return loss
 
 
 _COMPUTATION: list[Stock] = []
+
+
+def inputs(
+    criterion: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, list[torch.Size], Tensor]:
+    """Distances (B, A, 4R), logits (B, A, C), sizes of levels, and rows (N, 6) of what a criterion is called with."""
+    if isinstance(criterion.hyp, dict):
+        raise TypeError("model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict")
+    dist, scores = preds["boxes"], preds["scores"]
+    shapes = [feature.shape[2:] for feature in preds["feats"]]
+    columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
+    rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
+    return dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows
 
 
 def _difference(criterion: Any) -> str | None:
@@ -75,7 +81,7 @@ def constants(criterion: Any, device: torch.device) -> Hashable | None:
         return None  # the loss itself says what is wrong
 
 
-def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
+def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
     reg_max = criterion.reg_max
     return {
         "bce": is_elementwise(bce),
@@ -87,11 +93,13 @@ def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_l
 
 def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
     """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
-    assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
-    return kept(
-        _weighted,
-        device,
-        weights,
+    return kept(weighted, device, YOLO11Loss, stock.class_weights, **options(stock))
+
+
+def options(stock: Any) -> dict[str, Any]:
+    """What a stock criterion is set to, but for the weights of its classes, as ``YOLO11Loss`` takes it."""
+    assigner, gains = stock.assigner, stock.hyp
+    return dict(
         num_classes=stock.nc,
         strides=tuple(assigner.stride),
         reg_max=stock.reg_max,
@@ -106,8 +114,9 @@ def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
     )
 
 
-def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
-    return YOLO11Loss(class_weights=None if class_weights is None else class_weights.reshape(-1), **settings)
+def weighted(make: Callable[..., Any], class_weights: Tensor | None, **options: Any) -> Any:
+    """Make one of our criteria with weights of classes in the stock one's shape."""
+    return make(class_weights=None if class_weights is None else class_weights.reshape(-1), **options)
 
 
 def assigner_forward(owner: Any) -> Any:

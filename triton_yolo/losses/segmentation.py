@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .. import _checks, _ops
 from .._precision import widened, working_dtype
@@ -35,7 +36,7 @@ class YOLO11SegmentationLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11SegmentationLoss(YOLO11Loss):
+class YOLO11SegmentationLoss(nn.Module):
     """The criterion of YOLO11-seg and YOLOv8-seg: that of the detector, and ``mask_loss`` of its positives.
 
     What is said of ``YOLO11Loss`` holds here too; a logit of a mask that is not finite inside the box of a positive makes
@@ -43,9 +44,11 @@ class YOLO11SegmentationLoss(YOLO11Loss):
 
     Args:
         num_classes: number of classes C.
+        strides: stride of every level in pixels, in the order in which the predictions are concatenated.
         mask_gain: weight of the mask term.
         overlap_mask: whether masks are one image of numbers a picture; otherwise one mask a row, see ``mask_loss``.
-        **options: those of ``YOLO11Loss``.
+        process_group: see ``YOLO11Loss``; positives are counted on all its ranks.
+        options: the other arguments of ``YOLO11Loss``. Ultralytics' criterion has ``min_box_side=16``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -63,11 +66,29 @@ class YOLO11SegmentationLoss(YOLO11Loss):
         tensor(5.1986)
     """
 
-    def __init__(self, num_classes: int, *, mask_gain: float = 7.5, overlap_mask: bool = True, **options: Any) -> None:
-        super().__init__(num_classes, **options)
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        strides: Sequence[float] = (8, 16, 32),
+        mask_gain: float = 7.5,
+        overlap_mask: bool = True,
+        process_group: dist.ProcessGroup | bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.detection = YOLO11Loss(num_classes, strides=strides, process_group=process_group, **options)
         self.mask_gain, self.overlap_mask = _checks.real("mask_gain", mask_gain), bool(overlap_mask)
 
-    def forward(  # type: ignore[override]
+    @property
+    def process_group(self) -> dist.ProcessGroup | bool | None:
+        return self.detection.process_group
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
+        self.detection.process_group = value
+
+    def forward(
         self,
         pred_dist: Tensor,
         pred_scores: Tensor,
@@ -93,20 +114,20 @@ class YOLO11SegmentationLoss(YOLO11Loss):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("pred_scores", pred_scores, ("B", "A", self.num_classes), like=pred_dist)
+        _checks.tensor("pred_scores", pred_scores, ("B", "A", "C"), like=pred_dist)
         batch_size, num_anchors, _ = pred_scores.shape
         _checks.tensor("pred_masks", pred_masks, (batch_size, num_anchors, "M"), like=pred_scores)
         _checks.tensor("prototypes", prototypes, (batch_size, pred_masks.shape[2], "h", "w"), like=pred_scores)
         pred_dist, pred_scores, pred_masks, prototypes = widened(pred_dist, pred_scores, pred_masks, prototypes)
-        height, width = _checks.levels(feat_shapes, self.strides, num_anchors).image_size
+        height, width = _checks.levels(feat_shapes, self.detection.strides, num_anchors).image_size
         rows = rows_of(targets, pred_scores)
         if len(rows) == 1:
             rows = list(_ops.unpack_rows(UnpackRows(rows[0].to(working_dtype(pred_scores.dtype)), width, height)))
         gt = Targets._make(rows)
-        out, row = self._with_rows(pred_dist, pred_scores, feat_shapes, gt)
+        out, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, gt)
         with torch.no_grad():
             sums = torch.stack([out.num_fg.to(out.loss.dtype), out.loss.new_full((), batch_size)])
-            num_fg, num_images = normaliser_of(sums, self._ranks).unbind()
+            num_fg, num_images = normaliser_of(sums, self.detection._ranks).unbind()
             # What is not a number anywhere is one nowhere.
             scale = torch.where(out.loss.isnan(), torch.nan, self.mask_gain * num_images / num_fg)
         size = height, width
@@ -115,3 +136,6 @@ class YOLO11SegmentationLoss(YOLO11Loss):
             one = torch.where(mask.isnan(), torch.nan, torch.ones_like(mask))
             box, cls, dfl = one * out.box, one * out.cls, one * out.dfl
         return YOLO11SegmentationLossOutput(one * out.loss + mask, box, cls, dfl, mask.detach() / num_images, out.num_fg)
+
+    def extra_repr(self) -> str:
+        return f"mask_gain={self.mask_gain}, overlap_mask={self.overlap_mask}"
