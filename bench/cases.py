@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_yolo import make_anchors
 
 STRIDES = (8, 16, 32)
-CROWD = 5000  # boxes an image
+CROWD, HUNDRED = 5000, 100  # boxes an image
 _MOSAIC = 4  # images whose boxes make one image
 _CANVAS = 640  # side in pixels of the image that box sizes refer to
 
@@ -33,11 +33,13 @@ class Case(NamedTuple):
 def make_case(
     boxes: str, *, batch_size: int, imgsz: int, num_classes: int, reg_max: int = 16, data: Path | None = None
 ) -> Case:
-    """Build the case of ``boxes``: "coco" (needs ``data``), "lognormal" (its sizes without the data) or "crowded"."""
+    """Build the case of ``boxes``: "coco" (needs ``data``), "lognormal" (its sizes without the data), or many of these in an
+    image, "hundred" or "crowded".
+    """
     if boxes == "coco":
         images = _coco_images(data, num_classes)
     else:
-        number = CROWD if boxes == "crowded" else 30
+        number = {"crowded": CROWD, "hundred": HUNDRED}.get(boxes, 30)
         images = [_lognormal_image(number, num_classes, seed) for seed in range(batch_size)]
     per_image = [images[i % len(images)] for i in range(batch_size)]
     rows = torch.cat([torch.nn.functional.pad(image, (1, 0), value=i) for i, image in enumerate(per_image)])

@@ -12,8 +12,11 @@ from .compare import HEADER, Builder, compare, markdown
 from .competitors import ASSIGNERS, CRITERIA
 from .measure import copy_bandwidth
 from .stages import STAGES
+from .tasks import TASKS
 
-OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS}
+OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {
+    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": TASKS,
+}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
