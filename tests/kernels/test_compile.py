@@ -16,6 +16,7 @@ BARRED = ("cuda:80", "cuda:90")
 # Not YOLO11's prepare kernel: it loads an anchor's bins into one thread, 4 bytes at a time in half precision.
 FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_class_kernel")
 CHOSEN = ("decode_dfl", "yolo11_assign", "yolo11_loss", "yolo11_criterion")
+CHOSEN_MASKS = ("mask_loss",)
 CHOSEN_YOLOX = ("yolox_criterion", "yolox_loss", "yolox_loss, GIoU")
 FULL_WIDTH_YOLOX = ("_yolox_background_kernel", "_yolox_grad_kernel")
 
@@ -41,14 +42,14 @@ def compile_alone(script, *arguments):
 
 @pytest.mark.parametrize(("target", "dtype"), PARTS)
 def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
-    chosen = () if (target, dtype) == ("cuda:90", "bfloat16") else (*CHOSEN, *CHOSEN_YOLOX)
+    chosen = () if (target, dtype) == ("cuda:90", "bfloat16") else (*CHOSEN, *CHOSEN_MASKS, *CHOSEN_YOLOX)
     rows = json.loads(compile_alone(SCRIPT, target, dtype, *chosen).splitlines()[-1])
     assert len({row["kernel"] for row in rows}) >= 16
     if target in BARRED:
         dense = [row for row in rows if row["kernel"] in FULL_WIDTH and row["operator"] in CHOSEN]
         assert {row["kernel"] for row in dense} == set(FULL_WIDTH)
         assert {row["widest_load"] for row in dense} == {128}
-        for kernel in ("_yolo11_positives_kernel", "_yolox_positive_kernel"):
+        for kernel in ("_yolo11_positives_kernel", "_yolox_positive_kernel", "_mask_positive_kernel", "_mask_prototype_kernel"):
             assert max(row["registers"] for row in rows if row["kernel"] == kernel) <= 128
         # Rows of 5 + C channels are not aligned, so only channel-first gradients are written 16 bytes at a time.
         dense = [row for row in rows if row["operator"] in CHOSEN_YOLOX and row["kernel"] in FULL_WIDTH_YOLOX]
