@@ -33,7 +33,7 @@ class _MaskLossPlan(Plan):
         options = {"OVERLAP": x.overlap_mask, "DTYPE": kind}
         self.num_filled = x.coefficients.numel() if x.wants_grad else 0
         block = min(triton.next_power_of_2(max(num_anchors, 1)), 2**14) if INTERPRETED else 1024
-        self.list = FusedLaunch(_mask_list_kernel, 8, DTYPE=kind, BLOCK=block)
+        self.list = RoomyFusedLaunch(_mask_list_kernel, 8, DTYPE=kind, BLOCK=block)
         self.programs = min(num_anchors, 1 if INTERPRETED else _PROGRAMS), batch_size, 1
         self.positive = RoomyFusedLaunch(_mask_positive_kernel, **options, **pixel_sizes(channels, height * width, 1024))
         tile = pixel_sizes(channels, height * triton.next_power_of_2(width), 2048)
