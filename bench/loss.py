@@ -13,9 +13,10 @@ from .competitors import ASSIGNERS, CRITERIA
 from .keypoints import KEYPOINTS
 from .measure import copy_bandwidth
 from .stages import STAGES
+from .tasks import TASKS
 
 OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {
-    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": KEYPOINTS,
+    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": {**TASKS, **KEYPOINTS},
 }  # fmt: skip
 
 

@@ -28,9 +28,11 @@ def ultralytics_model(config: str, num_classes: int) -> nn.Module:
     """Build a detector with random weights, e.g. of ``"yolo11n.yaml"``; its ``init_criterion()`` is the peer."""
     with contained():
         from ultralytics.cfg import get_cfg
-        from ultralytics.nn.tasks import DetectionModel, OBBModel
+        from ultralytics.nn.tasks import DetectionModel, OBBModel, SegmentationModel
 
-        model = (OBBModel if "-obb" in config else DetectionModel)(config, ch=3, nc=num_classes, verbose=False)
+        kinds = {"obb": OBBModel, "seg": SegmentationModel}
+        task = config.partition("-")[2].partition(".")[0]
+        model = kinds.get(task, DetectionModel)(config, ch=3, nc=num_classes, verbose=False)
     model.args = get_cfg()
     return model.train()
 

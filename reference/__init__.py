@@ -6,6 +6,7 @@ It is slow on purpose and imports nothing from ``triton_yolo``. Tests and benchm
 from .anchors import make_anchors
 from .boxes import bbox_iou, xywh_to_xyxy, xyxy_to_xywh
 from .dfl import decode_dfl, dfl_loss
+from .masks import MaskTargets, mask_loss
 from .oriented import ORIENTED, decode_angle, decode_oriented, prob_iou
 from .simota import SimOTAResult, decode_yolox, simota_assign
 from .targets import pad_targets
@@ -28,6 +29,7 @@ from .yolo11_pose import (
     keypoint_loss,
     yolo11_pose_loss,
 )
+from .yolo11_seg import YOLO11SegLossOutput, yolo11_seg_loss
 from .yolox import YOLOXLossOutput, yolox_assign, yolox_loss
 
 __all__ = [
@@ -36,11 +38,13 @@ __all__ = [
     "ORIENTED",
     "Geometry",
     "KeypointLossOutput",
+    "MaskTargets",
     "SimOTAResult",
     "TaskAlignedResult",
     "YOLO11LossOutput",
     "YOLO11OBBLossOutput",
     "YOLO11PoseLossOutput",
+    "YOLO11SegLossOutput",
     "YOLOXLossOutput",
     "align_metric",
     "bbox_iou",
@@ -52,6 +56,7 @@ __all__ = [
     "dfl_loss",
     "keypoint_loss",
     "make_anchors",
+    "mask_loss",
     "pad_targets",
     "prob_iou",
     "resolve_conflicts",
@@ -65,6 +70,7 @@ __all__ = [
     "yolo11_obb_assign",
     "yolo11_obb_loss",
     "yolo11_pose_loss",
+    "yolo11_seg_loss",
     "yolox_assign",
     "yolox_loss",
 ]

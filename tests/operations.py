@@ -175,6 +175,17 @@ def keypoint_loss(dtype: torch.dtype, num_dims: int = 3, *, wants_grad: bool = T
     return of.KeypointLoss(preds, other, row, number, None, keypoints, sizes, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
 
 
+def mask_loss(dtype: torch.dtype, *, overlap_mask: bool = True, wants_grad: bool = True) -> of.MaskLoss:
+    generator = torch.Generator().manual_seed(0)
+    preds = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((2, 20, 5), (2, 5, 8, 6)))
+    boxes = torch.tensor([[2.0, 2, 20, 20], [8, 8, 30, 24], [0, 0, 9, 9]], dtype=working_dtype(dtype))
+    row = torch.full((2, 20), -1, dtype=torch.int32)
+    row[0, ::4], row[0, 1], row[1, 3::5] = 0, 1, 2
+    masks = torch.randint(3 if overlap_mask else 2, (2 if overlap_mask else 3, 8, 6), generator=generator, dtype=torch.uint8)
+    gt = (row, boxes, masks, torch.tensor([1, 2, 1]), torch.tensor(1 / 10, dtype=working_dtype(dtype)))
+    return of.MaskLoss(*(x.to(DEVICE) for x in (*preds, *gt)), (32.0, 24.0), overlap_mask, wants_grad)
+
+
 def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:
     def inputs(dtype: torch.dtype) -> Any:
         x = make(dtype)
@@ -186,7 +197,7 @@ def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any
 DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, prob_iou, yolo11_loss, yolox_loss)
 _PLAIN = (
     unpack_rows, align_metric, select_topk_candidates, task_aligned_assign, simota_assign, yolo11_assign, yolo11_criterion,
-    yolox_assign, yolox_criterion, keypoint_loss,
+    yolox_assign, yolox_criterion, keypoint_loss, mask_loss,
 )  # fmt: skip
 INPUTS: dict[str, Callable[[torch.dtype], Any]] = {make.__name__: make for make in (*DIFFERENTIABLE, *_PLAIN)}
 INPUTS |= {f"{make.__name__}_backward": _backward(make) for make in DIFFERENTIABLE}

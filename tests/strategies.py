@@ -220,3 +220,48 @@ def layouts(draw, x: Tensor):
     if kind == "with_gaps":
         return torch.cat([x, torch.full_like(x[..., :1], torch.nan)], -1)[..., :-1]
     return x
+
+
+class MaskCase(NamedTuple):
+    coefficients: Tensor
+    prototypes: Tensor
+    target_row: Tensor
+    image_index: Tensor
+    boxes: Tensor
+    masks: Tensor
+    imgsz: tuple[int, int]
+    overlap_mask: bool
+
+
+@st.composite
+def mask_cases(draw, dtype: torch.dtype = torch.float32):
+    """Coefficients and prototypes in a random layout, rows of any image, and anchors that have some row of theirs or none."""
+    batch_size, num_anchors, num_channels = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 12)),
+        draw(st.sampled_from([1, 2, 5, 8, 32])),
+    )
+    height, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    number = draw(st.integers(0, 6))
+    gt = draw(boxes((number,), 4.0 * max(height, width))) if number else torch.zeros(0, 4, device=DEVICE)
+    image_index = torch.tensor(
+        draw(st.lists(st.integers(-1, batch_size - 1), min_size=number, max_size=number)), dtype=torch.int64
+    )
+    choices = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8))
+    is_box = (gt[:, 2:] > gt[:, :2]).all(1).cpu()
+    target_row = torch.full((batch_size, num_anchors), -1, dtype=torch.int32)
+    for image in range(batch_size):
+        rows = [*((image_index == image) & is_box).nonzero().squeeze(1).tolist(), -1]
+        for anchor in range(num_anchors):
+            target_row[image, anchor] = rows[choices[(image + anchor) % len(choices)] % len(rows)]
+    overlap_mask = draw(st.booleans())
+    values = st.integers(0, 4).map(float) if overlap_mask else st.integers(0, 4).map(lambda i: i / 4)
+    masks = draw(tensors((batch_size if overlap_mask else number, height, width), values, jitters=(0.0,)))
+    coefficients = draw(tensors((batch_size, num_anchors, num_channels), jitters=(0.0, 0.25))).to(dtype)
+    prototypes = draw(tensors((batch_size, num_channels, height, width), jitters=(0.0, 0.25))).to(dtype)
+    if draw(st.booleans()):
+        prototypes = prototypes.contiguous(memory_format=torch.channels_last)
+    return MaskCase(
+        draw(layouts(coefficients)), prototypes, target_row.to(DEVICE), image_index.to(DEVICE), gt, masks,
+        (4 * height, 4 * width), overlap_mask,
+    )  # fmt: skip

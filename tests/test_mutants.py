@@ -17,6 +17,7 @@ INFEASIBLE = f"{ASSIGNERS}_simota_where_infeasible_anchors_may_win"
 COSTS = f"{SIM} {ASSIGNERS}_logarithm_of_a_probability_of_nothing_costs_a_hundred"
 LOSS11, LOSSX = f"{LOSSES}_yolo11_loss", f"{LOSSES}_yolox_loss"
 KEYPOINTS, OF_KEYPOINTS = "tests/test_keypoints.py::test", "tests/test_keypoint_reference.py"
+MASKS, OF_MASKS = "tests/test_masks.py::test", "tests/test_mask_reference.py"
 SPECIFICATION, ORIENTED = "tests/test_reference.py", "tests/test_oriented_reference.py"
 
 
@@ -66,6 +67,14 @@ MEANT = {
     "reference: keypoints unseen by sign": Planted(Mutant("is_visible", "_a != 0", "_a > 0"), OF_KEYPOINTS, REFERENCE),
     "reference: keypoints at the centre of the cell": Planted(Mutant("decode_keypoints", "_a - 0.5", "_a"), OF_KEYPOINTS, REFERENCE),
     "reference: mean over all keypoints": Planted(Mutant("keypoint_distance", "_a.sum(-1).clamp(min=1)", "_a.shape[1]"), OF_KEYPOINTS, REFERENCE),
+    "masks: a box begins at the pixel that it begins in": Planted(Mutant("_rectangles", "_a.ceil()", "_a.floor()"), f"{MASKS}_mask_loss"),
+    "masks: a sum over pixels, not a mean": Planted(Mutant("_rectangles", "1 / _a", "1 + 0 * _a"), f"{MASKS}_mask_loss"),
+    "masks: the number of another row": Planted(Mutant("_Image.mask", "_a == _b", "_a == _b + 1"), f"{MASKS}_a_mask_by_hand"),
+    "masks: a large logit's small loss is rounded": Planted(Mutant("_cross_entropy", "_a.sum() + F.softplus(_b).sum()", "(_a + F.softplus(_b) + 64 - 64).sum()"), f"{MASKS}_a_small_loss_of_large_logits_keeps_its_digits"),
+    "masks: infinite logits hidden": Planted(Mutant("mask_loss", "not _a and (not _b)", "False"), f"{MASKS}_what_is_not_finite_shows_inside_a_box"),
+    "masks: rows numbered in the batch": Planted(Mutant("numbers_in_images", "_a - torch.searchsorted(_b, _b)", "_a"), f"{MASKS}_rows_are_numbered_in_their_images", "triton_yolo/masks.py"),
+    "reference: masks of a box with its last pixel": Planted(Mutant("inside", "_a < _b", "_a <= _b", 0, 2), OF_MASKS, REFERENCE),
+    "reference: masks by the area inside the image": Planted(Mutant("mask_loss", "(_a - _b).prod(1)", "_a.prod(1)"), OF_MASKS, REFERENCE),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),
     "reference: covariance of the other turn": Planted(Mutant("covariance", "(_a - _b) * _c * _d", "(_b - _a) * _c * _d"), ORIENTED, REFERENCE),

@@ -32,7 +32,7 @@ def test_opcheck(name, dtype):
         torch.library.opcheck(operation.operator, tuple(operation.flat(x)))
 
 
-@pytest.mark.parametrize("name", ["yolo11_criterion", "yolox_criterion", "keypoint_loss"])
+@pytest.mark.parametrize("name", ["yolo11_criterion", "yolox_criterion", "keypoint_loss", "mask_loss"])
 def test_opcheck_without_gradients(name):
     operation, x = OPERATIONS[name], INPUTS[name](torch.float32)._replace(wants_grad=False)
     with warnings.catch_warnings():

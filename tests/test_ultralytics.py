@@ -257,7 +257,8 @@ def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
     compare_steps(model, task_batch(task), is_ours=False)
     compare_steps(model, task_batch(task), is_ours=False)
     assert f"triton_yolo {ty.__version__}: computes the losses of Ultralytics' detectors from now on" in stays
-    assert ["keeps the computation of ultralytics: its class is another" in line for line in stays].count(True) == 1
+    kept = [line for line in stays if "keeps the computation of ultralytics: its class is another" in line]
+    assert len(kept) == len(set(kept)) >= 1
     stays.clear()
 
 
@@ -275,12 +276,9 @@ def methods() -> list[Callable]:
     from ultralytics.utils import dist, loss, tal
 
     return [
-        loss.v8DetectionLoss.loss,
-        loss.v8PoseLoss.loss,
-        tal.TaskAlignedAssigner.forward,
-        dist.generate_ddp_file,
-        loss.TVPDetectLoss.__init__,
-    ]
+        loss.v8DetectionLoss.loss, loss.v8SegmentationLoss.loss, loss.v8PoseLoss.loss, tal.TaskAlignedAssigner.forward,
+        dist.generate_ddp_file, loss.TVPDetectLoss.__init__,
+    ]  # fmt: skip
 
 
 def test_patch_and_unpatch():
@@ -314,7 +312,7 @@ def test_untested_version_warns_and_is_compared(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     with pytest.warns(UserWarning, match=r"8\.5\.2 is untested, tested is 8\.4\.190"):
         integration.patch()
-    assert len(integration._PATCH._saved) == 5
+    assert len(integration._PATCH._saved) == len(methods())
 
 
 def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):

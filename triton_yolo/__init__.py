@@ -3,6 +3,7 @@
 Criteria, from the raw output of a head and the ground truth to the loss with its gradient:
 
 - ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10, 12 and 26; returns ``YOLO11LossOutput``.
+- ``YOLO11SegmentationLoss``: YOLO11-seg and YOLOv8-seg; returns ``YOLO11SegmentationLossOutput``. Alone: ``mask_loss``.
 - ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
 - ``YOLO11PoseLoss``: YOLO11 and YOLOv8 with keypoints; returns ``YOLO11PoseLossOutput``.
 - ``Targets``: ground truth in other forms than YOLO's rows.
@@ -33,7 +34,17 @@ from ._version import __version__
 from .anchors import make_anchors
 from .assigners import RotatedTaskAlignedAssigner, SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
 from .keypoints import KeypointLossOutput, keypoint_loss
-from .losses import YOLO11Loss, YOLO11LossOutput, YOLO11PoseLoss, YOLO11PoseLossOutput, YOLOXLoss, YOLOXLossOutput
+from .losses import (
+    YOLO11Loss,
+    YOLO11LossOutput,
+    YOLO11PoseLoss,
+    YOLO11PoseLossOutput,
+    YOLO11SegmentationLoss,
+    YOLO11SegmentationLossOutput,
+    YOLOXLoss,
+    YOLOXLossOutput,
+)
+from .masks import mask_loss
 from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, prob_iou, select_topk_candidates
 from .targets import Targets
 
@@ -49,6 +60,8 @@ __all__ = [
     "YOLO11LossOutput",
     "YOLO11PoseLoss",
     "YOLO11PoseLossOutput",
+    "YOLO11SegmentationLoss",
+    "YOLO11SegmentationLossOutput",
     "YOLOXLoss",
     "YOLOXLossOutput",
     "__version__",
@@ -59,6 +72,7 @@ __all__ = [
     "decode_yolox",
     "keypoint_loss",
     "make_anchors",
+    "mask_loss",
     "prob_iou",
     "select_topk_candidates",
 ]

@@ -56,3 +56,5 @@ _yolox_backward: Operation[of.GradPreds] = Operation("yolox_loss_backward", of.Y
 yolox_assign: Operation[of.YOLOXAssignment] = Operation("yolox_assign", of.YOLOXAssign, check=_check_yolox)
 yolox_loss: Operation[of.YOLOXLossOutputs] = Operation("yolox_loss", of.YOLOXLoss, gradient=_yolox_backward)
 yolox_criterion: Operation[of.YOLOXOutputs] = Operation("yolox_criterion", of.YOLOX, check=_check_yolox)
+
+mask_loss: Operation[of.MaskLossOutputs] = Operation("mask_loss", of.MaskLoss)

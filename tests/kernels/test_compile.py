@@ -17,7 +17,7 @@ BARRED = ("cuda:80", "cuda:90")
 FULL_WIDTH = ("_decode_dfl_kernel", "_yolo11_class_kernel")
 CHOSEN = ("decode_dfl", "yolo11_assign", "yolo11_loss", "yolo11_criterion")
 CHOSEN_YOLOX = ("yolox_criterion", "yolox_loss", "yolox_loss, GIoU")
-CHOSEN_TERMS = ("keypoint_loss",)
+CHOSEN_TERMS = ("keypoint_loss", "mask_loss")
 FULL_WIDTH_YOLOX = ("_yolox_background_kernel", "_yolox_grad_kernel")
 
 SCRIPT = """
@@ -49,7 +49,10 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target, dtype):
         dense = [row for row in rows if row["kernel"] in FULL_WIDTH and row["operator"] in CHOSEN]
         assert {row["kernel"] for row in dense} == set(FULL_WIDTH)
         assert {row["widest_load"] for row in dense} == {128}
-        for kernel in ("_yolo11_positives_kernel", "_yolox_positive_kernel", "_keypoint_positives_kernel"):
+        for kernel in (
+            "_yolo11_positives_kernel", "_yolox_positive_kernel", "_keypoint_positives_kernel", "_mask_positive_kernel",
+            "_mask_prototype_kernel",
+        ):  # fmt: skip
             assert max(row["registers"] for row in rows if row["kernel"] == kernel) <= 128
         # Rows of 5 + C channels are not aligned, so only channel-first gradients are written 16 bytes at a time.
         dense = [row for row in rows if row["operator"] in CHOSEN_YOLOX and row["kernel"] in FULL_WIDTH_YOLOX]

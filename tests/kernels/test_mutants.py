@@ -26,6 +26,7 @@ TAKES_PART = f"{VALUES}_no_number_of_yolox_shows_where_all_anchors_have_it"
 CROWD, CLAMPED = (
     f"{VALUES}_{name}" for name in ("small_boxes_among_many_that_want_the_same_anchors", "logarithms_of_the_cost_are_clamped")
 )
+MASKS, MASKS_BROKEN = (f"tests/kernels/test_masks.py::test_{name}" for name in ("mask_loss", "no_number_shows_everywhere"))
 LOG_NOT = f"{VALUES}_log_of_one_minus_a_probability"
 
 MEANT = {
@@ -44,6 +45,12 @@ MEANT = {
     "unseen keypoints count": (Mutant("_load_truth", "_a & _b & (_c != 0)", "_a & _b"), KEYPOINTS),
     "flags of all lanes": (Mutant("_keypoint_positives_kernel", "tl.where(_a, _b, 0.0)", "_b"), KEYPOINTS),
     "keypoints of positives may hold anything": (Mutant("_keypoint_positives_kernel", "_a + (_b * 0.0 + _c * 0.0)", "_a"), "tests/test_keypoints.py::test_no_number_of_a_positive_shows_everywhere"),
+    "masks: a box begins at the pixel that it begins in": (Mutant("_edge", "tl.ceil(_a)", "tl.floor(_a)"), MASKS),
+    "masks: a sum over pixels, not a mean": (Mutant("_mask_list_kernel", "1 / _a", "1 + 0 * _a"), MASKS),
+    "masks: a tile skips positives": (Mutant("_mask_prototype_kernel", "_a > _b", "_a > _b + 1", 2, 3), MASKS),
+    "masks: a tile looks for what covers all of it": (Mutant("_mask_prototype_kernel", "_a < _b + COLUMNS", "_a < _b + 1"), MASKS),
+    "masks: pixels beside the box count": (Mutant("_mask_prototype_kernel", "tl.where(_a, _b * _c, 0.0)", "_b * _c"), MASKS),
+    "masks: infinite logits hidden": (Mutant("_mask_prototype_kernel", "tl.load(_a).to(_b) + tl.load(_c)", "tl.load(_a).to(_b)"), MASKS_BROKEN),
     "bins not masked": (Mutant("side_logits", "tl.where(_a, _b, float('-inf'))", "_b"), DECODE),
     "store not masked": (Mutant("_decode_dfl_kernel", "_a[:, None]", "_a[:, None] | True", 2, 3), DECODE),
     "channel address in 32 bits": (Mutant("side_logits", "_a.to(tl.int64)", "_a", 0, 2), FAR),

@@ -138,6 +138,15 @@ def _keypoint_loss(
     return of.KeypointLoss(preds, other, row, number, None, *gt, True, LEVELS, sigmas, (12.0, 1.0), wants_grad)
 
 
+def _mask_loss(dtype: torch.dtype, layout: str, *, overlap_mask: bool = True, wants_grad: bool = True) -> of.MaskLoss:
+    masks = _empty(BATCH if overlap_mask else ROWS, 160, 160, dtype=torch.uint8)
+    rows = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(ROWS, 4), masks, _empty(ROWS, dtype=torch.int64)
+    protos = _empty(BATCH, 32, 160, 160, dtype=dtype)
+    return of.MaskLoss(
+        _preds(dtype, layout, 32), protos, *rows, _empty(), (640.0, 640.0), overlap_mask, wants_grad
+    )  # fmt: skip
+
+
 def _launch(make: Callable[..., Any], dtype: torch.dtype, layout: str, *, has_gradient: bool, **options: Any) -> None:
     from triton_yolo import kernels
 
@@ -190,4 +199,7 @@ OPERATORS: dict[str, Operator] = {
     "keypoint_loss, K=133, D=2": _operator(_keypoint_loss, FIRST, wants_grad=True, num_keypoints=133, num_dims=2),
     "yolox_criterion": _operator(_yolox_criterion, wants_grad=True),
     "yolox_criterion, no gradient": _operator(_yolox_criterion, FIRST, wants_grad=False),
+    "mask_loss": _operator(_mask_loss),
+    "mask_loss, a mask a row": _operator(_mask_loss, FIRST, overlap_mask=False),
+    "mask_loss, no gradient": _operator(_mask_loss, FIRST, wants_grad=False),
 }

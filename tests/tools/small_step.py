@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import triton_yolo as ty
-from bench.cases import STRIDES, make_case, yolo11_preds, yolox_preds
+from bench.cases import STRIDES, Case, make_case, yolo11_preds, yolox_preds
+from bench.tasks import masks_of
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def run(device: torch.device) -> dict[str, Tensor]:
         found[name] = result.detach()
         (found[f"{name}, gradient"],) = torch.autograd.grad(result.sum(), preds, retain_graph=True)
     gt = ty.Targets.from_yolo(rows, case.imgsz)
+    found |= of_masks(case, gt)
     labels, gt_boxes = gt.labels.view(2, -1, 1), gt.boxes_xyxy.view(2, -1, 4)
     padded = (labels, gt_boxes, torch.ones_like(labels, dtype=torch.bool))
     scores, boxes, points_px = yolo11[1].detach(), boxes.detach(), points * strides[:, None]
@@ -65,6 +67,24 @@ def run(device: torch.device) -> dict[str, Tensor]:
     rotated = ty.RotatedTaskAlignedAssigner(10, 40)
     found["rotated"] = rotated(scores.sigmoid(), pred_oriented, points_px, labels, gt_oriented, padded[2])[3]
     found["SimOTA"] = ty.SimOTAAssigner(40)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
+    return found
+
+
+def of_masks(case: Case, gt: ty.Targets) -> dict[str, Tensor]:
+    """The mask term of a few positives of either image, in both forms of masks."""
+    device, masks = gt.labels.device, masks_of(case)
+    preds = [x[:, :8].to(device) for x in masks[:2]]
+    preds, images = [preds[0].transpose(1, 2).requires_grad_(), preds[1].requires_grad_()], masks.images.to(device)
+    row = torch.full(preds[0].shape[:2], -1, device=device)
+    row[0, ::40], row[1, 5::40] = torch.arange(5, device=device), torch.arange(30, 35, device=device)
+    found: dict[str, Tensor] = {}
+    for name, overlap_mask, given in (
+        ("mask_loss", True, images),
+        ("mask_loss, a mask a row", False, images[gt.image_index] % 2),
+    ):
+        loss = ty.mask_loss(*preds, row, gt, given, imgsz=case.imgsz, overlap_mask=overlap_mask)
+        found[name] = loss.detach()
+        found[f"{name}, gradient 0"], found[f"{name}, gradient 1"] = torch.autograd.grad(loss, preds)
     return found
 
 

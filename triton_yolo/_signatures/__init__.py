@@ -16,6 +16,7 @@ from .common import (
     wider,
 )
 from .keypoints import KeypointLoss, KeypointLossOutputs
+from .masks import MaskLoss, MaskLossOutputs
 from .stages import (
     AlignMetric,
     BboxIoU,
@@ -79,6 +80,8 @@ __all__ = [
     "KeypointLoss",
     "KeypointLossOutputs",
     "Levels",
+    "MaskLoss",
+    "MaskLossOutputs",
     "Metrics",
     "Overlaps",
     "ProbIoU",

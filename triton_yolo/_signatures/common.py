@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._precision import working_dtype
 
-BY_ROW = ("rows", "targets", "gt_labels", "gt_boxes", "gt_keypoints", "gt_sizes")
+BY_ROW = ("rows", "targets", "gt_labels", "gt_boxes", "gt_keypoints", "gt_sizes", "mask_number", "masks")
 """Inputs with one entry a ground-truth row, of which every batch has another number."""
 
 

@@ -3,6 +3,7 @@
 from .boxes import bbox_iou, bbox_iou_backward
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
 from .keypoints import keypoint_loss
+from .masks import mask_loss
 from .oriented import prob_iou, prob_iou_backward
 from .scale import scale_
 from .simota import simota_assign
@@ -20,6 +21,7 @@ __all__ = [
     "decode_yolox",
     "decode_yolox_backward",
     "keypoint_loss",
+    "mask_loss",
     "prob_iou",
     "prob_iou_backward",
     "scale_",

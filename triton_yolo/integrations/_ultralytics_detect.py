@@ -1,8 +1,8 @@
 """The detection criterion and the assigner of Ultralytics, computed with this package's."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,76 +26,26 @@ MEMBERS = {
 }
 
 
-Prepare = Callable[[Any, Mapping[str, Any], Mapping[str, Tensor]], tuple[torch.nn.Module, tuple[Any, ...]]]
+class Adapter(NamedTuple):
+    """How a criterion of Ultralytics is computed with ours.
 
-
-def criterion_loss(owner: Any) -> Any:
-    _COMPUTATION[:] = [Stock(owner, "loss", MEMBERS, settings)]
-    return loss_by(owner, _difference, _prepare, ("box", "cls", "dfl"))
-
-
-def loss_by(owner: Any, difference_of: Callable[[Any], str | None], prepare: Prepare, terms: Sequence[str]) -> Any:
-    """What takes the place of a criterion's ``loss``: the stock one where something differs, else ours.
-
-    ``prepare`` makes our criterion and its inputs; ``terms`` are those of its output in the order of the stock one's names.
+    Attributes:
+        members: full names of the classes that its members have, see ``Stock``.
+        settings: whether what these hold is stock, see there.
+        make: makes ours of options.
+        options: those that a stock criterion stands for at this moment; the trainer changes them as it goes.
+        inputs: of predictions and batch, as ours takes them.
+        terms: of our output, in the order of the stock one's names; one without a name is 0.
+        objection: why the stock computation stays for some predictions.
     """
-    stock = owner.loss
 
-    @functools.wraps(stock)
-    def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        try:
-            difference = difference_of(self)
-            if difference:
-                say_what_stays("ultralytics", type(self).__name__, difference)
-                return stock(self, preds, batch)
-            if isinstance(self.hyp, dict):
-                raise TypeError(
-                    "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
-                )
-            names = self.loss_names
-            criterion, inputs = prepare(self, preds, batch)
-        except (AttributeError, KeyError) as error:
-            raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
-        out = criterion(*inputs)
-        return out.loss.reshape(1), {name: getattr(out, term) for name, term in zip(names, terms, strict=True)}
-
-    return loss
-
-
-def _prepare(stock: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[YOLO11Loss, tuple[Any, ...]]:
-    dist, *others = inputs_of(preds, batch)
-    return _criterion(stock, dist.device), (dist, *others)
-
-
-def inputs_of(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[Sequence[int]], Tensor]:
-    """Distances and class logits, sizes of the levels, and rows, as our criteria take them."""
-    dist, scores = preds["boxes"], preds["scores"]
-    shapes = [feature.shape[2:] for feature in preds["feats"]]
-    columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
-    rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
-    return dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows
-
-
-_COMPUTATION: list[Stock] = []
-
-
-def _difference(criterion: Any) -> str | None:
-    """Why a detection criterion keeps its own computation, if it does."""
-    return vars(criterion).get(KEEPS_STOCK) or _COMPUTATION[0].difference(criterion)
-
-
-def constants(criterion: Any, device: torch.device) -> Hashable | None:
-    """What a loss of ours reads of Ultralytics' criterion, with one branch or two; None if any of it is not ours."""
-    losses = modules()[1]
-    try:
-        is_branched = type(criterion) is getattr(losses, "E2ELoss", None)
-        branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
-        if not all(type(branch) is losses.v8DetectionLoss and _difference(branch) is None for branch in branches):
-            return None
-        weights = [value for value in vars(criterion).values() if isinstance(value, float)]
-        return *[_criterion(branch, device) for branch in branches], *weights
-    except AttributeError:
-        return None  # the loss itself says what is wrong
+    members: Mapping[str, tuple[str, ...]]
+    settings: Callable[..., Mapping[str, bool]]
+    make: Callable[..., Any]
+    options: Callable[[Any], dict[str, Any]]
+    inputs: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, ...]]
+    terms: tuple[str, ...]
+    objection: Callable[[Mapping[str, Any]], str | None] = lambda preds: None
 
 
 def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
@@ -109,15 +59,11 @@ def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_lo
     }
 
 
-def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
-    """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
-    return kept(_weighted, device, stock.class_weights, **options_of(stock))
-
-
 def options_of(stock: Any) -> dict[str, Any]:
-    """Those of our criterion, but for the weights of classes."""
+    """What every criterion of ours is set to."""
     assigner, gains = stock.assigner, stock.hyp
     return {
+        "class_weights": stock.class_weights,
         "num_classes": stock.nc,
         "strides": tuple(assigner.stride),
         "reg_max": stock.reg_max,
@@ -132,12 +78,78 @@ def options_of(stock: Any) -> dict[str, Any]:
     }
 
 
-def _weighted(class_weights: Tensor | None, **options: Any) -> YOLO11Loss:
-    return YOLO11Loss(class_weights=flat(class_weights), **options)
+def inputs_of(preds: Mapping[str, Any], batch: Mapping[str, Tensor], *names: str) -> tuple[Any, ...]:
+    """Predictions of these names, (B, A, channels), sizes of the levels, and rows, as our criteria take them."""
+    parts = [preds[name].transpose(1, 2) for name in names]
+    device, dtype = parts[0].device, working_dtype(parts[0].dtype)
+    columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
+    rows = torch.cat([column.to(device, dtype) for column in columns], 1)
+    return *parts, [feature.shape[2:] for feature in preds["feats"]], rows
 
 
-def flat(class_weights: Tensor | None) -> Tensor | None:
-    return None if class_weights is None else class_weights.reshape(-1)
+DETECTION = Adapter(
+    MEMBERS, settings, YOLO11Loss, options_of, lambda preds, batch: inputs_of(preds, batch, "boxes", "scores"),
+    ("box", "cls", "dfl"),
+)  # fmt: skip
+_COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
+"""By the class of a criterion."""
+
+
+def criterion_loss(owner: Any, adapter: Adapter) -> Any:
+    """What takes the place of a criterion's ``loss``: the stock one where something differs, else ours."""
+    stock, computation = owner.loss, Stock(owner, "loss", adapter.members, adapter.settings)
+    _COMPUTATIONS[owner] = computation, adapter
+
+    @functools.wraps(stock)
+    def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            difference = _difference(self, computation) or adapter.objection(preds)
+            if difference:
+                say_what_stays("ultralytics", type(self).__name__, difference)
+                return stock(self, preds, batch)
+            if isinstance(self.hyp, dict):
+                raise TypeError(
+                    "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
+                )
+            names, inputs = self.loss_names, adapter.inputs(preds, batch)
+            criterion = _criterion(self, adapter, inputs[0].device)
+        except (AttributeError, KeyError) as error:
+            raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
+        out = criterion(*inputs)
+        terms = [getattr(out, term) if term else torch.zeros_like(out.box) for term in adapter.terms]
+        return out.loss.reshape(1), dict(zip(names, terms, strict=True))
+
+    return loss
+
+
+def _difference(criterion: Any, computation: Stock) -> str | None:
+    """Why a criterion keeps its own computation, if it does."""
+    return vars(criterion).get(KEEPS_STOCK) or computation.difference(criterion)
+
+
+def constants(criterion: Any, device: torch.device) -> Hashable | None:
+    """What a loss of ours reads of Ultralytics' criterion, with one branch or two; None if any of it is not ours."""
+    losses = modules()[1]
+    try:
+        is_branched = type(criterion) is getattr(losses, "E2ELoss", None)
+        branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
+        computation, adapter = _COMPUTATIONS[losses.v8DetectionLoss]
+        if not all(type(x) is losses.v8DetectionLoss and _difference(x, computation) is None for x in branches):
+            return None
+        weights = [value for value in vars(criterion).values() if isinstance(value, float)]
+        return *[_criterion(branch, adapter, device) for branch in branches], *weights
+    except AttributeError:
+        return None  # the loss itself says what is wrong
+
+
+def _criterion(stock: Any, adapter: Adapter, device: torch.device) -> Any:
+    """Our criterion with the settings that the stock one has at this moment."""
+    return kept(_weighted, device, adapter.make, **adapter.options(stock))
+
+
+def _weighted(make: Callable[..., Any], *, class_weights: Tensor | None, **options: Any) -> Any:
+    """Make a criterion with weights of classes in the stock one's shape."""
+    return make(class_weights=None if class_weights is None else class_weights.reshape(-1), **options)
 
 
 def assigner_forward(owner: Any) -> Any:

@@ -6,16 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from ..losses import YOLO11PoseLoss
-from ._patching import kept
-from ._stock import BCE, Stock
-from ._ultralytics_detect import MEMBERS, flat, inputs_of, loss_by, options_of, settings
+from ._stock import BCE
+from ._ultralytics_detect import MEMBERS, Adapter, inputs_of, options_of, settings
 
 _MEMBERS = {**MEMBERS, "keypoint_loss": ("ultralytics.utils.loss.KeypointLoss",), "bce_pose": (BCE,)}
-
-
-def pose_criterion_loss(owner: Any) -> Any:
-    computation = Stock(owner, "loss", _MEMBERS, _settings)
-    return loss_by(owner, computation.difference, _prepare, ("box", "pose", "kobj", "cls", "dfl"))
 
 
 def _settings(criterion: Any, *members: Any) -> dict[str, bool]:
@@ -24,18 +18,20 @@ def _settings(criterion: Any, *members: Any) -> dict[str, bool]:
     return {**settings(criterion, *of_boxes), "bce_pose": is_mean}
 
 
-def _prepare(stock: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[YOLO11PoseLoss, tuple[Any, ...]]:
-    dist, scores, shapes, rows = inputs_of(preds, batch)
-    keypoints = batch["keypoints"].to(dist.device, rows.dtype)
+def _options(stock: Any) -> dict[str, Any]:
     sigmas, gains = stock.keypoint_loss.sigmas, stock.hyp
     version = None if sigmas.is_inference() else sigmas._version
-    criterion = kept(
-        _made, dist.device, stock.class_weights, sigmas, version, pose_gain=gains.pose, kobj_gain=gains.kobj,
-        **options_of(stock),
-    )  # fmt: skip
-    return criterion, (dist, scores, preds["kpts"].transpose(1, 2), shapes, rows, keypoints)
+    return {**options_of(stock), "sigmas": sigmas, "version": version, "pose_gain": gains.pose, "kobj_gain": gains.kobj}
 
 
-def _made(class_weights: Tensor | None, sigmas: Tensor, version: int | None, **options: Any) -> YOLO11PoseLoss:
+def _make(*, sigmas: Tensor, version: int | None, **options: Any) -> YOLO11PoseLoss:
     """``version`` changes with the sigmas, which are read here alone, since that may synchronise."""
-    return YOLO11PoseLoss(class_weights=flat(class_weights), sigmas=sigmas.tolist(), **options)
+    return YOLO11PoseLoss(sigmas=sigmas.tolist(), **options)
+
+
+def _inputs(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    *parts, shapes, rows = inputs_of(preds, batch, "boxes", "scores", "kpts")
+    return *parts, shapes, rows, batch["keypoints"].to(rows.device, rows.dtype)
+
+
+POSE = Adapter(_MEMBERS, _settings, _make, _options, _inputs, ("box", "pose", "kobj", "cls", "dfl"))

@@ -31,32 +31,30 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def compare_losses(ours: Any, ours_of_pose: Any) -> None:
-    """Compare with the stock losses, and their gradients, on random numbers: an untested version may define others."""
-    losses = modules()[1]
-    for owner, reg_max, method in (
-        (losses.v8DetectionLoss, 16, ours), (losses.v8DetectionLoss, 1, ours), (losses.v8PoseLoss, 16, ours_of_pose),
-    ):  # fmt: skip
-        stock = _stock_criterion(owner, reg_max)
+def compare_losses(owner: Any, ours: Any) -> None:
+    """Compare with a criterion's stock loss, and its gradient, on random numbers: an untested version may define another."""
+    for reg_max in (16, 1):
+        stock, results = _stock_criterion(owner, reg_max), []
         leaves, preds, batch = _random_inputs(reg_max)
-        results = []
-        for loss in (owner.loss, method):
+        for method in (owner.loss, ours):
             with torch.autocast("cpu", enabled=False):
-                total, items = loss(stock, preds, batch)
+                total, items = method(stock, preds, batch)
+                grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True, materialize_grads=True)
             require_here(isinstance(items, Mapping), f"its loss items are a {type(items).__name__}, expected a mapping")
-            grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True, materialize_grads=True)
             results.append([*grads, total.sum().detach(), *items.values()])
         for expected, actual in zip(*results, strict=True):
             require_here(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
 
 
 def _random_inputs(reg_max: int) -> tuple[list[torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    """Leaves, predictions and targets of two images of 128 px, with keypoints."""
+    """Leaves, predictions and targets of two images of 128 px, for every task."""
     generator = torch.Generator().manual_seed(0)
     leaves = {
         "boxes": torch.rand(2, 4 * reg_max, 336, generator=generator) * 3,
         "scores": torch.randn(2, 3, 336, generator=generator),
         "kpts": torch.randn(2, 17 * 3, 336, generator=generator),
+        "mask_coefficient": torch.randn(2, 8, 336, generator=generator),
+        "proto": torch.randn(2, 8, 32, 32, generator=generator),
     }
     preds = {**leaves, "feats": [torch.zeros(2, 1, *shape) for shape in ((16, 16), (8, 8), (4, 4))]}
     low = torch.rand(6, 2, generator=generator) * 0.4
@@ -66,6 +64,7 @@ def _random_inputs(reg_max: int) -> tuple[list[torch.Tensor], dict[str, Any], di
         "cls": torch.arange(6.0)[:, None] % 3,
         "bboxes": torch.cat([low + size / 2, size], 1),
         "keypoints": torch.rand(6, 17, 3, generator=generator).round(decimals=1),
+        "masks": torch.randint(4, (2, 32, 32), generator=generator),
     }
     return [x.requires_grad_() for x in leaves.values()], preds, batch
 
@@ -74,7 +73,7 @@ def _stock_criterion(owner: Any, reg_max: int) -> Any:
     head = SimpleNamespace(
         stride=torch.tensor([8.0, 16.0, 32.0]), nc=3, no=3 + 4 * reg_max, reg_max=reg_max, kpt_shape=[17, 3]
     )  # fmt: skip
-    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, pose=12.0, kobj=1.0)
+    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, pose=12.0, kobj=1.0, overlap_mask=True)
     model = torch.nn.Linear(1, 1)
     model.args, model.model = gains, [head]  # type: ignore[assignment]
     return owner(model)

@@ -1,8 +1,8 @@
 """Ultralytics' trainers with this package's loss and assignment: ``patch()`` before ``YOLO(...).train(...)``.
 
-What changes is how three methods compute: the losses of the detection and pose criteria, and the plain task-aligned assigner.
-Criteria, models and checkpoints stay Ultralytics' own objects, so copies, averaged models, resumed runs and machines without
-this package see nothing of it.
+What changes is how the losses of some criteria are computed, those of detection, segmentation and pose, and the plain
+task-aligned assigner. Criteria, models and checkpoints stay Ultralytics' own objects, so copies, averaged models, resumed runs
+and machines without this package see nothing of it.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ._patching import Patch, Replacement, import_trainer
-from ._ultralytics_detect import ASSIGNER_INPUTS, KEEPS_STOCK, assigner_forward, constants, criterion_loss
+from ._ultralytics_detect import ASSIGNER_INPUTS, DETECTION, KEEPS_STOCK, assigner_forward, constants, criterion_loss
 from ._ultralytics_graphs import Steps
-from ._ultralytics_pose import pose_criterion_loss
+from ._ultralytics_pose import POSE
+from ._ultralytics_segment import SEGMENTATION
 from ._ultralytics_version import TESTED, as_numbers, compare_losses, modules, require_here, require_parameters, tested
 
 if TYPE_CHECKING:
     DetectionTrainer: Any
 
+_CRITERIA = {"v8DetectionLoss": DETECTION, "v8SegmentationLoss": SEGMENTATION, "v8PoseLoss": POSE}
 __all__ = ["DetectionTrainer", "patch", "patched", "unpatch"]
 
 
@@ -30,10 +32,10 @@ def patch(*, cuda_graph: bool = False) -> None:
     """Compute the losses of Ultralytics' detectors with this package from now on, in this process and in those of its DDP.
 
     Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, the
-    pose criterion of v8 and 11, and the plain assigner inside the segmentation criteria. What has an assigner of its own
-    (oriented boxes, YOLO26's segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and whatever
-    somebody has replaced a part of: a member of the criterion, a class, a method or a function that they use. A criterion
-    returns a loss of shape (1,), the sum of the terms of the stock one, and the same named items.
+    segmentation and pose criteria of v8 and 11, and the plain assigner wherever else it is used. What has an assigner of its
+    own (oriented boxes, YOLO26's segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and
+    whatever somebody has replaced a part of: a member of the criterion, a class, a method or a function that they use. A
+    criterion returns a loss of shape (1,), the sum of the terms of the stock one, and the same named items.
 
     Args:
         cuda_graph: replay the training steps of detectors as CUDA graphs, forward pass, loss and backward (see
@@ -89,22 +91,22 @@ def _make_trainer() -> type:
 
 def _find() -> list[Replacement]:
     version, losses, assigners, launcher = modules()
-    require_parameters(losses, "v8DetectionLoss", "loss", ("self", "preds", "batch"))
-    require_parameters(losses, "v8PoseLoss", "loss", ("self", "preds", "batch"))
+    for name in _CRITERIA:
+        require_parameters(losses, name, "loss", ("self", "preds", "batch"))
     require_parameters(assigners, "TaskAlignedAssigner", "forward", ("self", *ASSIGNER_INPUTS))
     for module, name in ((launcher, "generate_ddp_file"), (losses, "TVPDetectLoss")):
         require_here(hasattr(module, name), f"{module.__name__}.{name} is gone")
-    criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
+    assigner, criteria = assigners.TaskAlignedAssigner, {getattr(losses, name): adapter for name, adapter in _CRITERIA.items()}
     replacements: list[Replacement] = [
-        (criterion, "loss", criterion_loss(criterion)),
-        (losses.v8PoseLoss, "loss", pose_criterion_loss(losses.v8PoseLoss)),
+        *[(criterion, "loss", criterion_loss(criterion, adapter)) for criterion, adapter in criteria.items()],
         (assigner, "forward", assigner_forward(assigner)),
         (launcher, "generate_ddp_file", _ddp_file(launcher.generate_ddp_file)),
         (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
     ]
     if not as_numbers(TESTED[0]) <= as_numbers(version) <= as_numbers(TESTED[1]):
         warnings.warn(f"ultralytics {version} is untested, tested is {tested()}; comparing the losses", stacklevel=4)
-        compare_losses(replacements[0][2], replacements[1][2])
+        for owner, _, loss in replacements[: len(criteria)]:
+            compare_losses(owner, loss)
     say = logging.getLogger("ultralytics").info
     say(f"triton_yolo {__version__}: computes the losses of Ultralytics' detectors from now on")
     return replacements

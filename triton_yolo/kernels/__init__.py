@@ -3,6 +3,7 @@
 from .decode import decode_dfl, decode_dfl_backward, decode_yolox, decode_yolox_backward
 from .overlap import bbox_iou, bbox_iou_backward, prob_iou, prob_iou_backward
 from .plans.keypoints import keypoint_loss
+from .plans.masks import mask_loss
 from .plans.simota import simota_assign
 from .plans.task_aligned import task_aligned_assign
 from .plans.yolo11 import yolo11_assign, yolo11_criterion, yolo11_loss, yolo11_loss_backward
@@ -20,6 +21,7 @@ __all__ = [
     "decode_yolox",
     "decode_yolox_backward",
     "keypoint_loss",
+    "mask_loss",
     "prob_iou",
     "prob_iou_backward",
     "scale_",

@@ -126,7 +126,8 @@ def softplus(x):
 
 @triton.jit
 def cross_entropy_with_logits(x, target):
-    return softplus(x) - x * target
+    most, e = split_softplus(x)
+    return (most - x * target) + _log1p(e)  # in this order a small loss of a large x keeps its digits
 
 
 @triton.jit

@@ -81,6 +81,12 @@ class RoomyLaunch(Launch):
         return {"maxnreg": 255} if is_compiled and triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
 
 
+class RoomyFusedLaunch(RoomyLaunch):
+    """Both."""
+
+    _is_fused = True
+
+
 def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:
     """What a launch of a compiled kernel takes; None if this version of Triton, or its interpreter, has something else."""
     try:
