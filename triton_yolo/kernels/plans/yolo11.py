@@ -1,4 +1,4 @@
-"""Launches of YOLO11's criterion: whole, and in parts."""
+"""Launches of YOLO11's criterion, of axis-aligned and of oriented boxes: whole, and in parts."""
 
 from typing import Any
 
@@ -7,62 +7,58 @@ from torch import Tensor
 
 from ..._signatures import (
     YOLO11,
+    YOLO11OBB,
+    GradDistAngleScores,
     GradDistScores,
     YOLO11Assign,
     YOLO11Assignment,
     YOLO11Loss,
     YOLO11LossBackward,
     YOLO11LossOutputs,
+    YOLO11OBBAssign,
+    YOLO11OBBLoss,
+    YOLO11OBBLossBackward,
+    YOLO11OBBOutputs,
     YOLO11Outputs,
 )
-from ..arguments import Grid, Rows, Tensor3, compute_type, tensor3
+from ..arguments import Grid, Head, Rows, compute_type, tensor3
 from ..classes import Upstream, _yolo11_class_kernel, class_layout, class_sizes
-from ..fill import Fill
 from ..launch import INTERPRETED, Buffers, Launch, Plan, RoomyLaunch, Run, Workspace, cdiv, new, run
+from ..positives import Claims, Matched, slot_sizes
 from ..reduce import TOTAL_SIZES
-from ..targets import packed_rows
-from ..yolo11 import (
-    FILL_BLOCK,
-    Claims,
-    Gradients,
-    Loss,
-    Matched,
-    Sizes,
-    _fill_kernel,
-    _yolo11_positives_kernel,
-    _yolo11_total_kernel,
-    slot_sizes,
-)
-from .task_aligned import YOLO11Assigning, state_of
+from ..targets import packed_by, packed_rows
+from ..yolo11 import FILL_BLOCK, Loss, Sizes, _fill_kernel, _yolo11_positives_kernel, _yolo11_total_kernel
+from ..yolo11_obb import _yolo11_obb_positives_kernel
+from .task_aligned import YOLO11Assigning, has_angle, state_of
 
 
 class _Criterion:
     """The launches of loss and gradients of an assignment, either or both.
 
     Args:
-        grads: what the gradients are written to.
+        grads: what the gradients are written to, as ``Head``.
         num_claims: of a row, in the whole criterion, where claims are the slots of positives; elsewhere all anchors are.
     """
 
     def __init__(
-        self, x: YOLO11 | YOLO11Loss | YOLO11LossBackward, grads: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
-        *, has_loss: bool = True, num_claims: int = 0, num_rows: int = 0,
+        self, x: Any, grads: tuple[Tensor, Tensor | None, Tensor] | None, dtype: torch.dtype, *, has_loss: bool = True,
+        num_claims: int = 0, num_rows: int = 0,
     ) -> None:  # fmt: skip
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind, self.num_claims, self.num_cells = compute_type(dtype), num_claims, batch_size * num_anchors
         self.per_image = num_anchors, num_classes, num_anchors * num_classes
         sizes = class_sizes(x.pred_scores)
         self.class_grid = cdiv(self.per_image[2], sizes["BLOCK"] * sizes["STEPS"]), batch_size, 1
-        layout = class_layout(x.pred_scores, grads[1] if grads else None)
+        layout = class_layout(x.pred_scores, grads[2] if grads else None)
         self.classes = Launch(_yolo11_class_kernel, DTYPE=kind, **layout, **sizes)
         sizes = slot_sizes(self._num_slots(num_rows))
-        self.slots = sizes["SLOTS"]
-        self.positives = RoomyLaunch(
-            _yolo11_positives_kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes
-        )
-        self.total = Launch(_yolo11_total_kernel, DTYPE=kind, **TOTAL_SIZES)
+        self.slots, is_oriented = sizes["SLOTS"], has_angle(x)
+        kernel = _yolo11_obb_positives_kernel if is_oriented else _yolo11_positives_kernel
+        self.positives = RoomyLaunch(kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes)
+        self.total = Launch(_yolo11_total_kernel, HAS_ANGLE=is_oriented, DTYPE=kind, **TOTAL_SIZES)
+        self.total_gains = x.gains if is_oriented else (*x.gains, 0.0)
         self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
-        self.counts = Sizes(*(x.numel() for x in grads)) if grads else Sizes(0, 0)
+        self.counts = Sizes(*(0 if grad is None else grad.numel() for grad in grads or (None, None, None)))
         self.num_dense = self.class_grid[0] * batch_size
         self.has_fill = grads is not None and not num_claims
         used = {
@@ -76,14 +72,14 @@ class _Criterion:
         if has_loss:
             self.fixed["dense"] = dtype, self.num_dense
             held, of = (self.by_row, num_claims) if num_claims else (self.fixed, self.num_cells)
-            held["partial"] = dtype, 3 * cdiv(of, self.slots)
+            held["partial"] = dtype, len(x.gains) * cdiv(of, self.slots)
 
     def _num_slots(self, num_rows: int) -> int:
         return num_rows * self.num_claims if self.num_claims else self.num_cells
 
     def __call__(
-        self, run: Run, grads: Gradients | None, grad: Any, poison: Any, dist: Tensor3, scores: Tensor3, matched: Matched,
-        claims: Claims | None, normaliser: Any,
+        self, run: Run, grads: Head | None, grad: Any, poison: Any, preds: Head, matched: Matched, claims: Claims | None,
+        normaliser: Any,
     ) -> None:  # fmt: skip
         x, num_slots = run.x, self._num_slots(run.num_rows)
         weights = None if x.class_weights is None else run.address(x.class_weights)
@@ -91,64 +87,76 @@ class _Criterion:
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
         if self.num_cells:
             self.classes(
-                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, upstream, scores,
-                weights, x.gains[1], *self.per_image,
+                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, upstream,
+                preds.scores, weights, x.gains[1], *self.per_image,
             )  # fmt: skip
             if grads is not None and self.has_fill:
-                programs = cdiv(self.counts.dist, FILL_BLOCK), 1, 1
-                self.fill(run.stream, programs, grads.dist.ptr, upstream, self.counts.dist)
+                for part, count in zip(grads[:2], self.counts[:2], strict=True):
+                    if part is not None and count:
+                        self.fill(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), part.ptr, upstream, count)
             if num_slots:
                 self.positives(
-                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, upstream, dist, scores, matched,
-                    claims, weights, self.grid, *self.size, *x.gains, num_slots,
+                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, upstream, preds, matched, claims,
+                    weights, self.grid, *self.size, *x.gains, num_slots,
                 )  # fmt: skip
 
-    def add_up(self, run: Run, grads: Gradients | None, normaliser: Any, loss: Loss) -> None:
+    def add_up(self, run: Run, grads: Head | None, normaliser: Any, loss: Loss) -> None:
         programs = 1 if grads is None or INTERPRETED else 8, 1, 1
         num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
-            run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser, *run.x.gains,
-            self.num_dense, num_partial,
+            run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser,
+            *self.total_gains, self.num_dense, num_partial,
         )  # fmt: skip
 
 
-def gradients(run: Run) -> Gradients:
+def predictions(run: Run) -> Head:
+    x, address = run.x, run.address
+    angle = tensor3(address, x.pred_angle) if has_angle(x) else None
+    return new(Head, (tensor3(address, x.pred_dist), angle, tensor3(address, x.pred_scores)))
+
+
+def gradients(run: Run) -> Head:
     out, address = run.out, run.address
-    return new(Gradients, (tensor3(address, out.grad_pred_dist), tensor3(address, out.grad_pred_scores)))
+    angle = tensor3(address, out.grad_pred_angle) if has_angle(run.x) else None
+    return new(Head, (tensor3(address, out.grad_pred_dist), angle, tensor3(address, out.grad_pred_scores)))
+
+
+def tensors_of_gradients(out: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    return out.grad_pred_dist, getattr(out, "grad_pred_angle", None), out.grad_pred_scores
 
 
 class _AssignPlan(Plan):
-    def __init__(self, x: YOLO11Assign, out: YOLO11Assignment, num_rows: int) -> None:
+    def __init__(self, x: YOLO11Assign | YOLO11OBBAssign, out: YOLO11Assignment, num_rows: int) -> None:
         self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, fills=False)
         super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
     def launch(self, run: Run) -> None:
         row, score, sums, num_fg, label, box = map(run.address, run.out)
-        dist, scores = tensor3(run.address, run.x.pred_dist), tensor3(run.address, run.x.pred_scores)
-        self.assign(run, dist, scores, row, score, sums, num_fg, new(Rows, (run.buffers.image, label, box, None)))
+        boxes = (None, box) if has_angle(run.x) else (box, None)
+        self.assign(run, predictions(run), row, score, sums, num_fg, new(Rows, (run.buffers.image, label, *boxes)))
 
 
 class _LossPlan(Plan):
-    def __init__(self, x: YOLO11Loss, out: YOLO11LossOutputs, num_rows: int) -> None:
+    def __init__(self, x: YOLO11Loss | YOLO11OBBLoss, out: YOLO11LossOutputs, num_rows: int) -> None:
         self.criterion = _Criterion(x, None, out.loss.dtype)
         super().__init__(Workspace(self.criterion.fixed), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        dist, scores, normaliser = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores), address(x.normaliser)
-        self.criterion(run, None, None, None, dist, scores, matched(run), None, normaliser)
-        self.criterion.add_up(run, None, normaliser, new(Loss, map(address, run.out)))
+        normaliser = run.address(run.x.normaliser)
+        self.criterion(run, None, None, None, predictions(run), matched(run), None, normaliser)
+        self.criterion.add_up(run, None, normaliser, new(Loss, map(run.address, run.out)))
 
 
 class _GradientPlan(Plan):
-    def __init__(self, x: YOLO11LossBackward, out: GradDistScores, num_rows: int) -> None:
-        self.criterion = _Criterion(x, (out.grad_pred_dist, out.grad_pred_scores), x.target_score.dtype, has_loss=False)
+    def __init__(
+        self, x: YOLO11LossBackward | YOLO11OBBLossBackward, out: GradDistScores | GradDistAngleScores, num_rows: int
+    ) -> None:
+        self.criterion = _Criterion(x, tensors_of_gradients(out), x.target_score.dtype, has_loss=False)
         super().__init__(Workspace(), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
-        x, address = run.x, run.address
-        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
-        self.criterion(run, gradients(run), address(x.grad), None, dist, scores, matched(run), None, address(x.held))
+        grad, held = run.address(run.x.grad), run.address(run.x.held)
+        self.criterion(run, gradients(run), grad, None, predictions(run), matched(run), None, held)
 
 
 def matched(run: Run) -> Matched:
@@ -157,56 +165,60 @@ def matched(run: Run) -> Matched:
 
 
 class _CriterionPlan(Plan):
-    def __init__(self, x: YOLO11, out: YOLO11Outputs, num_rows: int) -> None:
+    def __init__(self, x: YOLO11 | YOLO11OBB, out: YOLO11Outputs | YOLO11OBBOutputs, num_rows: int) -> None:
         (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
         self.has_grad = x.wants_grad and batch_size * num_anchors > 0
-        grads = (out.grad_pred_dist, out.grad_pred_scores) if self.has_grad else None
+        grads = tensors_of_gradients(out) if self.has_grad else None
         self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, fills=self.has_grad)
         self.criterion = _Criterion(x, grads, dtype, num_claims=self.assign.matching.num_claims, num_rows=num_rows)
         fixed = {
             **self.assign.fixed, **self.criterion.fixed, "target_row": (torch.int32, batch_size * num_anchors),
             "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
         }  # fmt: skip
-        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype)})
+        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype, has_angle(x))})
         super().__init__(memory, *self.assign.launches, *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         x, out, buffers, address = run.x, run.out, run.buffers, run.address
-        dist, scores = tensor3(address, x.pred_dist), tensor3(address, x.pred_scores)
+        preds, is_oriented = predictions(run), has_angle(x)
         row, score, normaliser = buffers.target_row, buffers.target_score, buffers.normaliser
-        rows = new(Rows, (buffers.image, buffers.label, buffers.xyxy, None))
+        rows = packed_by(buffers, is_oriented)
         order = buffers.order if self.assign.matching.is_wide else None
         claims = new(Claims, (buffers.claims, buffers.image, state_of(run, row), order))
-        grads, zeros, poison = None, None, None
+        grads, poison = None, None
         if self.has_grad:
             grads, poison = gradients(run), normaliser
-            zeros = new(Fill, (grads.dist.ptr, out.grad_pred_dist.numel()))
-        self.assign(run, dist, scores, row, score, normaliser, address(out.num_fg), rows, zeros)
-        matched = new(Matched, (row, score, buffers.label, buffers.xyxy))
-        self.criterion(run, grads, None, poison, dist, scores, matched, claims, normaliser)
+        self.assign(run, preds, row, score, normaliser, address(out.num_fg), rows, grads)
+        matched = new(Matched, (row, score, buffers.label, rows.xywh_ptr if is_oriented else rows.xyxy_ptr))
+        self.criterion(run, grads, None, poison, preds, matched, claims, normaliser)
         self.criterion.add_up(run, grads, normaliser, new(Loss, (address(out.loss), address(out.terms), buffers.held)))
 
 
-def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
+def yolo11_assign(x: YOLO11Assign | YOLO11OBBAssign) -> YOLO11Assignment:
     out = x.allocate()
     run(_AssignPlan, x, out, x.targets[0].shape[0])
     return out
 
 
-def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
+def yolo11_loss(x: YOLO11Loss | YOLO11OBBLoss) -> YOLO11LossOutputs:
     out = x.allocate()
     run(_LossPlan, x, out)
     return out
 
 
-def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
+def yolo11_criterion(x: YOLO11 | YOLO11OBB) -> YOLO11Outputs | YOLO11OBBOutputs:
     out = x.allocate()
     run(_CriterionPlan, x, out, x.targets[0].shape[0])
     return out
 
 
-def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
+def yolo11_loss_backward(x: YOLO11LossBackward | YOLO11OBBLossBackward) -> GradDistScores | GradDistAngleScores:
     out = x.allocate()
     if x.target_row.numel():
         run(_GradientPlan, x, out)
     return out
+
+
+# Plans are the same: what has no angle has no part.
+yolo11_obb_assign, yolo11_obb_loss = yolo11_assign, yolo11_loss
+yolo11_obb_criterion, yolo11_obb_loss_backward = yolo11_criterion, yolo11_loss_backward
