@@ -135,10 +135,10 @@ def yolo11_loss(dtype: torch.dtype, reg_max: int = 8, weights: Tensor | None = N
     )  # fmt: skip
 
 
-def yolo11_criterion(dtype: torch.dtype, *, wants_grad: bool = True) -> of.YOLO11:
+def yolo11_criterion(dtype: torch.dtype, *, wants_grad: bool = True, wants_row: bool = False) -> of.YOLO11:
     x, weights = yolo11_assign(dtype), torch.tensor([1.0, 2.0, 0.5], device=DEVICE)
     return of.YOLO11(
-        x.pred_dist, x.pred_scores, [rows(dtype)], weights, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad
+        x.pred_dist, x.pred_scores, [rows(dtype)], weights, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad, wants_row
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import _checks
-from ._criterion import Criterion
 from ._recording import Recorder, Recording
+from .losses._criterion import Criterion
 
 __all__ = ["GraphedStep"]
 _DEVICE = "cuda"  # ROCm's name, too

@@ -60,9 +60,10 @@ def loss(
     )  # fmt: skip
 
 
-def criterion(x: YOLO11Assign, *, weights: Tensor | None = None, wants_grad: bool = True) -> YOLO11:
+def criterion(x: YOLO11Assign, *, weights: Tensor | None = None, wants_grad: bool = True, wants_row: bool = False) -> YOLO11:
     """The whole criterion with that assignment."""
-    return YOLO11(x.pred_dist, x.pred_scores, x.targets, weights, x.levels, x.reg_max, x.assigner, GAINS, wants_grad)
+    options = x.levels, x.reg_max, x.assigner, GAINS, wants_grad, wants_row
+    return YOLO11(x.pred_dist, x.pred_scores, x.targets, weights, *options)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

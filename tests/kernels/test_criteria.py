@@ -61,7 +61,8 @@ def in_parts(module: ModuleType, x: of.YOLO11) -> of.YOLO11Outputs:
         x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, x.class_weights, x.levels, x.reg_max, x.gains
     )  # fmt: skip
     out = module.yolo11_loss(given)
-    return of.YOLO11Outputs(out.loss, out.terms, num_fg, *module.yolo11_loss_backward(gradient_of(given, out)))
+    row = row if x.wants_row else row.new_empty(0)
+    return of.YOLO11Outputs(out.loss, out.terms, num_fg, row, *module.yolo11_loss_backward(gradient_of(given, out)))
 
 
 def x_in_parts(module: ModuleType, x: of.YOLOX) -> of.YOLOXOutputs:
@@ -82,11 +83,12 @@ def check_whole(whole, parts, unwanted, *, order: float = 0) -> None:
     Where sums are taken in another ``order``, that is how much loss and terms may differ.
     """
     assert same(whole[2:], parts[2:])
-    assert same(unwanted[:3], whole[:3])
+    first = next(place for place, name in enumerate(whole._fields) if name.startswith("grad_"))
+    assert same(unwanted[:first], whole[:first])
     for have, want in zip(whole[:2], parts[:2], strict=True):
         torch.testing.assert_close(have, want, rtol=order, atol=0)
-    assert [x.numel() for x in unwanted[3:]] == [0] * len(unwanted[3:])
-    assert [x.dtype for x in unwanted[3:]] == [x.dtype for x in parts[3:]]
+    assert all(x.numel() == 0 for x in unwanted[first:])
+    assert [x.dtype for x in unwanted[first:]] == [x.dtype for x in parts[first:]]
 
 
 def order_of(module: ModuleType, whole: of.YOLO11Outputs | of.YOLOXOutputs) -> float:
@@ -100,12 +102,14 @@ def test_yolo11_is_the_sum_of_its_parts(module, layout, dtype, form):
     x = criterion(assign(case, topk2=2 if form == "raw" else None), weights=torch.rand(3) if form == "raw" else None)
     if form == "raw":
         x = x._replace(targets=[yolo11_rows(case)])
-    whole = module.yolo11_criterion(x)
-    assert whole.num_fg > 3
-    assert whole.grad_pred_dist.stride() == torch.empty_like(case.dist).stride()
-    check_whole(
-        whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
-    )
+    for wants_row in (False, True):
+        x = x._replace(wants_row=wants_row)
+        whole = module.yolo11_criterion(x)
+        assert whole.num_fg > 3
+        assert whole.grad_pred_dist.stride() == torch.empty_like(case.dist).stride()
+        check_whole(
+            whole, in_parts(module, x), module.yolo11_criterion(x._replace(wants_grad=False)), order=order_of(module, whole)
+        )
 
 
 @pytest.mark.parametrize(("form", "layout", "dtype"), FORMS)

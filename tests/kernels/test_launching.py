@@ -246,13 +246,14 @@ def ground_truth(num_rows: int, *, is_raw: bool = True) -> list[Tensor]:
 def yolo11(
     *, batch_size=2, num_classes=3, reg_max=4, topk=10, topk2=None, alpha=0.5, min_box_side=0.0, gains=(7.5, 0.5, 1.5),
     shapes=((4, 4), (2, 2)), strides=(8.0, 16.0), num_rows=5, is_raw=True, has_weights=False, wants_grad=True,
+    wants_row=False,
 ):  # fmt: skip
     num_anchors = sum(h * w for h, w in shapes)
     rule = of.TaskAligned(topk, topk2, alpha, 6.0, min_box_side, 1e-9)
     return of.YOLO11(
         torch.rand(batch_size, num_anchors, 4 * reg_max), torch.rand(batch_size, num_anchors, num_classes),
         ground_truth(num_rows, is_raw=is_raw), torch.rand(num_classes) if has_weights else None,
-        levels(*shapes, strides=strides), reg_max, rule, gains, wants_grad,
+        levels(*shapes, strides=strides), reg_max, rule, gains, wants_grad, wants_row,
     )  # fmt: skip
 
 
@@ -276,6 +277,7 @@ SIZES = (
 YOLO11_SETTINGS = (
     *SIZES, {"reg_max": 1}, {"reg_max": 16}, {"topk": 1}, {"topk": 16}, {"topk": 99}, {"topk2": 1}, {"alpha": 1.0},
     {"min_box_side": 16.0}, {"gains": (1.0, 0.5, 1.5)}, {"gains": (7.5, 1.0, 16.0)}, {"has_weights": True},
+    {"wants_row": True},
 )  # fmt: skip
 YOLOX_SETTINGS = (
     *SIZES, {"candidates": "box_and_center"}, {"radius": 2.5}, {"iou_loss": "giou"}, {"iou_gain": 1.0}, {"iou_gain": 16.0},

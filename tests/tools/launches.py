@@ -102,10 +102,10 @@ def _yolo11_loss(dtype: torch.dtype, layout: str, *, has_weights: bool = False, 
     return of.YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums, *gt, weights, LEVELS, x.reg_max, GAINS)
 
 
-def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of.YOLO11:
+def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool, wants_row: bool = False) -> of.YOLO11:
     x = _yolo11_assign(dtype, layout)
     return of.YOLO11(
-        x.pred_dist, x.pred_scores, [_empty(ROWS, 6)], None, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad
+        x.pred_dist, x.pred_scores, [_empty(ROWS, 6)], None, LEVELS, x.reg_max, x.assigner, GAINS, wants_grad, wants_row
     )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_loss, R=1, C=1": _with_gradient(_yolo11_loss, FIRST, reg_max=1, num_classes=1),
     "yolo11_loss, R=32": _with_gradient(_yolo11_loss, FIRST, reg_max=32, num_classes=1203),
     "yolo11_criterion": _operator(_yolo11_criterion, wants_grad=True),
+    "yolo11_criterion, rows": _operator(_yolo11_criterion, FIRST, wants_grad=True, wants_row=True),
     "yolo11_criterion, no gradient": _operator(_yolo11_criterion, FIRST, wants_grad=False),
     "yolo11_obb_assign": _operator(_yolo11_obb_assign, FIRST, rule=of.TaskAligned(10, 1, 0.5, 6.0, 16.0, 1e-9)),
     "yolo11_obb_loss": _with_gradient(_yolo11_obb_loss, FIRST),

@@ -118,11 +118,15 @@ class YOLO11LossBackward(NamedTuple):
 
 
 class YOLO11Outputs(NamedTuple):
-    """The loss (); its weighted terms (3,): box, cls, dfl; number of positives; gradients, without elements if unwanted."""
+    """The loss (); its weighted terms (3,): box, cls, dfl; number of positives; the row of every anchor; gradients.
+
+    Rows and gradients that are not wanted have no elements.
+    """
 
     loss: Tensor
     terms: Tensor
     num_fg: Tensor
+    target_row: Tensor
     grad_pred_dist: Tensor
     grad_pred_scores: Tensor
 
@@ -139,6 +143,7 @@ class YOLO11(NamedTuple):
     assigner: TaskAligned
     gains: tuple[float, ...]
     wants_grad: bool
+    wants_row: bool
 
     def allocate(self) -> YOLO11Outputs:
         dist, scores = self.pred_dist, self.pred_scores
@@ -146,4 +151,6 @@ class YOLO11(NamedTuple):
         grads = (
             (torch.empty_like(dist), torch.empty_like(scores)) if self.wants_grad else (dist.new_empty(0), scores.new_empty(0))
         )
-        return YOLO11Outputs(loss, loss.new_empty(3), dist.new_empty((), dtype=torch.int64), *grads)
+        num_fg = dist.new_empty((), dtype=torch.int64)
+        row = dist.new_empty(dist.shape[:2] if self.wants_row else 0, dtype=torch.int32)
+        return YOLO11Outputs(loss, loss.new_empty(3), num_fg, row, *grads)

@@ -87,7 +87,6 @@ class YOLO11OBBOutputs(NamedTuple):
     loss: Tensor
     terms: Tensor
     num_fg: Tensor
-    target_row: Tensor
     grad_pred_dist: Tensor
     grad_pred_angle: Tensor
     grad_pred_scores: Tensor
@@ -108,6 +107,6 @@ class YOLO11OBB(NamedTuple):
     def allocate(self) -> YOLO11OBBOutputs:
         dist, preds = self.pred_dist, (self.pred_dist, self.pred_angle, self.pred_scores)
         loss = dist.new_empty((), dtype=working_dtype(dist.dtype))
-        num_fg, row = dist.new_empty((), dtype=torch.int64), of_anchors(dist, torch.int32)
+        num_fg = dist.new_empty((), dtype=torch.int64)
         grads = (torch.empty_like(x) if self.wants_grad else x.new_empty(0) for x in preds)
-        return YOLO11OBBOutputs(loss, loss.new_empty(4), num_fg, row, *grads)
+        return YOLO11OBBOutputs(loss, loss.new_empty(4), num_fg, *grads)

@@ -95,10 +95,11 @@ def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     given = YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
     pos = Positives(given)
     loss, terms, held = loss_of(given, pos)
+    row = row if x.wants_row else row.new_empty(0)
     if not x.wants_grad:
-        return YOLO11Outputs(loss, terms, num_fg, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
+        return YOLO11Outputs(loss, terms, num_fg, row, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
     grads = gradients_of(given, pos, held[1] / held[0])
-    return YOLO11Outputs(loss, terms, num_fg, *grads)
+    return YOLO11Outputs(loss, terms, num_fg, row, *grads)
 
 
 def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:

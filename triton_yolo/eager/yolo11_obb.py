@@ -44,8 +44,8 @@ def yolo11_obb_criterion(x: YOLO11OBB) -> YOLO11OBBOutputs:
     pos = OrientedPositives(given)
     loss, terms, held = loss_of(given, pos)
     if not x.wants_grad:
-        return YOLO11OBBOutputs(loss, terms, num_fg, row, *(pred.new_empty(0) for pred in preds))
-    return YOLO11OBBOutputs(loss, terms, num_fg, row, *gradients_of(given, pos, held[1] / held[0]))
+        return YOLO11OBBOutputs(loss, terms, num_fg, *(pred.new_empty(0) for pred in preds))
+    return YOLO11OBBOutputs(loss, terms, num_fg, *gradients_of(given, pos, held[1] / held[0]))
 
 
 def yolo11_obb_loss(x: YOLO11OBBLoss) -> YOLO11LossOutputs:

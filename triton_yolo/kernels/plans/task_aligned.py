@@ -163,10 +163,12 @@ class YOLO11Assigning:
     """The launches of YOLO11's assignment, from raw predictions: as an operation, or as part of the whole criterion.
 
     Args:
+        is_whole: whether the sum of the scores becomes the normaliser.
+        is_final: whether rows and scores of all anchors are wanted, and not claims alone.
         fills: whether gradients are zeroed on the way.
     """
 
-    def __init__(self, x: Assigned, dtype: torch.dtype, num_rows: int, *, is_whole: bool, fills: bool) -> None:
+    def __init__(self, x: Assigned, dtype: torch.dtype, num_rows: int, *, is_whole: bool, is_final: bool, fills: bool) -> None:
         is_oriented = has_angle(x)
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
@@ -175,11 +177,11 @@ class YOLO11Assigning:
         self.num_poisons = self.programs[0] * batch_size
         self.prepare = FusedLaunch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            IS_FINAL=not is_whole, DTYPE=kind, BLOCK_A=block,
+            IS_FINAL=is_final, DTYPE=kind, BLOCK_A=block,
             PACK=Pack(num_classes, len(x.targets) == 1, is_oriented, 32, is_oriented, MIN_SIDE_PX if is_oriented else 0.0),
         )  # fmt: skip
         self.matching = _Matching(
-            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=not is_whole, is_proper=x.reg_max > 1,
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1,
             is_oriented=is_oriented,
         )  # fmt: skip
         self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
@@ -197,7 +199,8 @@ class YOLO11Assigning:
 
     def __call__(
         self, run: Run, preds: Head, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows, grads: Head | None = None
-    ) -> None:
+    ) -> State:
+        """Launch them; ``grads`` are zeroed on the way, but for class logits."""
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
         boxes = new(Tensor3, (buffers.boxes, self.box_size * grid.A, 1, grid.A))
@@ -214,3 +217,4 @@ class YOLO11Assigning:
             zeros = None if grads is None else new(Fill, (grads.dist.ptr, run.out.grad_pred_dist.numel()))
             self.matching(run, result, state, boxes, preds.scores, None, rows, grid, zeros)
         self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)
+        return state

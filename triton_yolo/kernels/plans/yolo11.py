@@ -29,7 +29,7 @@ from ..reduce import TOTAL_SIZES
 from ..targets import packed_by, packed_rows
 from ..yolo11 import FILL_BLOCK, Loss, Sizes, _fill_kernel, _yolo11_positives_kernel, _yolo11_total_kernel
 from ..yolo11_obb import _yolo11_obb_positives_kernel
-from .task_aligned import YOLO11Assigning, has_angle, state_of
+from .task_aligned import YOLO11Assigning, has_angle
 
 
 class _Criterion:
@@ -80,8 +80,10 @@ class _Criterion:
     def __call__(
         self, run: Run, grads: Head | None, grad: Any, poison: Any, preds: Head, matched: Matched, claims: Claims | None,
         normaliser: Any,
-    ) -> None:  # fmt: skip
+    ) -> int:  # fmt: skip
+        """Launch them, and return the number of partial sums."""
         x, num_slots = run.x, self._num_slots(run.num_rows)
+        num_partial = cdiv(num_slots, self.slots)
         weights = None if x.class_weights is None else run.address(x.class_weights)
         upstream = new(Upstream, (grad, normaliser))
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
@@ -96,13 +98,13 @@ class _Criterion:
                         self.fill(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), part.ptr, upstream, count)
             if num_slots:
                 self.positives(
-                    run.stream, (cdiv(num_slots, self.slots), 1, 1), partial, grads, upstream, preds, matched, claims,
-                    weights, self.grid, *self.size, *x.gains, num_slots,
+                    run.stream, (num_partial, 1, 1), partial, grads, upstream, preds, matched, claims, weights, self.grid,
+                    *self.size, *x.gains, num_slots,
                 )  # fmt: skip
+        return num_partial
 
-    def add_up(self, run: Run, grads: Head | None, normaliser: Any, loss: Loss) -> None:
+    def add_up(self, run: Run, grads: Head | None, normaliser: Any, loss: Loss, num_partial: int) -> None:
         programs = 1 if grads is None or INTERPRETED else 8, 1, 1
-        num_partial = cdiv(self._num_slots(run.num_rows), self.slots)
         self.total(
             run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser,
             *self.total_gains, self.num_dense, num_partial,
@@ -127,12 +129,13 @@ def tensors_of_gradients(out: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
 class _AssignPlan(Plan):
     def __init__(self, x: YOLO11Assign | YOLO11OBBAssign, out: YOLO11Assignment, num_rows: int) -> None:
-        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, fills=False)
+        self.is_oriented = has_angle(x)
+        self.assign = YOLO11Assigning(x, out.target_score.dtype, num_rows, is_whole=False, is_final=True, fills=False)
         super().__init__(Workspace(self.assign.fixed, self.assign.by_row), *self.assign.launches)
 
     def launch(self, run: Run) -> None:
         row, score, sums, num_fg, label, box = map(run.address, run.out)
-        boxes = (None, box) if has_angle(run.x) else (box, None)
+        boxes = (None, box) if self.is_oriented else (box, None)
         self.assign(run, predictions(run), row, score, sums, num_fg, new(Rows, (run.buffers.image, label, *boxes)))
 
 
@@ -143,8 +146,8 @@ class _LossPlan(Plan):
 
     def launch(self, run: Run) -> None:
         normaliser = run.address(run.x.normaliser)
-        self.criterion(run, None, None, None, predictions(run), matched(run), None, normaliser)
-        self.criterion.add_up(run, None, normaliser, new(Loss, map(run.address, run.out)))
+        num_partial = self.criterion(run, None, None, None, predictions(run), matched(run), None, normaliser)
+        self.criterion.add_up(run, None, normaliser, new(Loss, map(run.address, run.out)), num_partial)
 
 
 class _GradientPlan(Plan):
@@ -168,30 +171,36 @@ class _CriterionPlan(Plan):
     def __init__(self, x: YOLO11 | YOLO11OBB, out: YOLO11Outputs | YOLO11OBBOutputs, num_rows: int) -> None:
         (batch_size, num_anchors, _), dtype = x.pred_scores.shape, out.loss.dtype
         self.has_grad = x.wants_grad and batch_size * num_anchors > 0
+        self.wants_row, self.is_oriented = getattr(x, "wants_row", False), has_angle(x)
         grads = tensors_of_gradients(out) if self.has_grad else None
-        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, fills=self.has_grad)
-        self.criterion = _Criterion(x, grads, dtype, num_claims=self.assign.matching.num_claims, num_rows=num_rows)
+        self.fills = self.has_grad and not self.wants_row
+        self.assign = YOLO11Assigning(x, dtype, num_rows, is_whole=True, is_final=self.wants_row, fills=self.fills)
+        num_claims = 0 if self.wants_row else self.assign.matching.num_claims
+        self.criterion = _Criterion(x, grads, dtype, num_claims=num_claims, num_rows=num_rows)
         fixed = {
-            **self.assign.fixed, **self.criterion.fixed, "target_row": (torch.int32, batch_size * num_anchors),
-            "target_score": (dtype, batch_size * num_anchors), "normaliser": (dtype, 2), "held": (dtype, 2),
+            **self.assign.fixed, **self.criterion.fixed, "target_score": (dtype, batch_size * num_anchors),
+            "normaliser": (dtype, 2), "held": (dtype, 2),
+            "target_row": (torch.int32, 0 if self.wants_row else batch_size * num_anchors),
         }  # fmt: skip
-        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype, has_angle(x))})
+        memory = Workspace(fixed, {**self.assign.by_row, **self.criterion.by_row, **packed_rows(dtype, self.is_oriented)})
         super().__init__(memory, *self.assign.launches, *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
-        x, out, buffers, address = run.x, run.out, run.buffers, run.address
-        preds, is_oriented = predictions(run), has_angle(x)
-        row, score, normaliser = buffers.target_row, buffers.target_score, buffers.normaliser
-        rows = packed_by(buffers, is_oriented)
+        _x, out, buffers, address = run.x, run.out, run.buffers, run.address
+        row = address(out.target_row) if self.wants_row else buffers.target_row
+        preds, score, normaliser = predictions(run), buffers.target_score, buffers.normaliser
+        rows = packed_by(buffers, self.is_oriented)
         order = buffers.order if self.assign.matching.is_wide else None
-        claims = new(Claims, (buffers.claims, buffers.image, state_of(run, row), order))
         grads, poison = None, None
         if self.has_grad:
             grads, poison = gradients(run), normaliser
-        self.assign(run, preds, row, score, normaliser, address(out.num_fg), rows, grads)
-        matched = new(Matched, (row, score, buffers.label, rows.xywh_ptr if is_oriented else rows.xyxy_ptr))
-        self.criterion(run, grads, None, poison, preds, matched, claims, normaliser)
-        self.criterion.add_up(run, grads, normaliser, new(Loss, (address(out.loss), address(out.terms), buffers.held)))
+        zeros = grads if self.fills else None
+        state = self.assign(run, preds, row, score, normaliser, address(out.num_fg), rows, zeros)
+        matched = new(Matched, (row, score, buffers.label, rows.xywh_ptr if self.is_oriented else rows.xyxy_ptr))
+        claims = None if self.wants_row else new(Claims, (buffers.claims, buffers.image, state, order))
+        num_partial = self.criterion(run, grads, None, poison, preds, matched, claims, normaliser)
+        loss = new(Loss, (address(out.loss), address(out.terms), buffers.held))
+        self.criterion.add_up(run, grads, normaliser, loss, num_partial)
 
 
 def yolo11_assign(x: YOLO11Assign | YOLO11OBBAssign) -> YOLO11Assignment:

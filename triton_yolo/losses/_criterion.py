@@ -1,4 +1,4 @@
-"""What both criteria share."""
+"""What criteria share."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks
-from ._ranks import Ranks
-from .targets import Targets
+from .. import _checks
+from .._ranks import Ranks
+from ..targets import Targets
 
 
 class Criterion(nn.Module):
-    """What both criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
+    """What criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
 
     def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
         super().__init__()
