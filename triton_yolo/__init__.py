@@ -3,6 +3,7 @@
 Criteria, from the raw output of a head and the ground truth to the loss with its gradient:
 
 - ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10, 12 and 26; returns ``YOLO11LossOutput``.
+- ``YOLO11OBBLoss``: oriented boxes of YOLO11, YOLOv8 and 26; returns ``YOLO11OBBLossOutput``.
 - ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
 - ``Targets``: ground truth in other forms than YOLO's rows.
 
@@ -30,7 +31,7 @@ from ._backend import backend
 from ._version import __version__
 from .anchors import make_anchors
 from .assigners import RotatedTaskAlignedAssigner, SimOTAAssigner, SimOTAResult, TaskAlignedAssigner, TaskAlignedResult
-from .losses import YOLO11Loss, YOLO11LossOutput, YOLOXLoss, YOLOXLossOutput
+from .losses import YOLO11Loss, YOLO11LossOutput, YOLO11OBBLoss, YOLO11OBBLossOutput, YOLOXLoss, YOLOXLossOutput
 from .stages import align_metric, bbox_iou, decode_dfl, decode_yolox, prob_iou, select_topk_candidates
 from .targets import Targets
 
@@ -43,6 +44,8 @@ __all__ = [
     "TaskAlignedResult",
     "YOLO11Loss",
     "YOLO11LossOutput",
+    "YOLO11OBBLoss",
+    "YOLO11OBBLossOutput",
     "YOLOXLoss",
     "YOLOXLossOutput",
     "__version__",
