@@ -128,8 +128,8 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in preds)
         is_half = torch.float16 in [x.dtype for x in preds]
         if self._ranks.given is None and not (is_half and wants_grad):
-            options = levels, self.reg_max, self.assigner, self.gains, wants_grad
-            out = _ops.yolo11_obb_criterion(YOLO11OBB(*preds, rows, self.class_weights, *options))
+            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad
+            out = _ops.yolo11_obb_criterion(YOLO11OBB(pred_dist, pred_angle, pred_scores, rows, *options))
             return _output(out.loss, out.terms, out.num_fg)
         with torch.no_grad():
             assigned = _ops.yolo11_obb_assign(YOLO11OBBAssign(*preds, rows, levels, self.reg_max, self.assigner))
