@@ -72,21 +72,22 @@ class OrientedPositives(Positives):
         from_centre = turned((points - self.gt_boxes[:, :2]).T, -gt_boxes[:, 4]).T
         half = self.gt_boxes[:, 2:4] / 2
         self.target_distances = torch.cat([half + from_centre, half - from_centre], -1)
-        self.angle = angle - gt_boxes[:, 4:]
-        width, height = (gt_boxes[:, 2:4] / stride + 1e-9).unbind(-1)
+        self.cos, self.sin = (angle - gt_boxes[:, 4:]).cos(), (angle - gt_boxes[:, 4:]).sin()
+        width, height = (gt_boxes[:, 2:4] / stride + 1e-9).split(1, -1)
         self.roundness = torch.exp(-((width / height).log() / 3).square())
 
     def losses(self) -> list[Tensor]:
         box = 1 - prob_overlap(self.boxes, self.gt_boxes, 1e-7, FLOOR)
-        return [box, (2 * self.angle[:, 0]).sin().square() * self.roundness]
+        angle = (2 * self.sin * self.cos).square() * self.roundness
+        return [box, angle[:, 0]]
 
     def gradients(self, gains: Sequence[float], weight: Tensor) -> list[Tensor]:
         grad_boxes = -gains[0] * weight * prob_overlap_derivative(self.boxes, self.gt_boxes, 1e-7, FLOOR)
         grad_centre, grad_size, grad_angle = grad_boxes.split([2, 2, 1], -1)
         grad_offset = turned(grad_centre.T, -self.boxes[:, 4]).T / 2
         (x, y), (grad_x, grad_y) = self.offset.split(1, -1), grad_centre.split(1, -1)
-        grad_turn = gains[3] * weight * 2 * (4 * self.angle).sin() * self.roundness[:, None]
+        slope = 8 * self.sin * self.cos * (self.cos.square() - self.sin.square()) * self.roundness
         return [
             torch.cat([grad_size - grad_offset, grad_size + grad_offset], -1),
-            grad_angle + x * grad_y - y * grad_x + grad_turn,
+            grad_angle + x * grad_y - y * grad_x + gains[3] * weight * slope,
         ]
