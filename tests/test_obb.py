@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import reference as ref
@@ -71,6 +71,7 @@ def check(case: strat.OBBCase) -> None:
         assert_close(grad, expected_grad, f"gradient of {name}")
 
 
+@settings(max_examples=8 if INTERPRETED else settings().max_examples)
 @given(strat.obb_cases())
 def test_loss(case):
     check(case)
@@ -83,7 +84,7 @@ def test_loss_in_other_types(dtype, data):
     check(data.draw(strat.obb_cases(dtype)))
 
 
-@FEW
+@settings(max_examples=2 if INTERPRETED else 20)
 @given(strat.obb_cases(), st.randoms())
 def test_invariants(case, random):
     criterion = criterion_of(case)
@@ -114,33 +115,6 @@ def test_invariants(case, random):
     assert_close(rolled.loss, out.loss, tolerance=TOLERANCE[torch.float32])
     for a, b in zip(grads_rolled, grads, strict=True):
         assert_close(a, b.roll(1, 0), "gradient of permuted images", tolerance=TOLERANCE[torch.float32])
-
-
-@FEW
-@given(strat.obb_cases())
-def test_every_form_of_the_targets_gives_the_same_loss(case):
-    criterion = criterion_of(case)
-    imgsz = [int(side * case.options["strides"][0]) for side in case.feat_shapes[0]]
-    expected = criterion(*case.preds, case.feat_shapes, case.rows)
-    packed = ty.Targets.from_yolo(case.rows, imgsz)
-    assert packed.boxes_xywh.shape == (len(case.rows), 5)
-    padding = on_device([-1.0, 0, 0.5, 0.5, 0.5, 0.5, 1])
-    of_image = [packed.image_index == image for image in range(len(case.pred_dist))]
-    as_list = [{"boxes": packed.boxes_xywh[m], "labels": packed.labels[m]} for m in of_image]
-    num_slots = max(int(m.sum()) for m in of_image)
-    labels = torch.zeros(len(of_image), num_slots, 1, device=DEVICE).long()
-    boxes, mask = labels.new_zeros(len(of_image), num_slots, 5).float(), labels.bool()
-    for image, m in enumerate(of_image):
-        labels[image, : m.sum(), 0], mask[image, : m.sum(), 0] = packed.labels[m], True
-        boxes[image, : m.sum()] = packed.boxes_xywh[m]
-    for targets in (
-        packed,
-        torch.cat([padding, case.rows, padding.expand(2, -1)]),
-        ty.Targets.from_list(as_list, box_format="xywhr"),
-        ty.Targets.from_padded(labels, boxes, mask, box_format="xywhr"),
-        ty.Targets.from_padded(labels.squeeze(-1), boxes, box_format="xywhr"),
-    ):
-        assert_same_but_for_order(criterion(*case.preds, case.feat_shapes, targets), expected)
 
 
 # ---- worked out by hand
@@ -230,6 +204,27 @@ def small(num_rows: int = 3, **options):
     return ty.YOLO11OBBLoss(3, strides=(8, 16), reg_max=8, **options), (dist, angle, scores), shapes, rows
 
 
+def test_every_form_of_the_targets_gives_the_same_loss():
+    criterion, preds, shapes, rows = small()
+    expected = criterion(*preds, shapes, rows)
+    packed = ty.Targets.from_yolo(rows, 32)
+    assert packed.boxes_xywh.shape == (3, 5)
+    padding = on_device([-1.0, 0, 0.5, 0.5, 0.5, 0.5, 1])
+    of_image = [packed.image_index == image for image in range(2)]
+    as_list = [{"boxes": packed.boxes_xywh[m], "labels": packed.labels[m]} for m in of_image]
+    labels, boxes = torch.zeros(2, 2, 1, device=DEVICE).long(), torch.zeros(2, 2, 5, device=DEVICE)
+    for image, m in enumerate(of_image):
+        labels[image, : m.sum(), 0], boxes[image, : m.sum()] = packed.labels[m], packed.boxes_xywh[m]
+    for targets in (
+        packed,
+        torch.cat([padding, rows, padding.expand(2, -1)]),
+        ty.Targets.from_list(as_list, box_format="xywhr"),
+        ty.Targets.from_padded(labels, boxes, boxes[..., 2] > 0, box_format="xywhr"),
+        ty.Targets.from_padded(labels.squeeze(-1), boxes, box_format="xywhr"),
+    ):
+        assert_same_but_for_order(criterion(*preds, shapes, targets), expected)
+
+
 @BY
 @NOT_FINITE
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -237,7 +232,7 @@ def small(num_rows: int = 3, **options):
 def test_a_prediction_that_is_no_number_shows(by, bad, which, num_rows):
     _, preds, shapes, rows = small(num_rows)
     criterion = loss_by(by, 3, strides=(8, 16), reg_max=8)
-    for anchor in (0, 5, 19):
+    for anchor in (5, 19):
         broken = [p.clone() for p in preds]
         broken[which][1, anchor, -1] = bad
         check_is_nothing_but_nan(*with_gradients(lambda *x: criterion(*x, shapes, rows), *broken))
@@ -352,9 +347,9 @@ def test_processes_share_the_normaliser(monkeypatch):
 
 def test_thousands_of_boxes_in_an_image():
     torch.manual_seed(0)
-    shapes = [(40, 40), (20, 20), (10, 10)]
+    shapes = [(10, 10), (5, 5), (3, 3)] if INTERPRETED else [(40, 40), (20, 20), (10, 10)]
     num_anchors = sum(h * w for h, w in shapes)
-    rows = torch.rand(1000 if INTERPRETED else 5000, 7, device=DEVICE)
+    rows = torch.rand(200 if INTERPRETED else 5000, 7, device=DEVICE)
     rows[:, 0], rows[:, 1], rows[:, 4:6], rows[:, 6] = 0, 0, rows[:, 4:6] * 0.1 + 0.01, rows[:, 6] * 8 - 4
     preds = torch.randn(1, num_anchors, 64), torch.randn(1, num_anchors, 1), torch.randn(1, num_anchors, 2)
     preds = tuple(x.to(DEVICE) for x in preds)
