@@ -88,7 +88,7 @@ def _yolo11_prepare_kernel(
     else:
         angle = load_angles(angles.preds, image, offs_a, mask_a, DTYPE)
         poison += angle[None, :] * 0.0
-        _store_oriented(
+        _store_turned(
             boxes, angles.grads, image, offs_a, mask_a, oriented_box(x, y, left, top, right, bottom, angle)[0], stride
         )
     _clear(result, state, image, offs_a, mask_a, grid.A, tl.program_id(0) == 0, IS_FINAL, DTYPE)
@@ -97,7 +97,7 @@ def _yolo11_prepare_kernel(
 
 
 @triton.jit
-def _store_oriented(boxes, grads, image, offs_a, mask_a, box, stride):
+def _store_turned(boxes, grads, image, offs_a, mask_a, box, stride):
     """Store boxes [n] of one image in pixels; the gradient of their angles, if there is one, begins as 0."""
     in_pixels = Box(box.x * stride, box.y * stride, box.w * stride, box.h * stride)
     store_anchor_boxes(boxes, image, offs_a, mask_a, in_pixels)
