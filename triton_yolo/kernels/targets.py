@@ -1,7 +1,5 @@
 """Ground-truth rows in one launch: unpacked for the caller, or packed for kernels where no other one does it on its way."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from .._signatures import GroundTruth, UnpackRows
 from .arguments import Rows, compute_type, targets_of
-from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
+from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, run
 from .rows import Pack, pack_rows
 from .rows import unpack_rows as _unpack
 
@@ -40,12 +38,6 @@ def packed_rows(dtype: torch.dtype, is_oriented: bool = False) -> Buffers:
     """What ``Rows`` take of a workspace a row, boxes in one form."""
     boxes: Buffers = {"xywh": (dtype, 5)} if is_oriented else {"xyxy": (dtype, 4)}
     return {"image": (torch.int32, 1), "label": (torch.int64, 1), **boxes}
-
-
-def packed_by(buffers: Any, is_oriented: bool) -> Rows:
-    """These buffers as ``Rows``."""
-    boxes = (None, buffers.xywh) if is_oriented else (buffers.xyxy, None)
-    return new(Rows, (buffers.image, buffers.label, *boxes))
 
 
 class _UnpackPlan(Plan):

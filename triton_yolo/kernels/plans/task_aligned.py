@@ -23,7 +23,7 @@ from ..launch import INTERPRETED, Buffers, FusedLaunch, Launch, Plan, Run, Works
 from ..pairs import Rule
 from ..reduce import TOTAL_SIZES
 from ..rows import Pack, row_sizes
-from ..targets import packed_by, packed_rows
+from ..targets import packed_rows
 from ..task_aligned import (
     Angles,
     Result,
@@ -136,7 +136,8 @@ class TaskAlignedPlan(Plan):
         grid = Grid((1, 1), x.scores.shape[1])
         row = address(run.out.target_row)
         result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
-        state, rows = state_of(run, row), packed_by(buffers, self.is_oriented)
+        truth = (None, buffers.xywh) if self.is_oriented else (buffers.xyxy, None)
+        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, *truth))
         targets = targets_of(address, x.targets)
         self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
         if run.num_rows:

@@ -26,7 +26,7 @@ from ..classes import Upstream, _yolo11_class_kernel, class_layout, class_sizes
 from ..launch import INTERPRETED, Buffers, Launch, Plan, RoomyLaunch, Run, Workspace, cdiv, new, run
 from ..positives import Claims, Matched, slot_sizes
 from ..reduce import TOTAL_SIZES
-from ..targets import packed_by, packed_rows
+from ..targets import packed_rows
 from ..yolo11 import FILL_BLOCK, Loss, Sizes, _fill_kernel, _yolo11_positives_kernel, _yolo11_total_kernel
 from ..yolo11_obb import _yolo11_obb_positives_kernel
 from .task_aligned import YOLO11Assigning, has_angle
@@ -57,15 +57,12 @@ class _Criterion:
         self.positives = RoomyLaunch(kernel, STRIDES=x.levels.strides, R=x.reg_max, CLAIMS=num_claims, DTYPE=kind, **sizes)
         self.total = Launch(_yolo11_total_kernel, HAS_ANGLE=is_oriented, DTYPE=kind, **TOTAL_SIZES)
         self.total_gains = x.gains if is_oriented else (*x.gains, 0.0)
-        self.fill = Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK)
         self.counts = Sizes(*(0 if grad is None else grad.numel() for grad in grads or (None, None, None)))
         self.num_dense = self.class_grid[0] * batch_size
-        self.has_fill = grads is not None and not num_claims
-        used = {
-            self.total: has_loss, self.classes: self.num_cells, self.positives: self._num_slots(num_rows),
-            self.fill: self.num_cells and self.has_fill,
-        }  # fmt: skip
-        self.launches = [launch for launch, is_used in used.items() if is_used]
+        filled = [place for place, count in enumerate(self.counts[:2]) if count and not num_claims]  # not those of classes
+        self.fills = {place: Launch(_fill_kernel, 4, DTYPE=kind, BLOCK=FILL_BLOCK) for place in filled}
+        used = {self.total: has_loss, self.classes: self.num_cells, self.positives: self._num_slots(num_rows)}
+        self.launches = [*[launch for launch, is_used in used.items() if is_used], *self.fills.values()]
         self.grid, self.size = Grid(x.levels.feat_shapes, num_anchors), x.levels.image_size
         self.fixed: Buffers = {}
         self.by_row: Buffers = {}
@@ -92,10 +89,10 @@ class _Criterion:
                 run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, upstream,
                 preds.scores, weights, x.gains[1], *self.per_image,
             )  # fmt: skip
-            if grads is not None and self.has_fill:
-                for part, count in zip(grads[:2], self.counts[:2], strict=True):
-                    if part is not None and count:
-                        self.fill(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), part.ptr, upstream, count)
+            for place, launch in self.fills.items():
+                part: Any = grads[place]  # type: ignore[index]
+                count = self.counts[place]
+                launch(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), part.ptr, upstream, count)
             if num_slots:
                 self.positives(
                     run.stream, (num_partial, 1, 1), partial, grads, upstream, preds, matched, claims, weights, self.grid,
@@ -111,16 +108,15 @@ class _Criterion:
         )  # fmt: skip
 
 
-def predictions(run: Run) -> Head:
-    x, address = run.x, run.address
-    angle = tensor3(address, x.pred_angle) if has_angle(x) else None
-    return new(Head, (tensor3(address, x.pred_dist), angle, tensor3(address, x.pred_scores)))
-
-
-def gradients(run: Run) -> Head:
-    out, address = run.out, run.address
-    angle = tensor3(address, out.grad_pred_angle) if has_angle(run.x) else None
-    return new(Head, (tensor3(address, out.grad_pred_dist), angle, tensor3(address, out.grad_pred_scores)))
+def heads(run: Run, is_oriented: bool, has_grad: bool) -> tuple[Head, Head | None]:
+    """Predictions and, if wanted, their gradients."""
+    x, out, address = run.x, run.out, run.address
+    angle = tensor3(address, x.pred_angle) if is_oriented else None
+    preds = new(Head, (tensor3(address, x.pred_dist), angle, tensor3(address, x.pred_scores)))
+    if not has_grad:
+        return preds, None
+    angle = tensor3(address, out.grad_pred_angle) if is_oriented else None
+    return preds, new(Head, (tensor3(address, out.grad_pred_dist), angle, tensor3(address, out.grad_pred_scores)))
 
 
 def tensors_of_gradients(out: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -136,17 +132,19 @@ class _AssignPlan(Plan):
     def launch(self, run: Run) -> None:
         row, score, sums, num_fg, label, box = map(run.address, run.out)
         boxes = (None, box) if self.is_oriented else (box, None)
-        self.assign(run, predictions(run), row, score, sums, num_fg, new(Rows, (run.buffers.image, label, *boxes)))
+        rows, (preds, _) = new(Rows, (run.buffers.image, label, *boxes)), heads(run, self.is_oriented, False)
+        self.assign(run, preds, row, score, sums, num_fg, rows)
 
 
 class _LossPlan(Plan):
     def __init__(self, x: YOLO11Loss | YOLO11OBBLoss, out: YOLO11LossOutputs, num_rows: int) -> None:
-        self.criterion = _Criterion(x, None, out.loss.dtype)
+        self.criterion, self.is_oriented = _Criterion(x, None, out.loss.dtype), has_angle(x)
         super().__init__(Workspace(self.criterion.fixed), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         normaliser = run.address(run.x.normaliser)
-        num_partial = self.criterion(run, None, None, None, predictions(run), matched(run), None, normaliser)
+        preds, _ = heads(run, self.is_oriented, False)
+        num_partial = self.criterion(run, None, None, None, preds, matched(run), None, normaliser)
         self.criterion.add_up(run, None, normaliser, new(Loss, map(run.address, run.out)), num_partial)
 
 
@@ -155,11 +153,13 @@ class _GradientPlan(Plan):
         self, x: YOLO11LossBackward | YOLO11OBBLossBackward, out: GradDistScores | GradDistAngleScores, num_rows: int
     ) -> None:
         self.criterion = _Criterion(x, tensors_of_gradients(out), x.target_score.dtype, has_loss=False)
+        self.is_oriented = has_angle(x)
         super().__init__(Workspace(), *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
         grad, held = run.address(run.x.grad), run.address(run.x.held)
-        self.criterion(run, gradients(run), grad, None, predictions(run), matched(run), None, held)
+        preds, grads = heads(run, self.is_oriented, True)
+        self.criterion(run, grads, grad, None, preds, matched(run), None, held)
 
 
 def matched(run: Run) -> Matched:
@@ -186,17 +186,17 @@ class _CriterionPlan(Plan):
         super().__init__(memory, *self.assign.launches, *self.criterion.launches)
 
     def launch(self, run: Run) -> None:
-        _x, out, buffers, address = run.x, run.out, run.buffers, run.address
+        out, buffers, address = run.out, run.buffers, run.address
         row = address(out.target_row) if self.wants_row else buffers.target_row
-        preds, score, normaliser = predictions(run), buffers.target_score, buffers.normaliser
-        rows = packed_by(buffers, self.is_oriented)
+        score, normaliser = buffers.target_score, buffers.normaliser
+        boxes = (None, buffers.xywh) if self.is_oriented else (buffers.xyxy, None)
+        rows = new(Rows, (buffers.image, buffers.label, *boxes))
         order = buffers.order if self.assign.matching.is_wide else None
-        grads, poison = None, None
-        if self.has_grad:
-            grads, poison = gradients(run), normaliser
+        preds, grads = heads(run, self.is_oriented, self.has_grad)
+        poison = normaliser if self.has_grad else None
         zeros = grads if self.fills else None
         state = self.assign(run, preds, row, score, normaliser, address(out.num_fg), rows, zeros)
-        matched = new(Matched, (row, score, buffers.label, rows.xywh_ptr if self.is_oriented else rows.xyxy_ptr))
+        matched = new(Matched, (row, score, buffers.label, boxes[self.is_oriented]))
         claims = None if self.wants_row else new(Claims, (buffers.claims, buffers.image, state, order))
         num_partial = self.criterion(run, grads, None, poison, preds, matched, claims, normaliser)
         loss = new(Loss, (address(out.loss), address(out.terms), buffers.held))
