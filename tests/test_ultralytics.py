@@ -22,7 +22,7 @@ from bench import peers
 from tests import adapters, compare
 from tests.recorder import Recorder, recorded
 from triton_yolo.graphs import GraphedStep
-from triton_yolo.integrations import _ultralytics_graphs
+from triton_yolo.integrations import _ultralytics_detect, _ultralytics_graphs
 from triton_yolo.integrations import ultralytics as integration
 from triton_yolo.integrations._patching import kept
 
@@ -243,15 +243,15 @@ def task_batch(task: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", ["yolo11n-seg", "yolov8n-seg", "yolo11n-pose", "yolov8n-pose"])
 def test_plain_assigner_of_other_criteria(task, monkeypatch):
     calls = []
-    ours = integration.TaskAlignedAssigner
-    monkeypatch.setattr(integration, "TaskAlignedAssigner", lambda *args: calls.append(args) or ours(*args))
+    ours = _ultralytics_detect.TaskAlignedAssigner
+    monkeypatch.setattr(_ultralytics_detect, "TaskAlignedAssigner", lambda *args: calls.append(args) or ours(*args))
     compare_steps(task_model(task), task_batch(task), is_ours=False)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
 def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
-    monkeypatch.setattr(integration, "TaskAlignedAssigner", None)
+    monkeypatch.setattr(_ultralytics_detect, "TaskAlignedAssigner", None)
     model = task_model(task)
     torch.manual_seed(0)  # YOLO26's pose has a random flow
     compare_steps(model, task_batch(task), is_ours=False)
@@ -319,8 +319,10 @@ def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
 
 def test_another_loss_is_an_error(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
-    ours = integration.YOLO11Loss
-    monkeypatch.setattr(integration, "YOLO11Loss", lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
+    ours = _ultralytics_detect.YOLO11Loss
+    monkeypatch.setattr(
+        _ultralytics_detect, "YOLO11Loss", lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings)
+    )
     kept.cache_clear()
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")
@@ -497,8 +499,10 @@ def compare_trainings(ours: Training, stock: Training) -> None:
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """A growing list of what was called, our criterion at every step."""
-    calls, forward = [], integration.YOLO11Loss.forward
-    monkeypatch.setattr(integration.YOLO11Loss, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    calls, forward = [], _ultralytics_detect.YOLO11Loss.forward
+    monkeypatch.setattr(
+        _ultralytics_detect.YOLO11Loss, "forward", lambda self, *args: calls.append(self) or forward(self, *args)
+    )
     return calls
 
 

@@ -1,0 +1,79 @@
+"""Which Ultralytics is installed, and whether it is what the adapter was written for."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ._patching import import_trainer, require
+
+TESTED = ("8.4.190", "8.4.190")
+
+
+def modules() -> tuple[str, Any, Any, Any]:
+    names = ("ultralytics", "ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.utils.dist")
+    package, losses, assigners, launcher = import_trainer("ultralytics", *names)
+    return package.__version__, losses, assigners, launcher
+
+
+def require_parameters(module: Any, owner: str, name: str, parameters: tuple[str, ...]) -> None:
+    method = vars(getattr(module, owner, object)).get(name)
+    found = tuple(inspect.signature(method).parameters)[: len(parameters)] if callable(method) else None
+    require_here(found == parameters, f"{owner}.{name} takes {found}, expected {parameters}")
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def compare_losses(ours: Any) -> None:
+    """Compare with the stock loss, and its gradient, on random numbers: an untested version may define another loss."""
+    losses = modules()[1]
+    generator = torch.Generator().manual_seed(0)
+    for reg_max in (16, 1):
+        stock = _stock_criterion(losses, reg_max)
+        shapes = [(16, 16), (8, 8), (4, 4)]
+        preds = {
+            "boxes": torch.rand(2, 4 * reg_max, 336, generator=generator) * 3,
+            "scores": torch.randn(2, 3, 336, generator=generator),
+        }
+        leaves = [x.requires_grad_() for x in preds.values()]
+        inputs = {**preds, "feats": [torch.zeros(2, 1, *shape) for shape in shapes]}
+        low = torch.rand(6, 2, generator=generator) * 0.4
+        size = torch.rand(6, 2, generator=generator) * 0.4 + 0.1
+        boxes = torch.cat([low + size / 2, size], 1)
+        batch = {"batch_idx": torch.arange(6.0) // 3, "cls": torch.arange(6.0)[:, None] % 3, "bboxes": boxes}
+        results = []
+        for method in (losses.v8DetectionLoss.loss, ours):
+            with torch.autocast("cpu", enabled=False):
+                total, items = method(stock, inputs, batch)
+            require_here(isinstance(items, Mapping), f"its loss items are a {type(items).__name__}, expected a mapping")
+            results.append([*torch.autograd.grad(total.sum(), leaves), total.sum().detach(), *items.values()])
+        for expected, actual in zip(*results, strict=True):
+            require_here(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
+
+
+def _stock_criterion(losses: Any, reg_max: int) -> Any:
+    head = SimpleNamespace(stride=torch.tensor([8.0, 16.0, 32.0]), nc=3, no=3 + 4 * reg_max, reg_max=reg_max)
+    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
+    model = torch.nn.Linear(1, 1)
+    model.args, model.model = gains, [head]  # type: ignore[assignment]
+    return losses.v8DetectionLoss(model)
+
+
+def require_here(condition: bool, what: str) -> None:
+    require(*subject(), condition, what)
+
+
+def subject() -> tuple[str, str]:
+    """What the adapter is for, as errors name it."""
+    return f"ultralytics {sys.modules['ultralytics'].__version__}", tested()
+
+
+def tested() -> str:
+    return TESTED[0] if TESTED[0] == TESTED[1] else "{} to {}".format(*TESTED)
