@@ -1,8 +1,8 @@
 """The detection criterion and the assigner of Ultralytics, computed with this package's."""
 
 import functools
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,35 @@ _MEMBERS = {
 }
 
 
-def criterion_loss(owner: Any) -> Any:
-    stock, _COMPUTATION[:] = owner.loss, [Stock(owner, "loss", _MEMBERS, _settings)]
+class Adapter(NamedTuple):
+    """How a criterion of Ultralytics is computed with ours.
+
+    Attributes:
+        members: full names of the classes that its members have, see ``Stock``.
+        inputs: the predictions that ours takes, by the names that Ultralytics' heads give them.
+        make: makes ours of settings.
+        more_gains: names of gains beside those of boxes, classes and distances.
+    """
+
+    members: Mapping[str, tuple[str, ...]]
+    inputs: tuple[str, ...]
+    make: Callable[..., Any]
+    more_gains: tuple[str, ...] = ()
+
+
+DETECTION = Adapter(_MEMBERS, ("boxes", "scores"), YOLO11Loss)
+_COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
+"""By the class of a criterion."""
+
+
+def criterion_loss(owner: Any, adapter: Adapter) -> Any:
+    stock, computation = owner.loss, Stock(owner, "loss", adapter.members, _settings)
+    _COMPUTATIONS[owner] = computation, adapter
 
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            difference = _difference(self)
+            difference = _difference(self, computation)
             if difference:
                 say_what_stays("ultralytics", type(self).__name__, difference)
                 return stock(self, preds, batch)
@@ -40,25 +62,23 @@ def criterion_loss(owner: Any) -> Any:
                 raise TypeError(
                     "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
                 )
-            dist, scores = preds["boxes"], preds["scores"]
-            criterion, names = _criterion(self, dist.device), self.loss_names
+            parts = [preds[name] for name in adapter.inputs]
+            dist = parts[0]
+            criterion, names = _criterion(self, adapter, dist.device), self.loss_names
             shapes = [feature.shape[2:] for feature in preds["feats"]]
             columns = batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]
         except (AttributeError, KeyError) as error:
             raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
         rows = torch.cat([column.to(dist.device, working_dtype(dist.dtype)) for column in columns], 1)
-        out = criterion(dist.transpose(1, 2), scores.transpose(1, 2), shapes, rows)
-        return out.loss.reshape(1), dict(zip(names, (out.box, out.cls, out.dfl), strict=True))
+        out = criterion(*[part.transpose(1, 2) for part in parts], shapes, rows)
+        return out.loss.reshape(1), dict(zip(names, out[1:-1], strict=True))
 
     return loss
 
 
-_COMPUTATION: list[Stock] = []
-
-
-def _difference(criterion: Any) -> str | None:
-    """Why a detection criterion keeps its own computation, if it does."""
-    return vars(criterion).get(KEEPS_STOCK) or _COMPUTATION[0].difference(criterion)
+def _difference(criterion: Any, computation: Stock) -> str | None:
+    """Why a criterion keeps its own computation, if it does."""
+    return vars(criterion).get(KEEPS_STOCK) or computation.difference(criterion)
 
 
 def constants(criterion: Any, device: torch.device) -> Hashable | None:
@@ -67,10 +87,13 @@ def constants(criterion: Any, device: torch.device) -> Hashable | None:
     try:
         is_branched = type(criterion) is getattr(losses, "E2ELoss", None)
         branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
-        if not all(type(branch) is losses.v8DetectionLoss and _difference(branch) is None for branch in branches):
-            return None
-        weights = [value for value in vars(criterion).values() if isinstance(value, float)]
-        return *[_criterion(branch, device) for branch in branches], *weights
+        ours = []
+        for branch in branches:
+            computation, adapter = _COMPUTATIONS.get(type(branch), (None, None))
+            if computation is None or adapter is None or _difference(branch, computation):
+                return None
+            ours.append(_criterion(branch, adapter, device))
+        return *ours, *[value for value in vars(criterion).values() if isinstance(value, float)]
     except AttributeError:
         return None  # the loss itself says what is wrong
 
@@ -85,12 +108,13 @@ def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_l
     }
 
 
-def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
+def _criterion(stock: Any, adapter: Adapter, device: torch.device) -> Any:
     """Our criterion with the settings that the stock one has at this moment; the trainer changes them as it goes."""
     assigner, gains, weights = stock.assigner, stock.hyp, stock.class_weights
     return kept(
         _weighted,
         device,
+        adapter.make,
         weights,
         num_classes=stock.nc,
         strides=tuple(assigner.stride),
@@ -103,11 +127,12 @@ def _criterion(stock: Any, device: torch.device) -> YOLO11Loss:
         cls_gain=gains.cls,
         dfl_gain=gains.dfl,
         min_box_side=assigner.stride_val,
+        **{f"{name}_gain": getattr(gains, name) for name in adapter.more_gains},
     )
 
 
-def _weighted(class_weights: Tensor | None, **settings: Any) -> YOLO11Loss:
-    return YOLO11Loss(class_weights=None if class_weights is None else class_weights.reshape(-1), **settings)
+def _weighted(make: Callable[..., Any], class_weights: Tensor | None, **settings: Any) -> Any:
+    return make(class_weights=None if class_weights is None else class_weights.reshape(-1), **settings)
 
 
 def assigner_forward(owner: Any) -> Any:

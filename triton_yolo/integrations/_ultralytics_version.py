@@ -31,25 +31,29 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def compare_losses(ours: Any) -> None:
-    """Compare with the stock loss, and its gradient, on random numbers: an untested version may define another loss."""
-    losses = modules()[1]
-    generator = torch.Generator().manual_seed(0)
+def compare_losses(owner: Any, ours: Any) -> None:
+    """Compare with the stock loss, and its gradient, on random numbers: an untested version may define another loss.
+
+    ``owner`` is the criterion of axis-aligned boxes, or that of oriented ones.
+    """
+    generator, is_oriented = torch.Generator().manual_seed(0), owner.__name__ == "v8OBBLoss"
     for reg_max in (16, 1):
-        stock = _stock_criterion(losses, reg_max)
+        stock = _stock_criterion(owner, reg_max)
         shapes = [(16, 16), (8, 8), (4, 4)]
         preds = {
             "boxes": torch.rand(2, 4 * reg_max, 336, generator=generator) * 3,
             "scores": torch.randn(2, 3, 336, generator=generator),
         }
+        if is_oriented:
+            preds["angle"] = torch.rand(2, 1, 336, generator=generator)
         leaves = [x.requires_grad_() for x in preds.values()]
         inputs = {**preds, "feats": [torch.zeros(2, 1, *shape) for shape in shapes]}
         low = torch.rand(6, 2, generator=generator) * 0.4
         size = torch.rand(6, 2, generator=generator) * 0.4 + 0.1
-        boxes = torch.cat([low + size / 2, size], 1)
+        boxes = torch.cat([low + size / 2, size, torch.rand(6, 1, generator=generator)[:, : int(is_oriented)]], 1)
         batch = {"batch_idx": torch.arange(6.0) // 3, "cls": torch.arange(6.0)[:, None] % 3, "bboxes": boxes}
         results = []
-        for method in (losses.v8DetectionLoss.loss, ours):
+        for method in (owner.loss, ours):
             with torch.autocast("cpu", enabled=False):
                 total, items = method(stock, inputs, batch)
             require_here(isinstance(items, Mapping), f"its loss items are a {type(items).__name__}, expected a mapping")
@@ -58,12 +62,12 @@ def compare_losses(ours: Any) -> None:
             require_here(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
 
 
-def _stock_criterion(losses: Any, reg_max: int) -> Any:
+def _stock_criterion(owner: Any, reg_max: int) -> Any:
     head = SimpleNamespace(stride=torch.tensor([8.0, 16.0, 32.0]), nc=3, no=3 + 4 * reg_max, reg_max=reg_max)
-    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
+    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, angle=1.0)
     model = torch.nn.Linear(1, 1)
     model.args, model.model = gains, [head]  # type: ignore[assignment]
-    return losses.v8DetectionLoss(model)
+    return owner(model)
 
 
 def require_here(condition: bool, what: str) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ._patching import Patch, Replacement, import_trainer
-from ._ultralytics_detect import ASSIGNER_INPUTS, KEEPS_STOCK, assigner_forward, constants, criterion_loss
+from ._ultralytics_detect import ASSIGNER_INPUTS, DETECTION, KEEPS_STOCK, assigner_forward, constants, criterion_loss
 from ._ultralytics_graphs import Steps
+from ._ultralytics_obb import ORIENTED
 from ._ultralytics_version import TESTED, as_numbers, compare_losses, modules, require_here, require_parameters, tested
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ __all__ = ["DetectionTrainer", "patch", "patched", "unpatch"]
 def patch(*, cuda_graph: bool = False) -> None:
     """Compute the losses of Ultralytics' detectors with this package from now on, in this process and in those of its DDP.
 
-    Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, and
-    the plain assigner inside the segmentation and pose criteria. What has an assigner of its own (oriented boxes, YOLO26's
-    segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and whatever somebody has replaced a
-    part of: a member of the criterion, a class, a method or a function that they use. The criterion returns a loss of shape
-    (1,), the sum of the (3,) terms of the stock one, and the same named items.
+    Covered are the criteria of detection and of oriented boxes of YOLOv8, v9, v10, 11, 12 and 26, both branches of the
+    one-to-one models included, and the plain assigner inside the segmentation and pose criteria. What has an assigner of its
+    own (YOLO26's segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and whatever somebody has
+    replaced a part of: a member of the criterion, a class, a method or a function that they use. The criterion returns a loss
+    of shape (1,), the sum of the terms of the stock one, and the same named items.
 
     Args:
         cuda_graph: replay the training steps of detectors as CUDA graphs, forward pass, loss and backward (see
@@ -88,20 +89,23 @@ def _make_trainer() -> type:
 
 def _find() -> list[Replacement]:
     version, losses, assigners, launcher = modules()
-    require_parameters(losses, "v8DetectionLoss", "loss", ("self", "preds", "batch"))
+    for name in ("v8DetectionLoss", "v8OBBLoss"):
+        require_parameters(losses, name, "loss", ("self", "preds", "batch"))
     require_parameters(assigners, "TaskAlignedAssigner", "forward", ("self", *ASSIGNER_INPUTS))
     for module, name in ((launcher, "generate_ddp_file"), (losses, "TVPDetectLoss")):
         require_here(hasattr(module, name), f"{module.__name__}.{name} is gone")
     criterion, assigner = losses.v8DetectionLoss, assigners.TaskAlignedAssigner
     replacements: list[Replacement] = [
-        (criterion, "loss", criterion_loss(criterion)),
+        (criterion, "loss", criterion_loss(criterion, DETECTION)),
+        (losses.v8OBBLoss, "loss", criterion_loss(losses.v8OBBLoss, ORIENTED)),
         (assigner, "forward", assigner_forward(assigner)),
         (launcher, "generate_ddp_file", _ddp_file(launcher.generate_ddp_file)),
         (losses.TVPDetectLoss, "__init__", _prompt_criterion_init(losses.TVPDetectLoss)),
     ]
     if not as_numbers(TESTED[0]) <= as_numbers(version) <= as_numbers(TESTED[1]):
         warnings.warn(f"ultralytics {version} is untested, tested is {tested()}; comparing the losses", stacklevel=4)
-        compare_losses(replacements[0][2])
+        for owner, _, loss in replacements[:2]:
+            compare_losses(owner, loss)
     say = logging.getLogger("ultralytics").info
     say(f"triton_yolo {__version__}: computes the losses of Ultralytics' detectors from now on")
     return replacements
