@@ -249,7 +249,7 @@ def test_plain_assigner_of_other_criteria(task, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
+@pytest.mark.parametrize("task", ["yolo26n-seg", "yolo26n-pose"])
 def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
     monkeypatch.setattr(_ultralytics_detect, "TaskAlignedAssigner", None)
     model = task_model(task)
@@ -274,7 +274,9 @@ def test_visual_prompts_keep_single_terms(stays):
 def methods() -> list[Callable]:
     from ultralytics.utils import dist, loss, tal
 
-    return [loss.v8DetectionLoss.loss, tal.TaskAlignedAssigner.forward, dist.generate_ddp_file, loss.TVPDetectLoss.__init__]
+    criteria = (loss.v8DetectionLoss, loss.v8OBBLoss)
+    others = [tal.TaskAlignedAssigner.forward, dist.generate_ddp_file, loss.TVPDetectLoss.__init__]
+    return [*[criterion.loss for criterion in criteria], *others]
 
 
 def test_patch_and_unpatch():
@@ -308,7 +310,7 @@ def test_untested_version_warns_and_is_compared(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     with pytest.warns(UserWarning, match=r"8\.5\.2 is untested, tested is 8\.4\.190"):
         integration.patch()
-    assert len(integration._PATCH._saved) == 4
+    assert len(integration._PATCH._saved) == 5
 
 
 def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):

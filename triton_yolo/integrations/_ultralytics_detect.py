@@ -31,24 +31,36 @@ class Adapter(NamedTuple):
 
     Attributes:
         members: full names of the classes that its members have, see ``Stock``.
+        settings: whether what these hold is stock, see there.
         inputs: the predictions that ours takes, by the names that Ultralytics' heads give them.
         make: makes ours of settings.
         more_gains: names of gains beside those of boxes, classes and distances.
     """
 
     members: Mapping[str, tuple[str, ...]]
+    settings: Callable[..., Mapping[str, bool]]
     inputs: tuple[str, ...]
     make: Callable[..., Any]
     more_gains: tuple[str, ...] = ()
 
 
-DETECTION = Adapter(_MEMBERS, ("boxes", "scores"), YOLO11Loss)
+def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
+    reg_max = criterion.reg_max
+    return {
+        "bce": is_elementwise(bce),
+        "use_dfl": criterion.use_dfl == (reg_max > 1),
+        "bbox_loss.dfl_loss": (1 if dfl_loss is None else dfl_loss.reg_max) == reg_max,
+        "assigner": assigner.eps == _EPS,
+    }
+
+
+DETECTION = Adapter(_MEMBERS, settings, ("boxes", "scores"), YOLO11Loss)
 _COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
 """By the class of a criterion."""
 
 
 def criterion_loss(owner: Any, adapter: Adapter) -> Any:
-    stock, computation = owner.loss, Stock(owner, "loss", adapter.members, _settings)
+    stock, computation = owner.loss, Stock(owner, "loss", adapter.members, adapter.settings)
     _COMPUTATIONS[owner] = computation, adapter
 
     @functools.wraps(stock)
@@ -96,16 +108,6 @@ def constants(criterion: Any, device: torch.device) -> Hashable | None:
         return *ours, *[value for value in vars(criterion).values() if isinstance(value, float)]
     except AttributeError:
         return None  # the loss itself says what is wrong
-
-
-def _settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
-    reg_max = criterion.reg_max
-    return {
-        "bce": is_elementwise(bce),
-        "use_dfl": criterion.use_dfl == (reg_max > 1),
-        "bbox_loss.dfl_loss": (1 if dfl_loss is None else dfl_loss.reg_max) == reg_max,
-        "assigner": assigner.eps == _EPS,
-    }
 
 
 def _criterion(stock: Any, adapter: Adapter, device: torch.device) -> Any:
