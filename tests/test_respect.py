@@ -380,7 +380,7 @@ def test_a_loss_that_somebody_replaced_before_stays(trainer, name, monkeypatch):
         context.setattr(owner, name, doubled)
         trainer.integration.patch()
         assert_close(trainer.step(criterion)[0], 2 * plain, "loss")
-        assert f"{owner.__name__}.{name} was replaced" in said[-1]
+        assert any(f"{owner.__name__}.{name} was replaced" in line for line in said)
         said.clear()
         trainer.integration.unpatch()
 

@@ -322,9 +322,8 @@ def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
 def test_another_loss_is_an_error(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     ours = _ultralytics_detect.YOLO11Loss
-    monkeypatch.setattr(
-        _ultralytics_detect, "YOLO11Loss", lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings)
-    )
+    wrong = integration.DETECTION._replace(make=lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
+    monkeypatch.setattr(integration, "DETECTION", wrong)
     kept.cache_clear()
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")
