@@ -19,6 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("loss", "both criteria, forward and backward", loss.run),
         ("stages", "decoding, align metric, top-k, IoU, the losses of an assignment", loss.run),
         ("assign", "both assigners, on padded ground truth", loss.run),
+        ("tasks", "other criteria than of detection: 100 objects in each of 8 images", loss.run),
         ("scaling", "how the cost of the criteria grows with each size", scaling.run),
         ("train-step", "whole training steps, and the share of the loss in them", train_step.run),
     ):
@@ -26,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_case(add)
         if run is loss.run:
             _add_others(add)
-        add.set_defaults(run=run)
+        add.set_defaults(run=run, **({"batch_size": 8, "boxes": "hundred"} if name == "tasks" else {}))
     add = commands.add_parser("gpu", help="everything that a CUDA machine can show: tests, sanitizer, benchmarks, with logs")
     add.add_argument("--parts", nargs="+", choices=gpu.PARTS, help="only these; default: all but scaling")
     add.add_argument("--seconds", type=float, default=300, help="that all parts may take; default: %(default)s")
@@ -63,7 +64,9 @@ def _add_case(add: argparse.ArgumentParser) -> None:
     add.add_argument("--imgsz", type=int, default=640)
     add.add_argument("--classes", type=int, default=80)
     add.add_argument("--reg-max", type=int, default=16, help="bins of the distance distribution")
-    add.add_argument("--boxes", choices=["coco", "lognormal", "crowded"], help="default: coco with the data, else lognormal")
+    add.add_argument(
+        "--boxes", choices=["coco", "lognormal", "hundred", "crowded"], help="default: coco with the data, else lognormal"
+    )
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
     add.add_argument("--rounds", type=int, default=15)
     add.add_argument("--quick", action="store_true", help="three rounds, memory once, nothing compiled")

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_yolo import make_anchors
 
 STRIDES = (8, 16, 32)
-CROWD = 5000  # boxes an image
+CROWD, HUNDRED = 5000, 100  # boxes an image
 _MOSAIC = 4  # images whose boxes make one image
 _CANVAS = 640  # side in pixels of the image that box sizes refer to
 
@@ -33,11 +33,13 @@ class Case(NamedTuple):
 def make_case(
     boxes: str, *, batch_size: int, imgsz: int, num_classes: int, reg_max: int = 16, data: Path | None = None
 ) -> Case:
-    """Build the case of ``boxes``: "coco" (needs ``data``), "lognormal" (its sizes without the data) or "crowded"."""
+    """Build the case of ``boxes``: "coco" (needs ``data``), "lognormal" (its sizes without the data), or many of these in an
+    image, "hundred" or "crowded".
+    """
     if boxes == "coco":
         images = _coco_images(data, num_classes)
     else:
-        number = CROWD if boxes == "crowded" else 30
+        number = {"crowded": CROWD, "hundred": HUNDRED}.get(boxes, 30)
         images = [_lognormal_image(number, num_classes, seed) for seed in range(batch_size)]
     per_image = [images[i % len(images)] for i in range(batch_size)]
     rows = torch.cat([torch.nn.functional.pad(image, (1, 0), value=i) for i, image in enumerate(per_image)])
@@ -64,11 +66,16 @@ def yolo11_preds(case: Case) -> tuple[Tensor, Tensor]:
     """Logits of distances (B, 4R, A), a peak at the distance, and of classes (B, C, A)."""
     generator = torch.Generator().manual_seed(1)
     distances, logits = _learnt(case, generator)
-    if case.reg_max > 1:
-        bins = torch.arange(case.reg_max)[:, None]
-        peak = -1.5 * (bins - distances.clamp(max=case.reg_max - 1)[:, :, None]).abs()
-        distances = peak + 0.3 * torch.randn(peak.shape, generator=generator)
-    return distances.flatten(1, -2), logits
+    return distance_logits(distances, case.reg_max, generator), logits
+
+
+def distance_logits(distances: Tensor, reg_max: int, generator: torch.Generator) -> Tensor:
+    """Logits (B, 4R, A) with a peak at distances (B, 4, A)."""
+    if reg_max == 1:
+        return distances
+    bins = torch.arange(reg_max)[:, None]
+    peak = -1.5 * (bins - distances.clamp(max=reg_max - 1)[:, :, None]).abs()
+    return (peak + 0.3 * torch.randn(peak.shape, generator=generator)).flatten(1, -2)
 
 
 @lru_cache(maxsize=2)

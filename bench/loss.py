@@ -11,9 +11,12 @@ from .cases import Case, has_coco, make_case
 from .compare import HEADER, Builder, compare, markdown
 from .competitors import ASSIGNERS, CRITERIA
 from .measure import copy_bandwidth
+from .oriented import ORIENTED
 from .stages import STAGES
 
-OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {"loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS}
+OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {
+    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": ORIENTED,
+}  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ Line = Callable[[Row], str]
 
 def fill_all(text: str) -> str:
     """Put every table that there are results for between its markers."""
-    for command in ("loss", "stages", "assign"):
+    for command in ("loss", "stages", "assign", "tasks"):
         text = fill(text, command, table(results.latest(command), HEADER, markdown))
     for command, module in (("train-step", train_step), ("training", training)):
         text = fill(text, command, table(results.latest(command), module.HEADER, module.markdown))
