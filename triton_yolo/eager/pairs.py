@@ -11,7 +11,7 @@ from .._rows import is_valid
 from .._signatures import GroundTruth, Levels
 from ..anchors import make_anchors
 
-_PART = 1 << 22  # pairs that are held at once: 200 MiB
+_PART = 1 << 18  # pairs that are held at once: 15 MiB
 
 
 def anchor_table(levels: Levels, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,12 +69,14 @@ def assign(
     for row_ids in by_images(valid, gt.image_index, num_pairs, batch_size):
         widened = geometry.widen(gt_boxes[row_ids], rule.min_box_side)
         nth, anchors = grid_pairs(*geometry.bounds(widened), x.levels)
-        kept = geometry.is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], rule.eps).nonzero().squeeze(1)
-        rows, anchors = row_ids[nth[kept]], anchors[kept]
-        images = gt.image_index[rows]
+        at, around = points_px.index_select(1, anchors), widened.T.contiguous().index_select(1, nth)  # faster than [:, ...]
+        kept = geometry.is_inside(at, around, rule.eps).nonzero().squeeze(1)
+        del at, around
+        rows, anchors = row_ids.index_select(0, nth.index_select(0, kept)), anchors.index_select(0, kept)
+        images = gt.image_index.index_select(0, rows)
         cells = images * num_anchors + anchors
         scores = working(x.pred_scores[images, anchors, gt.labels[rows]]).sigmoid()
-        pair_boxes, true_boxes = boxes[:, cells], gt_boxes.T.contiguous()[:, rows]
+        pair_boxes, true_boxes = boxes.index_select(1, cells), gt_boxes.T.contiguous().index_select(1, rows)
         metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta, geometry)
         match(target_row, target_score, rows, cells, metric, overlaps, len(gt.labels), rule)
     # A logit that is not finite shows in the loss even where no formula reads it.
