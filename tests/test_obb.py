@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 import triton_yolo as ty
@@ -16,7 +17,8 @@ from tests.adapters import pretend_two_ranks
 from tests.compare import TOLERANCE, assert_close, assert_same_but_for_order, is_assignment_decided
 from tests.conftest import DEVICE, FEW, INTERPRETED
 from tests.test_losses import NOT_FINITE, check_is_nothing_but_nan, small_yolo11, with_gradients
-from triton_yolo import _ops
+from triton_yolo import _backend, _ops
+from triton_yolo import _signatures as of
 from triton_yolo._signatures import Levels, TaskAligned, YOLO11OBBAssign
 
 TERMS = ("box", "cls", "dfl", "angle")
@@ -360,6 +362,36 @@ def test_thousands_of_boxes_in_an_image():
     assert out.loss.isfinite()
     assert out.num_fg == eager.num_fg > 0
     assert_close(out.loss, eager.loss, "loss")
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.most = max([self.most, *sizes])
+        return out
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels hold no pairs but in registers, and take long for thousands of anchors")
+def test_no_tensor_has_an_entry_for_every_box_and_anchor():
+    """The largest hold class logits, 256 levels of metrics of a box, or pairs with anchors in the rectangles around boxes."""
+    torch.manual_seed(0)
+    shapes, num_anchors, num_boxes = [(80, 80)], 6400, 1000
+    rows = torch.rand(num_boxes, 7, device=DEVICE)
+    rows[:, 0], rows[:, 1], rows[:, 4:6] = 0, 0, 0.02
+    preds = [torch.randn(1, num_anchors, n, device=DEVICE) for n in (4, 1, 8)]
+    args = *(x.requires_grad_() for x in preds), shapes, rows
+    criterion = ty.YOLO11OBBLoss(8, strides=(8,), reg_max=1)
+    x = of.YOLO11OBB(*preds, [rows], None, Levels((80, 80), (8.0,)), 1, criterion.assigner, criterion.gains, True)
+    with Largest() as largest, torch.no_grad():
+        out = _backend.implementation(DEVICE).yolo11_obb_criterion(x)
+    assert out.num_fg > 100
+    assert torch.equal(out.loss, criterion(*args).loss)
+    assert largest.most <= 256 * num_boxes < num_boxes * num_anchors / 20
 
 
 def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):

@@ -187,7 +187,7 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_obb_assign": _operator(_yolo11_obb_assign, FIRST, rule=of.TaskAligned(10, 1, 0.5, 6.0, 16.0, 1e-9)),
     "yolo11_obb_loss": _with_gradient(_yolo11_obb_loss, FIRST),
     "yolo11_obb_loss, R=1": _with_gradient(_yolo11_obb_loss, FIRST, reg_max=1),
-    "yolo11_obb_criterion": _operator(_yolo11_obb_criterion, wants_grad=True),
+    "yolo11_obb_criterion": _operator(_yolo11_obb_criterion, FIRST, wants_grad=True),
     "yolo11_obb_criterion, no gradient": _operator(_yolo11_obb_criterion, FIRST, wants_grad=False),
     "task_aligned_assign": _operator(_task_aligned_assign, LAST),
     "task_aligned_assign, oriented": _operator(_rotated_task_aligned_assign, LAST),
