@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
@@ -455,3 +456,20 @@ def test_oriented_targets():
         ty.Targets.from_list([{"boxes": targets.boxes_xyxy, "labels": targets.labels}], box_format="xywhr")
     with pytest.raises(ValueError, match=r"rows must have shape \(N, 6\), got \(1, 8\)"):
         ty.Targets.from_yolo(torch.zeros(1, 8), 32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs hold the operator, whose kernels run in other tests")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_and_functional():
+    criterion, preds, shapes, rows = small()
+    out, grads = with_gradients(lambda *x: criterion(*x, shapes, rows), *preds)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    for number in (3, 2, 1, 3):
+        have, have_grads = with_gradients(lambda *x, n=number: compiled(*x, shapes, rows[:n]), *preds)
+    assert counter.frame_count <= 3
+    assert all(torch.equal(a, b) for a, b in zip(have, out, strict=True))
+    functional = torch.func.grad(lambda *x: criterion(*x, shapes, rows).loss, argnums=(0, 1, 2))(*preds)
+    for grad, compiled_grad, functional_grad in zip(grads, have_grads, functional, strict=True):
+        assert torch.equal(compiled_grad, grad)
+        assert torch.equal(functional_grad, grad)
