@@ -23,7 +23,7 @@ from .._signatures import (
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
-from .memory import blocks, untouched_zeros_like
+from .memory import blocks, gathered, untouched_zeros_like
 from .pairs import anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, match, pair_metric
@@ -75,7 +75,7 @@ def assign(
         rows, anchors = row_ids.index_select(0, nth.index_select(0, kept)), anchors.index_select(0, kept)
         images = gt.image_index.index_select(0, rows)
         cells = images * num_anchors + anchors
-        scores = working(x.pred_scores[images, anchors, gt.labels[rows]]).sigmoid()
+        scores = working(gathered(x.pred_scores, images, anchors, gt.labels[rows])).sigmoid()
         pair_boxes, true_boxes = boxes.index_select(1, cells), gt_boxes.T.contiguous().index_select(1, rows)
         metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta, geometry)
         match(target_row, target_score, rows, cells, metric, overlaps, len(gt.labels), rule)
