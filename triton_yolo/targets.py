@@ -148,7 +148,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
-        centre, size = boxes[:, :2], boxes[:, 2:4]
+        centre, size, *_ = boxes.split(2, -1)
         return cls(*_whole(image_index, labels), torch.cat([centre - size / 2, centre + size / 2], -1), boxes)
 
     @classmethod
@@ -180,4 +180,5 @@ def _size(box_format: str) -> int:
 
 def _has_sides(boxes: Tensor, box_format: str) -> Tensor:
     """Which boxes (..., 4 or 5) have positive sides."""
-    return (boxes[..., 2:4] > (boxes[..., :2] if box_format == "xyxy" else 0.0)).all(-1)
+    first, second, *_ = boxes.split(2, -1)
+    return (second > (first if box_format == "xyxy" else 0.0)).all(-1)
