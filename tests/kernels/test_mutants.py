@@ -10,7 +10,7 @@ from triton_yolo.kernels.launch import INTERPRETED
 KERNELS = "triton_yolo/kernels"
 LAUNCHES, VALUES = "tests/kernels/test_launches.py::test", "tests/kernels/test_values.py::test"
 OBB_ = "tests/test_obb.py::test"
-OBB = f"{OBB_}_loss"
+OBB = "tests/kernels/test_obb.py::test_parts_beside_the_eager_backend"
 YOLO11, YOLOX, IOU, STAGES = (f"{LAUNCHES}_{name}" for name in ("yolo11", "yolox", "bbox_iou", "padded_stages"))
 PROB_IOU = f"{LAUNCHES}_prob_iou"
 DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "decode_yolox", "unpack_rows"))
