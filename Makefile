@@ -26,8 +26,8 @@ kernels: interpreted compiled  ## Run the Triton kernels without a GPU.
 interpreted: $(VENV)/installed  ## Run the Triton kernels in Triton's interpreter.
 	TRITON_INTERPRET=1 TRITON_YOLO_BACKEND=triton HYPOTHESIS_PROFILE=interpreter $(PYTEST) \
 		--ignore tests/kernels/test_compile.py --ignore tests/kernels/test_launching.py \
-		tests/test_stages.py tests/test_assigners.py tests/test_losses.py tests/test_extremes.py tests/test_keypoints.py tests/test_masks.py \
-		tests/kernels $(ARGS)
+		tests/test_stages.py tests/test_assigners.py tests/test_losses.py tests/test_obb.py tests/test_keypoints.py tests/test_masks.py \
+		tests/test_extremes.py tests/kernels $(ARGS)
 
 compiled: $(VENV)/installed  ## Compile the Triton kernels ahead of time, and run what comes out in an emulator.
 	$(PYTEST) tests/kernels/test_compile.py tests/kernels/test_launching.py tests/emulator $(ARGS)

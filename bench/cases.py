@@ -66,11 +66,16 @@ def yolo11_preds(case: Case) -> tuple[Tensor, Tensor]:
     """Logits of distances (B, 4R, A), a peak at the distance, and of classes (B, C, A)."""
     generator = torch.Generator().manual_seed(1)
     distances, logits = _learnt(case, generator)
-    if case.reg_max > 1:
-        bins = torch.arange(case.reg_max)[:, None]
-        peak = -1.5 * (bins - distances.clamp(max=case.reg_max - 1)[:, :, None]).abs()
-        distances = peak + 0.3 * torch.randn(peak.shape, generator=generator)
-    return distances.flatten(1, -2), logits
+    return distance_logits(distances, case.reg_max, generator), logits
+
+
+def distance_logits(distances: Tensor, reg_max: int, generator: torch.Generator) -> Tensor:
+    """Logits (B, 4R, A) with a peak at distances (B, 4, A)."""
+    if reg_max == 1:
+        return distances
+    bins = torch.arange(reg_max)[:, None]
+    peak = -1.5 * (bins - distances.clamp(max=reg_max - 1)[:, :, None]).abs()
+    return (peak + 0.3 * torch.randn(peak.shape, generator=generator)).flatten(1, -2)
 
 
 @lru_cache(maxsize=2)

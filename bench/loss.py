@@ -12,11 +12,12 @@ from .compare import HEADER, Builder, compare, markdown
 from .competitors import ASSIGNERS, CRITERIA
 from .keypoints import KEYPOINTS
 from .measure import copy_bandwidth
+from .oriented import ORIENTED
 from .stages import STAGES
 from .tasks import TASKS
 
 OPERATIONS: dict[str, Mapping[str, Mapping[str, Builder]]] = {
-    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": {**TASKS, **KEYPOINTS},
+    "loss": CRITERIA, "stages": STAGES, "assign": ASSIGNERS, "tasks": {**ORIENTED, **TASKS, **KEYPOINTS},
 }  # fmt: skip
 
 

@@ -143,6 +143,32 @@ def yolo11_criterion(dtype: torch.dtype, *, wants_grad: bool = True, wants_row: 
     )  # fmt: skip
 
 
+def oriented_rows(dtype: torch.dtype) -> Tensor:
+    upright = rows(dtype)
+    return torch.cat([upright, torch.arange(len(upright), device=DEVICE)[:, None].to(upright)], 1)
+
+
+def yolo11_obb_assign(dtype: torch.dtype, reg_max: int = 8, topk2: int | None = 2) -> of.YOLO11OBBAssign:
+    x = yolo11_assign(dtype, reg_max, topk2)
+    angle = torch.randn(2, 20, 1, dtype=dtype, device=DEVICE)
+    targets = list(ty.Targets.from_yolo(oriented_rows(dtype), (32, 32)))
+    return of.YOLO11OBBAssign(x.pred_dist, angle, x.pred_scores, targets, LEVELS, reg_max, x.assigner)
+
+
+def yolo11_obb_loss(dtype: torch.dtype, reg_max: int = 8, weights: Tensor | None = None) -> of.YOLO11OBBLoss:
+    x = yolo11_obb_assign(dtype, reg_max, topk2=None)
+    row, score, sums, num_fg, labels, boxes = _ops.yolo11_obb_assign(x)
+    assert num_fg > 0
+    preds, gains = (x.pred_dist, x.pred_angle, x.pred_scores), (*GAINS, 1.0)
+    return of.YOLO11OBBLoss(*preds, row, score, sums.clamp(min=1), labels, boxes, weights, LEVELS, reg_max, gains)
+
+
+def yolo11_obb_criterion(dtype: torch.dtype, *, wants_grad: bool = True) -> of.YOLO11OBB:
+    x, weights = yolo11_obb_assign(dtype), torch.tensor([1.0, 2.0, 0.5], device=DEVICE)
+    preds, gains = (x.pred_dist, x.pred_angle, x.pred_scores), (*GAINS, 1.0)
+    return of.YOLO11OBB(*preds, [oriented_rows(dtype)], weights, LEVELS, x.reg_max, x.assigner, gains, wants_grad)
+
+
 def yolox_assign(dtype: torch.dtype) -> of.YOLOXAssign:
     preds = small_yolox()[1].to(dtype)
     return of.YOLOXAssign(preds, packed(dtype), LEVELS, of.SimOTA("center", 1.5))
@@ -194,10 +220,10 @@ def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any
     return inputs
 
 
-DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, prob_iou, yolo11_loss, yolox_loss)
+DIFFERENTIABLE = (decode_dfl, decode_yolox, bbox_iou, prob_iou, yolo11_loss, yolo11_obb_loss, yolox_loss)
 _PLAIN = (
     unpack_rows, align_metric, select_topk_candidates, task_aligned_assign, simota_assign, yolo11_assign, yolo11_criterion,
-    yolox_assign, yolox_criterion, keypoint_loss, mask_loss,
+    yolo11_obb_assign, yolo11_obb_criterion, yolox_assign, yolox_criterion, keypoint_loss, mask_loss,
 )  # fmt: skip
 INPUTS: dict[str, Callable[[torch.dtype], Any]] = {make.__name__: make for make in (*DIFFERENTIABLE, *_PLAIN)}
 INPUTS |= {f"{make.__name__}_backward": _backward(make) for make in DIFFERENTIABLE}

@@ -177,6 +177,28 @@ def keypoint_cases(draw, dtype: torch.dtype = torch.float32):
     return KeypointCase(draw(layouts(preds.to(dtype))), row, keypoints, gt_boxes, shapes, options)
 
 
+class OBBCase(NamedTuple):
+    pred_dist: Tensor
+    pred_angle: Tensor
+    pred_scores: Tensor
+    feat_shapes: list[tuple[int, int]]
+    rows: Tensor
+    options: dict
+
+    @property
+    def preds(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.pred_dist, self.pred_angle, self.pred_scores
+
+
+@st.composite
+def obb_cases(draw, dtype: torch.dtype = torch.float32):
+    """The same with angles in radians, those of the rows in eighths."""
+    case = draw(yolo11_cases(dtype))
+    angle = draw(layouts(draw(tensors((*case.pred_dist.shape[:2], 1), jitters=(0.0, 0.25))).to(dtype)))
+    rows = torch.cat([case.rows, draw(tensors((len(case.rows), 1), jitters=(0.0,)))], 1)
+    return OBBCase(case.pred_dist, angle, case.pred_scores, case.feat_shapes, rows, case.options)
+
+
 class YOLOXCase(NamedTuple):
     preds: Tensor
     feat_shapes: list[tuple[int, int]]

@@ -18,6 +18,7 @@ COSTS = f"{SIM} {ASSIGNERS}_logarithm_of_a_probability_of_nothing_costs_a_hundre
 LOSS11, LOSSX = f"{LOSSES}_yolo11_loss", f"{LOSSES}_yolox_loss"
 KEYPOINTS, OF_KEYPOINTS = "tests/test_keypoints.py::test", "tests/test_keypoint_reference.py"
 MASKS, OF_MASKS = "tests/test_masks.py::test", "tests/test_mask_reference.py"
+OBB = "tests/test_obb.py::test"
 SPECIFICATION, ORIENTED = "tests/test_reference.py", "tests/test_oriented_reference.py"
 
 
@@ -43,12 +44,12 @@ MEANT = {
     "second top-k forgotten": Planted(Mutant("match", "_a is not None", "False"), TAL),
     "largest overlap not applied": Planted(Mutant("match", "_a * _b[_c] / _d", "_a / _d"), TAL),
     "parts cut through images": Planted(Mutant("by_images", "torch.div(_a, _b, rounding_mode='floor')[_c]", "torch.div(10 * torch.arange(len(_c)), _b, rounding_mode='floor')"), f"{LOSSES}_crowded_batch_is_cut_by_images_without_a_trace"),
-    "gradients finite after a logit that is not": Planted(Mutant("_gradients", "_a.isnan()", "False"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
-    "infinite logits hidden": Planted(Mutant("_loss", "_a.where(is_finite(_b), _c)", "_a"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
-    "DFL weights swapped": Planted(Mutant("_Positives.soft_bins", "(_a, _b, _c)", "(_a, _c, _b)"), LOSS11),
-    "L1 by the wrong side of the image": Planted(Mutant("_Positives.__init__", "[_a, _b, _a, _b]", "[_b, _a, _b, _a]"), LOSS11),
-    "class weight forgotten on positives": Planted(Mutant("_loss", "_weighted(_a * _b, _c, _d)", "_a * _b"), LOSS11),
-    "batch size forgotten": Planted(Mutant("_loss", "_a[1] * _b", "_b"), LOSS11),
+    "gradients finite after a logit that is not": Planted(Mutant("gradients_of", "_a.isnan()", "False"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
+    "infinite logits hidden": Planted(Mutant("loss_of", "_a.where(is_finite(_b), _c)", "_a"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
+    "DFL weights swapped": Planted(Mutant("Positives.soft_bins", "(_a, _b, _c)", "(_a, _c, _b)"), LOSS11),
+    "L1 by the wrong side of the image": Planted(Mutant("Positives.__init__", "[_a, _b, _a, _b]", "[_b, _a, _b, _a]"), LOSS11),
+    "class weight forgotten on positives": Planted(Mutant("loss_of", "_weighted(_a * _b, _c, _d)", "_a * _b"), LOSS11),
+    "batch size forgotten": Planted(Mutant("loss_of", "_a[1] * _b", "_b"), LOSS11),
     "infeasible pairs cost nothing": Planted(Mutant("INFEASIBLE_COST", "_n", "0.0"), SIM),
     "equal costs to the higher anchor": Planted(Mutant("cheapest_k", "_a.cumsum(1)", "_a.flip(1).cumsum(1).flip(1)"), SIM),
     "later blocks win ties": Planted(Mutant("_cheapest_rows", "_a < _b", "_a <= _b", 0, 3, at="is_cheaper"), f"{ASSIGNERS}_crowded_image_is_cut_into_blocks_without_a_trace"),
@@ -75,6 +76,11 @@ MEANT = {
     "masks: rows numbered in the batch": Planted(Mutant("numbers_in_images", "_a - torch.searchsorted(_b, _b)", "_a"), f"{MASKS}_rows_are_numbered_in_their_images", "triton_yolo/masks.py"),
     "reference: masks of a box with its last pixel": Planted(Mutant("inside", "_a < _b", "_a <= _b", 0, 2), OF_MASKS, REFERENCE),
     "reference: masks by the area inside the image": Planted(Mutant("mask_loss", "(_a - _b).prod(1)", "_a.prod(1)"), OF_MASKS, REFERENCE),
+    "oriented: two pixels are too short": Planted(Mutant("is_valid", "_a >= _b", "_a > _b", 2, 3), f"{OBB}_rows_shorter_than_two_pixels_are_ignored", "triton_yolo"),
+    "oriented: infinite angles hidden": Planted(Mutant("yolo11_obb_assign", "assign(_a, (_b, _c), _d, _e, _f)", "assign(_a, (_b,), _d, _e, _f)"), f"{OBB}_a_prediction_that_is_no_number_shows"),
+    "oriented: distances in the frame of the image": Planted(Mutant("OrientedPositives.locate", "turned(_a.T, -_b[:, 4])", "turned(_a.T, 0 * _b[:, 4])"), f"{OBB}_loss"),
+    "oriented: long boxes turn as hard as square ones": Planted(Mutant("OrientedPositives.locate", "_a / 3", "_a / 300"), f"{OBB}_loss"),
+    "oriented: the angle moves no centre": Planted(Mutant("OrientedPositives.gradients", "_a + _b * _c - _d * _e + _f", "_a + _f"), f"{OBB}_loss"),
     "reference: eps in the widths": Planted(Mutant("bbox_iou", "(_a - _b, _c - _d + _e)", "(_a - _b + _e, _c - _d + _e)", 0, 2), SPECIFICATION, REFERENCE),
     "reference: conflict among all slots": Planted(Mutant("resolve_conflicts", "_a.where(_b, -1)", "_a"), SPECIFICATION, REFERENCE),
     "reference: covariance of the other turn": Planted(Mutant("covariance", "(_a - _b) * _c * _d", "(_b - _a) * _c * _d"), ORIENTED, REFERENCE),

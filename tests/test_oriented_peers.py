@@ -1,4 +1,4 @@
-"""The reference's oriented boxes beside Ultralytics' of 8.4.190 as a black box.
+"""Oriented boxes of the reference and of the package beside Ultralytics' of 8.4.190 as a black box.
 
 Its functions compute in float64 where they are asked to; its criterion in float32 only, on rows sorted by image.
 """
@@ -118,17 +118,21 @@ def criterion_of(config: str) -> Callable:
 def compare(criterion: Callable, preds: tuple[Tensor, ...], rows: Tensor, **options) -> None:
     dist, angle, logits = preds = tuple(x.requires_grad_() for x in preds)
     expected, items = criterion(peers.ultralytics_preds(dist, logits, SHAPES, angle=angle), peers.ultralytics_batch(rows))
-    exact = [x.detach().double().requires_grad_() for x in preds]
-    output = ref.yolo11_obb_loss(
-        *(x.transpose(1, 2) for x in exact), SHAPES, rows.double(), strides=STRIDES, min_box_side=16.0, **options
-    )
-    tolerance = 1e-5  # of their float32
-    assert_close(output.loss, expected.sum(), "loss", tolerance)
-    for name, item in zip(("box", "cls", "dfl", "angle"), items.values(), strict=True):
-        assert_close(getattr(output, name), item, name, tolerance)
-    grads = (torch.autograd.grad(x, y) for x, y in ((output.loss, exact), (expected.sum(), preds)))
-    for name, grad, expected_grad in zip(("distances", "angles", "classes"), *grads, strict=True):
-        assert_close(grad, expected_grad, f"gradient of {name}", tolerance)
+    expected_grads = torch.autograd.grad(expected.sum(), preds)
+    options, tolerance = {"strides": STRIDES, "min_box_side": 16.0, **options}, 1e-5  # of their float32
+    for dtype, by in (
+        (torch.float64, functools.partial(ref.yolo11_obb_loss, **options)),
+        (torch.float64, ty.YOLO11OBBLoss(NUM_CLASSES, **options)),
+        (torch.float32, ty.YOLO11OBBLoss(NUM_CLASSES, **options)),
+    ):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in preds]
+        output = by(*(x.transpose(1, 2) for x in leaves), SHAPES, rows.to(dtype))
+        assert_close(output.loss, expected.sum(), "loss", tolerance)
+        for name, item in zip(("box", "cls", "dfl", "angle"), items.values(), strict=True):
+            assert_close(getattr(output, name), item, name, tolerance)
+        grads = torch.autograd.grad(output.loss, leaves)
+        for name, grad, expected_grad in zip(("distances", "angles", "classes"), grads, expected_grads, strict=True):
+            assert_close(grad, expected_grad, f"gradient of {name}", tolerance)
 
 
 @pytest.mark.parametrize("sizes_px", [(3, 60), (1, 4), (2, 20)])

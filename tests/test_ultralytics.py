@@ -249,7 +249,7 @@ def test_plain_assigner_of_other_criteria(task, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("task", ["yolo11n-obb", "yolo26n-seg", "yolo26n-pose"])
+@pytest.mark.parametrize("task", ["yolo26n-seg", "yolo26n-pose"])
 def test_other_assigners_stay_and_say_so_once(task, monkeypatch, stays):
     monkeypatch.setattr(_ultralytics_detect, "TaskAlignedAssigner", None)
     model = task_model(task)
@@ -275,10 +275,9 @@ def test_visual_prompts_keep_single_terms(stays):
 def methods() -> list[Callable]:
     from ultralytics.utils import dist, loss, tal
 
-    return [
-        loss.v8DetectionLoss.loss, loss.v8SegmentationLoss.loss, loss.v8PoseLoss.loss, tal.TaskAlignedAssigner.forward,
-        dist.generate_ddp_file, loss.TVPDetectLoss.__init__,
-    ]  # fmt: skip
+    criteria = (loss.v8DetectionLoss, loss.v8OBBLoss, loss.v8SegmentationLoss, loss.v8PoseLoss)
+    others = [tal.TaskAlignedAssigner.forward, dist.generate_ddp_file, loss.TVPDetectLoss.__init__]
+    return [*[criterion.loss for criterion in criteria], *others]
 
 
 def test_patch_and_unpatch():
@@ -324,9 +323,8 @@ def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
 def test_another_loss_is_an_error(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     ours = _ultralytics_detect.YOLO11Loss
-    monkeypatch.setattr(
-        _ultralytics_detect, "YOLO11Loss", lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings)
-    )
+    wrong = integration.DETECTION._replace(make=lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
+    monkeypatch.setattr(integration, "DETECTION", wrong)
     kept.cache_clear()
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")

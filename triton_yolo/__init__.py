@@ -3,6 +3,7 @@
 Criteria, from the raw output of a head and the ground truth to the loss with its gradient:
 
 - ``YOLO11Loss``: YOLO11, YOLOv8, v9, v10, 12 and 26; returns ``YOLO11LossOutput``.
+- ``YOLO11OBBLoss``: oriented boxes of YOLO11, YOLOv8 and 26; returns ``YOLO11OBBLossOutput``.
 - ``YOLO11SegmentationLoss``: YOLO11-seg and YOLOv8-seg; returns ``YOLO11SegmentationLossOutput``. Alone: ``mask_loss``.
 - ``YOLOXLoss``: YOLOX; returns ``YOLOXLossOutput``.
 - ``YOLO11PoseLoss``: YOLO11 and YOLOv8 with keypoints; returns ``YOLO11PoseLossOutput``.
@@ -37,6 +38,8 @@ from .keypoints import KeypointLossOutput, keypoint_loss
 from .losses import (
     YOLO11Loss,
     YOLO11LossOutput,
+    YOLO11OBBLoss,
+    YOLO11OBBLossOutput,
     YOLO11PoseLoss,
     YOLO11PoseLossOutput,
     YOLO11SegmentationLoss,
@@ -58,6 +61,8 @@ __all__ = [
     "TaskAlignedResult",
     "YOLO11Loss",
     "YOLO11LossOutput",
+    "YOLO11OBBLoss",
+    "YOLO11OBBLossOutput",
     "YOLO11PoseLoss",
     "YOLO11PoseLossOutput",
     "YOLO11SegmentationLoss",

@@ -189,11 +189,17 @@ def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
 # ---- ground truth
 
 
-def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor) -> None:
-    """Check the four fields of ``Targets``."""
+def rows(argument: str, x: Tensor) -> None:
+    """Check rows of upright or oriented boxes in the YOLO convention."""
+    tensor(argument, x, ("N", 7 if isinstance(x, Tensor) and x.shape[-1:] == (7,) else 6))
+
+
+def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor, box_size: int = 4) -> None:
+    """Check the four fields of ``Targets``, of which the last has ``box_size`` numbers a box."""
     num_rows: int | str = "N"
+    sizes = (), (), (4,), (box_size,)
     for place, (name, x) in enumerate(zip(names, targets, strict=True)):
-        tensor(f"targets.{name}", x, (num_rows, 4) if place > 1 else (num_rows,), like=like, is_float=False)
+        tensor(f"targets.{name}", x, (num_rows, *sizes[place]), like=like, is_float=False)
         if place < 2 and x.dtype != torch.int64:
             raise TypeError(f"targets.{name} must be int64, got {x.dtype}")
         if place > 1 and x.dtype not in (torch.float32, torch.float64):
@@ -224,13 +230,13 @@ def whole_values(argument: str, what: str, values: Tensor) -> None:
 
 
 def raw_rows(argument: str, rows: Tensor) -> None:
-    """Check the values of rows (N, 6) in the YOLO convention, on the CPU; elsewhere that would synchronise."""
+    """Check the values of rows in the YOLO convention, on the CPU; elsewhere that would synchronise."""
     if rows.device.type != "cpu" or len(rows) == 0:
         return
     is_row = rows[:, 0] >= 0
     whole_values(argument, "image indices", rows[:, 0])
     whole_values(argument, "labels", rows[is_row, 1])
-    largest_boxes = rows[is_row, 2:].abs().amax(1)
+    largest_boxes = rows[is_row, 2:6].abs().amax(1)
     if (largest_boxes > 10).sum() * 2 > len(largest_boxes):
         warn(
             f"{argument} have boxes up to {largest_boxes.max():.6g} images wide or away: rows are normalised to 0-1 of the "

@@ -18,7 +18,7 @@ def _check_padded(x: of.AlignMetric | of.TaskAlignedAssign | of.SimOTAAssign) ->
     _checks.targets(x.targets, batch_size, num_classes, ("gt_labels", "gt_labels"))
 
 
-def _check_yolo11(x: of.YOLO11Assign | of.YOLO11) -> None:
+def _check_yolo11(x: of.YOLO11Assign | of.YOLO11 | of.YOLO11OBBAssign | of.YOLO11OBB) -> None:
     batch_size, _, num_classes = x.pred_scores.shape
     _checks.targets(x.targets, batch_size, num_classes)
 
@@ -48,6 +48,11 @@ _yolo11_backward: Operation[of.GradDistScores] = Operation("yolo11_loss_backward
 yolo11_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_assign", of.YOLO11Assign, check=_check_yolo11)
 yolo11_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_loss", of.YOLO11Loss, gradient=_yolo11_backward)
 yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of.YOLO11, check=_check_yolo11)
+
+_yolo11_obb_backward: Operation[of.GradDistAngleScores] = Operation("yolo11_obb_loss_backward", of.YOLO11OBBLossBackward)
+yolo11_obb_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_obb_assign", of.YOLO11OBBAssign, check=_check_yolo11)
+yolo11_obb_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_obb_loss", of.YOLO11OBBLoss, gradient=_yolo11_obb_backward)
+yolo11_obb_criterion: Operation[of.YOLO11OBBOutputs] = Operation("yolo11_obb_criterion", of.YOLO11OBB, check=_check_yolo11)
 
 keypoint_loss: Operation[of.KeypointLossOutputs] = Operation("keypoint_loss", of.KeypointLoss)
 

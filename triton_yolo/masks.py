@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._precision import widened, working
-from ._rows import is_matched, is_valid
+from ._rows import is_matched
 from ._signatures import MaskLoss, wider
 from .targets import Targets
 
@@ -73,7 +73,7 @@ def mask_loss(
         raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
     size = _checks.image_size("imgsz", imgsz)
     image_index, no_label = targets.image_index, torch.zeros_like(targets.labels)
-    is_row = is_valid(image_index, no_label, targets.boxes_xyxy, batch_size, 1)
+    is_row = targets._replace(labels=no_label).is_valid(batch_size, 1)
     is_fg = is_matched(target_row, image_index.where(is_row, -1), no_label, 1)
     _checks.matched_rows("target_row", target_row, is_fg)
     if normaliser is None:

@@ -240,5 +240,4 @@ def padded_targets(
     labels = _checks.per_slot("gt_labels", gt_labels, gt_bboxes)
     _checks.exact("gt_labels", labels, 0, scores.shape[2])
     mask = _checks.per_slot("mask_gt", mask_gt, gt_bboxes).bool()
-    pack = Targets._of_slots if box_size == 4 else Targets._of_oriented_slots
-    return list(pack(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()
+    return list(Targets._of_slots(labels, gt_bboxes, mask, ("gt_labels", "gt_bboxes"))), labels.long()

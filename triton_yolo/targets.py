@@ -11,7 +11,7 @@ from ._precision import working
 from ._rows import is_valid
 from ._signatures import UnpackRows
 
-FORMATS = ("xyxy", "xywh")
+FORMATS = ("xyxy", "xywh", "xywhr")
 
 
 class Targets(NamedTuple):
@@ -22,11 +22,14 @@ class Targets(NamedTuple):
     On the CPU the criteria raise a ValueError for an image index or a label out of range; on other devices such a check would
     synchronise, and the row is ignored (``validate`` checks there too).
 
+    Oriented boxes have an angle, in radians from the x axis towards y, which may be any finite number; with another one a row
+    is ignored.
+
     Attributes:
         image_index: (N,) int64.
         labels: (N,) int64.
-        boxes_xyxy: (N, 4) corners in pixels, float32 or float64.
-        boxes_xywh: (N, 4) the same boxes as centre, width, height.
+        boxes_xyxy: (N, 4) corners in pixels, float32 or float64; those of an oriented box are as if it were upright.
+        boxes_xywh: (N, 4) the same boxes as centre, width, height; of oriented boxes (N, 5) with the angle.
 
     Example:
         >>> rows = torch.tensor([[0, 2, 0.5, 0.5, 0.25, 0.5], [-1, 0, 0, 0, 0, 0]])  # one box and padding
@@ -44,7 +47,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def from_yolo(cls, rows: Tensor, imgsz: float | Sequence[float]) -> "Targets":
-        """Take rows (N, 6) of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image.
+        """Take rows (N, 6) of (image index, class, cx, cy, w, h), boxes normalised to 0-1 of the image; (N, 7) have an angle.
 
         Args:
             rows: any float type; computed in float32 (float64 for float64). float16 holds image indices and classes below
@@ -52,11 +55,12 @@ class Targets(NamedTuple):
             imgsz: (height, width) of the image in pixels, or one number for both.
 
         Raises:
-            ValueError: ``rows`` is not (N, 6), or ``imgsz`` is neither one number nor two; on the CPU also for an image index
-                or a class that is no whole number, or more than the type can hold exactly (elsewhere such a row is padding).
+            ValueError: ``rows`` is neither (N, 6) nor (N, 7), or ``imgsz`` is neither one number nor two; on the CPU also for
+                an image index or a class that is no whole number, or more than the type can hold exactly (elsewhere such a row
+                is padding).
             TypeError: ``rows`` is not a float tensor.
         """
-        _checks.tensor("rows", rows, ("N", 6))
+        _checks.rows("rows", rows)
         height, width = _checks.image_size("imgsz", imgsz)
         return cls(*_ops.unpack_rows(UnpackRows(rows.detach(), width, height)))
 
@@ -66,9 +70,9 @@ class Targets(NamedTuple):
 
         Args:
             labels: (B, G) or (B, G, 1), whole numbers of any type.
-            boxes: (B, G, 4).
+            boxes: (B, G, 4), oriented (B, G, 5).
             mask: (B, G) or (B, G, 1), true where there is a box. Without it every box with positive sides counts.
-            box_format: ``"xyxy"`` or ``"xywh"`` (centre, width, height).
+            box_format: ``"xyxy"``, ``"xywh"`` (centre, width, height) or ``"xywhr"`` (the same and the angle).
 
         Raises:
             ValueError: sizes do not agree or ``box_format`` is unknown; on the CPU also for a label that is no whole number
@@ -79,24 +83,21 @@ class Targets(NamedTuple):
             UserWarning: most boxes are shares of an image (on the CPU).
         """
         _checks.one_of("box_format", box_format, FORMATS)
-        _checks.tensor("boxes", boxes, ("B", "G", 4))
+        _checks.tensor("boxes", boxes, ("B", "G", _size(box_format)))
         labels = _checks.per_slot("labels", labels, boxes)
-        if mask is not None:
-            is_box = _checks.per_slot("mask", mask, boxes).bool()
-        else:
-            low, high = boxes.split(2, -1)
-            is_box = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
+        is_box = _checks.per_slot("mask", mask, boxes).bool() if mask is not None else _has_sides(boxes, box_format)
         image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
         _check_values("labels", "boxes", labels, boxes, is_box, box_format)
-        return cls._from_boxes(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4), box_format)
+        return cls._from_boxes(image_index.reshape(-1), labels.reshape(-1), working(boxes).flatten(0, 1), box_format)
 
     @classmethod
     def from_list(cls, targets: Sequence[Mapping[str, Tensor]], box_format: str = "xyxy") -> "Targets":
         """Take one mapping an image, as torchvision's detectors do.
 
         Args:
-            targets: mappings with ``boxes`` (n, 4) in pixels and ``labels`` (n,).
-            box_format: ``"xyxy"`` or ``"xywh"`` (centre, width, height; COCO's and torchvision's xywh begin at a corner).
+            targets: mappings with ``boxes`` (n, 4) in pixels, oriented (n, 5), and ``labels`` (n,).
+            box_format: ``"xyxy"``, ``"xywh"`` (centre, width, height; COCO's and torchvision's xywh begin at a corner) or
+                ``"xywhr"`` (centre, width, height, angle).
 
         Raises:
             ValueError: the list is empty, a key is missing, sizes do not agree or ``box_format`` is unknown; on the CPU also
@@ -110,7 +111,7 @@ class Targets(NamedTuple):
         for image, target in enumerate(targets):
             missing = {"boxes", "labels"} - set(target)
             _checks.require(not missing, f"targets[{image}]", "have the keys 'boxes' and 'labels'", sorted(target))
-            _checks.tensor(f"targets[{image}]['boxes']", target["boxes"], ("n", 4), like=targets[0]["boxes"])
+            _checks.tensor(f"targets[{image}]['boxes']", target["boxes"], ("n", _size(box_format)), like=targets[0]["boxes"])
             _checks.tensor(f"targets[{image}]['labels']", target["labels"], target["boxes"].shape[:1], is_float=False)
         device = targets[0]["boxes"].device
         counts = [len(target["boxes"]) for target in targets]
@@ -121,20 +122,11 @@ class Targets(NamedTuple):
 
     @classmethod
     def _of_slots(cls, labels: Tensor, boxes: Tensor, is_box: Tensor, names: tuple[str, str]) -> "Targets":
-        """Padded ground truth (B, G) of an assigner, whose arguments have these names."""
-        _check_values(*names, labels, boxes, is_box)
+        """Padded ground truth (B, G) of an assigner, whose arguments have these names; boxes are xyxy or xywhr."""
+        box_format = "xyxy" if boxes.shape[2] == 4 else "xywhr"
+        _check_values(*names, labels, boxes, is_box, box_format)
         image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
-        return cls._from_xyxy(image_index.reshape(-1), labels.reshape(-1), working(boxes).reshape(-1, 4))
-
-    @classmethod
-    def _of_oriented_slots(cls, labels: Tensor, boxes: Tensor, is_box: Tensor, names: tuple[str, str]) -> "Targets":
-        """The same of oriented boxes, (B * G, 5) in the place of centre and size; corners are those that they have upright."""
-        upright, angle = boxes.split([4, 1], 2)
-        _check_values(*names, labels, upright, is_box, "xywh")
-        is_box = is_box & angle.isfinite().squeeze(2)
-        image_index = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1).where(is_box, -1)
-        targets = cls._from_xywh(image_index.reshape(-1), labels.reshape(-1), working(upright).reshape(-1, 4))
-        return targets._replace(boxes_xywh=working(boxes).reshape(-1, 5))
+        return cls._from_boxes(image_index.reshape(-1), labels.reshape(-1), working(boxes).flatten(0, 1), box_format)
 
     def to(self, device: torch.device | str) -> "Targets":
         """Return the same targets on another device."""
@@ -147,7 +139,7 @@ class Targets(NamedTuple):
 
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
         """Which rows (N,) count as ground truth."""
-        return is_valid(self.image_index, self.labels, self.boxes_xyxy, batch_size, num_classes)
+        return is_valid(*self, batch_size, num_classes)
 
     @classmethod
     def _from_boxes(cls, image_index: Tensor, labels: Tensor, boxes: Tensor, box_format: str) -> "Targets":
@@ -156,7 +148,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def _from_xywh(cls, image_index: Tensor, labels: Tensor, boxes: Tensor) -> "Targets":
-        centre, size = boxes.split(2, -1)
+        centre, size, *_ = boxes.split(2, -1)
         return cls(*_whole(image_index, labels), torch.cat([centre - size / 2, centre + size / 2], -1), boxes)
 
     @classmethod
@@ -173,13 +165,20 @@ def _whole(image_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return image_index, whole
 
 
-def _check_values(
-    labels_name: str, boxes_name: str, labels: Tensor, boxes: Tensor, is_box: Tensor, box_format: str = "xyxy"
-) -> None:
+def _check_values(labels_name: str, boxes_name: str, labels: Tensor, boxes: Tensor, is_box: Tensor, box_format: str) -> None:
     """Look at the values of ground truth on the CPU, but for a graph."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
         return
     _checks.whole_values(labels_name, "labels", labels[is_box])
-    low, high = boxes.split(2, -1)
-    has_sides = (high > (low if box_format == "xyxy" else 0.0)).all(-1)
-    _checks.pixel_boxes(boxes_name, boxes[is_box & has_sides])
+    _checks.pixel_boxes(boxes_name, boxes[is_box & _has_sides(boxes, box_format)][:, :4])
+
+
+def _size(box_format: str) -> int:
+    """Numbers of a box."""
+    return 5 if box_format == "xywhr" else 4
+
+
+def _has_sides(boxes: Tensor, box_format: str) -> Tensor:
+    """Which boxes (..., 4 or 5) have positive sides."""
+    first, second, *_ = boxes.split(2, -1)
+    return (second > (first if box_format == "xyxy" else 0.0)).all(-1)

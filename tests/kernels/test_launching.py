@@ -304,6 +304,24 @@ def test_any_size_and_setting_of_yolo11(driver, changes, comes_first):
     check(driver, kernels.yolo11_loss_backward, *[operations.gradient_of(x, x.allocate()) for x in given])
 
 
+def oriented(x: of.YOLO11) -> of.YOLO11OBB:
+    """The same criterion of boxes with angles."""
+    angle = torch.rand(*x.pred_dist.shape[:2], 1)
+    *others, boxes = x.targets
+    targets = [*others, torch.cat([boxes, torch.rand(len(boxes), 1)], 1)]
+    options = x.class_weights, x.levels, x.reg_max, x.assigner, (*x.gains, 1.0), x.wants_grad
+    return of.YOLO11OBB(x.pred_dist, angle, x.pred_scores, targets, *options)
+
+
+@pytest.mark.parametrize("changes", [*SIZES[::3], {"topk2": 1}, {"reg_max": 1}, {"gains": (1.0, 0.5, 16.0)}], ids=str)
+def test_any_size_and_setting_of_oriented_boxes(driver, changes):
+    inputs = [oriented(yolo11(**changed)) for changed in (changes, {}, changes)]
+    check(driver, kernels.yolo11_obb_criterion, *inputs)
+    preds = [(x.pred_dist, x.pred_angle, x.pred_scores) for x in inputs]
+    given = [(x.targets, x.levels, x.reg_max, x.assigner) for x in inputs]
+    check(driver, kernels.yolo11_obb_assign, *[of.YOLO11OBBAssign(*p, *g) for p, g in zip(preds, given, strict=True)])
+
+
 @pytest.mark.parametrize("changes", YOLOX_SETTINGS, ids=str)
 @pytest.mark.parametrize("comes_first", [False, True])
 def test_any_size_and_setting_of_yolox(driver, changes, comes_first):

@@ -9,6 +9,8 @@ from triton_yolo.kernels.launch import INTERPRETED
 
 KERNELS = "triton_yolo/kernels"
 LAUNCHES, VALUES = "tests/kernels/test_launches.py::test", "tests/kernels/test_values.py::test"
+OBB_ = "tests/test_obb.py::test"
+OBB = "tests/kernels/test_obb.py::test_parts_beside_the_eager_backend"
 YOLO11, YOLOX, IOU, STAGES = (f"{LAUNCHES}_{name}" for name in ("yolo11", "yolox", "bbox_iou", "padded_stages"))
 PROB_IOU, KEYPOINTS = f"{LAUNCHES}_prob_iou", f"{LAUNCHES}_keypoint_loss"
 DECODE, DECODE_X, UNPACK = (f"{LAUNCHES}_{name}" for name in ("decode_dfl", "decode_yolox", "unpack_rows"))
@@ -35,8 +37,16 @@ MEANT = {
     "a tie's derivative goes to one side": (Mutant("overlap_derivative", "tl.where(_a == _b, 0.5, _c)", "tl.where(_a == _b, 1.0, _c)", 0, 4), IOU),
     "boxes that touch overlap on one side": (Mutant("overlap_derivative", "tl.where(_a == 0, _b / 2, 0.0)", "tl.where(_a == 0, _b, 0.0)", 0, 2), IOU),
     "fast exponential of a small distance": (Mutant("one_less_exp", "tl.where(_a < 0.5, _b, _c)", "_c"), PROB_IOU),
-    "angles as they come": (Mutant("direction", "tl.floor(_a)", "0.0 * _a"), f"{PROB_IOU}_of_any_angle"),
-    "angles of ground truth forgotten": (Mutant("load_truth", "tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)", "0.0 * tl.load(_a.angle_ptr + _b.row, mask=_c, other=0.0)"), f"{LAUNCHES}_oriented_boxes"),
+    "angles as they come": (Mutant("_half_turns", "tl.floor(_a)", "0.0 * _a"), f"{PROB_IOU}_of_any_angle"),
+    "angles of ground truth forgotten": (Mutant("load_oriented_rows", "_a + _b.to(tl.int64) * _c + 4 * _d", "_a + _b.to(tl.int64) * _c + 3 * _d"), f"{LAUNCHES}_oriented_boxes"),
+    "half a turn is none": (Mutant("heading", "tl.where(_a, -_b, _b)", "_b", 0, 2), OBB),
+    "walks as if boxes were upright": (Mutant("_around", "_a * _b + _c * _d", "_a", 0, 2), OBB),
+    "two pixels are too short": (Mutant("_is_gt", "_a >= PACK.MIN_SIDE", "_a > PACK.MIN_SIDE", 0, 2), f"{OBB_}_rows_shorter_than_two_pixels_are_ignored"),
+    "angles that are infinite count": (Mutant("_is_gt", "tl.abs(_a) < float('inf')", "_a == _a", 4, 5), f"{OBB_}_rows_shorter_than_two_pixels_are_ignored"),
+    "infinite predicted angles hidden": (Mutant("_yolo11_prepare_kernel", "_a[None, :] * 0.0", "_a[None, :] * 0.0 * 0"), f"{OBB_}_a_prediction_that_is_no_number_shows"),
+    "distances in the frame of the image": (Mutant("_target_sides", "_a * _b + _c * _d", "_a"), OBB),
+    "the angle moves no centre": (Mutant("_oriented_gradient", "_a + _b * _c - _d * _e", "_a"), OBB),
+    "long boxes turn as hard as square ones": (Mutant("_roundness", "tl.log(_a) / 3", "tl.log(_a) / 300"), OBB),
     "log of one minus p as it stands": (Mutant("log_rest", "tl.where(_a <= 0.5, _b, _c)", "_c"), LOG_NOT),
     "infinite logits hidden": (Mutant("split_softplus", "_a + tl.abs(_a) + _b * 0.0", "tl.maximum(_b, 0.0)"), BROKEN_X),
     "infinite class logits hidden": (Mutant("_yolo11_class_kernel", "tl.sum(_a.to(_b) * 0.0)", "0.0"), BROKEN),
@@ -84,7 +94,7 @@ MEANT = {
     "objectness gradient only on positives": (Mutant("store_logit_gradient", "_a | _b", "_b"), YOLOX),
     "DFL target not clamped": (Mutant("_bin_target", "_a - 0.01", "_a + 1"), YOLO11),
     "product of softplus without what is small": (Mutant("_yolo11_class_kernel", "tl.fma(_a, 1 + _b, _b)", "_a + _b"), CLASSES),
-    "weights of the positives forgotten": (Mutant("_load_labels", "tl.load(_a + _b, mask=_c, other=0.0)", "tl.load(_a + 0 * _b, mask=_c, other=0.0)", 0, 2), YOLO11),
+    "weights of the positives forgotten": (Mutant("load_labels", "tl.load(_a + _b, mask=_c, other=0.0)", "tl.load(_a + 0 * _b, mask=_c, other=0.0)", 0, 2), YOLO11),
     "batch size forgotten backward": (Mutant("loss_scale", "_a / _b", "1 / _b"), YOLO11),
 }  # fmt: skip
 
@@ -96,7 +106,7 @@ SLIPS = {
     "pair_overlaps": (YOLO11, 1), "pair_metrics": (YOLO11, 1), "_is_gt": (YOLOX, 1), "_load_raw_rows": (UNPACK, 2),
     "claim_owned": (YOLO11, 1), "best_of": (YOLO11, 1), "merge_parts": (TILES, 1), "_claimed_anchors": (CRITERION, 2), "winner": (YOLO11, 1), "_owned_pairs": (YOLO11, 2), "rank": (YOLOX, 1), "is_among": (YOLO11, 1),
     "in_centre": (SIMOTA, 2), "_region_cells": (ANY_YOLOX, 2), "pair_costs": (YOLOX, 2), "_true_boxes": (YOLO11, 1), "target_boxes": (YOLOX, 2),
-    "_side_losses": (YOLO11, 1), "_write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_raw_slope": (YOLOX, 1),
+    "side_losses": (YOLO11, 1), "write_bin_grads": (YOLO11, 2), "_bin_weight": (YOLO11, 1), "_raw_slope": (YOLOX, 1),
 }  # fmt: skip
 ALIKE: dict[str, str] = {}
 """Slips that change no result, and why."""

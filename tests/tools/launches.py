@@ -109,6 +109,25 @@ def _yolo11_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool, want
     )  # fmt: skip
 
 
+def _yolo11_obb_assign(
+    dtype: torch.dtype, layout: str, *, reg_max: int = REG_MAX, rule: of.TaskAligned = TASK_ALIGNED
+) -> of.YOLO11OBBAssign:
+    preds = (_preds(dtype, layout, channels) for channels in (4 * reg_max, 1, CLASSES))
+    rows = list(of.new_ground_truth([_empty(ROWS, 7)], working_dtype(dtype)))
+    return of.YOLO11OBBAssign(*preds, rows, LEVELS, reg_max, rule)
+
+
+def _yolo11_obb_loss(dtype: torch.dtype, layout: str, *, reg_max: int = REG_MAX) -> of.YOLO11OBBLoss:
+    x = _yolo11_obb_assign(dtype, layout, reg_max=reg_max)
+    row, score, sums, _, *gt = x.allocate()
+    return of.YOLO11OBBLoss(*x[:3], row, score, sums, *gt, None, LEVELS, reg_max, (*GAINS, 1.0))
+
+
+def _yolo11_obb_criterion(dtype: torch.dtype, layout: str, *, wants_grad: bool) -> of.YOLO11OBB:
+    x = _yolo11_obb_assign(dtype, layout)
+    return of.YOLO11OBB(*x[:3], [_empty(ROWS, 7)], None, LEVELS, REG_MAX, x.assigner, (*GAINS, 1.0), wants_grad)
+
+
 def _simota_assign(dtype: torch.dtype, layout: str) -> of.SimOTAAssign:
     preds = _preds(dtype, layout, CLASSES), _empty(BATCH, ANCHORS, dtype=dtype), _preds(dtype, layout, 4)
     return of.SimOTAAssign(*preds, *_points(), _rows(BATCH * SLOTS), SIMOTA)
@@ -183,6 +202,11 @@ OPERATORS: dict[str, Operator] = {
     "yolo11_criterion": _operator(_yolo11_criterion, wants_grad=True),
     "yolo11_criterion, rows": _operator(_yolo11_criterion, FIRST, wants_grad=True, wants_row=True),
     "yolo11_criterion, no gradient": _operator(_yolo11_criterion, FIRST, wants_grad=False),
+    "yolo11_obb_assign": _operator(_yolo11_obb_assign, FIRST, rule=of.TaskAligned(10, 1, 0.5, 6.0, 16.0, 1e-9)),
+    "yolo11_obb_loss": _with_gradient(_yolo11_obb_loss, FIRST),
+    "yolo11_obb_loss, R=1": _with_gradient(_yolo11_obb_loss, FIRST, reg_max=1),
+    "yolo11_obb_criterion": _operator(_yolo11_obb_criterion, FIRST, wants_grad=True),
+    "yolo11_obb_criterion, no gradient": _operator(_yolo11_obb_criterion, FIRST, wants_grad=False),
     "task_aligned_assign": _operator(_task_aligned_assign, LAST),
     "task_aligned_assign, oriented": _operator(_rotated_task_aligned_assign, LAST),
     "align_metric": _operator(_align_metric, LAST),

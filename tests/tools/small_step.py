@@ -13,8 +13,8 @@ def main() -> None:
         print(name, result.double().sum().item())
 
 
-def run(device: torch.device) -> dict[str, Tensor]:
-    """The result of every operation, and what of it goes back to the predictions."""
+def run(device: torch.device, *, has_oriented: bool = True) -> dict[str, Tensor]:
+    """The result of every operation, and what of it goes back to the predictions; those of oriented boxes' criterion too."""
     case = make_case("lognormal", batch_size=2, imgsz=96, num_classes=40)  # tiles have fewer
     rows = case.rows.to(device)
     yolo11 = [x.to(device).transpose(1, 2).requires_grad_() for x in yolo11_preds(case)]
@@ -31,6 +31,14 @@ def run(device: torch.device) -> dict[str, Tensor]:
         found[name], found[f"{name}, positives"] = out.loss.detach(), out.num_fg
         for i, grad in enumerate(torch.autograd.grad(out.loss, preds)):
             found[f"{name}, gradient {i}"] = grad
+
+    if has_oriented:
+        turns = torch.arange(len(rows), dtype=rows.dtype, device=device)[:, None]
+        obb = [yolo11[0], (yolo11[0].detach()[..., :1] / 4).requires_grad_(), yolo11[1]]
+        out = ty.YOLO11OBBLoss(40, strides=STRIDES).to(device)(*obb, case.feat_shapes, torch.cat([rows, turns], 1))
+        found["YOLO11OBBLoss"], found["YOLO11OBBLoss, positives"] = out.loss.detach(), out.num_fg
+        for i, grad in enumerate(torch.autograd.grad(out.loss, obb)):
+            found[f"YOLO11OBBLoss, gradient {i}"] = grad
 
     raw = (yolo11[0].detach()[..., : 3 * 17] / 4).requires_grad_()
     keypoints = rows[:, None, 2:5] * torch.linspace(0, 1, 17, device=device)[:, None]  # of which the first is not visible

@@ -48,6 +48,16 @@ from .yolo11 import (
     YOLO11LossOutputs,
     YOLO11Outputs,
 )
+from .yolo11_obb import (
+    FLOOR,
+    MIN_SIDE_PX,
+    YOLO11OBB,
+    GradDistAngleScores,
+    YOLO11OBBAssign,
+    YOLO11OBBLoss,
+    YOLO11OBBLossBackward,
+    YOLO11OBBOutputs,
+)
 from .yolox import (
     YOLOX,
     SimOTAAssign,
@@ -62,7 +72,10 @@ from .yolox import (
 
 __all__ = [
     "BY_ROW",
+    "FLOOR",
+    "MIN_SIDE_PX",
     "YOLO11",
+    "YOLO11OBB",
     "YOLOX",
     "AlignMetric",
     "BboxIoU",
@@ -74,6 +87,7 @@ __all__ = [
     "DecodeYOLOXBackward",
     "GradBoxes",
     "GradDist",
+    "GradDistAngleScores",
     "GradDistScores",
     "GradPreds",
     "GroundTruth",
@@ -100,6 +114,10 @@ __all__ = [
     "YOLO11Loss",
     "YOLO11LossBackward",
     "YOLO11LossOutputs",
+    "YOLO11OBBAssign",
+    "YOLO11OBBLoss",
+    "YOLO11OBBLossBackward",
+    "YOLO11OBBOutputs",
     "YOLO11Outputs",
     "YOLOXAssign",
     "YOLOXAssignment",

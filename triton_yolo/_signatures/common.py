@@ -44,6 +44,7 @@ class SimOTA(NamedTuple):
 class GroundTruth(NamedTuple):
     """Rows (N,) in any order: image index, negative for padding, and label, int64; box (N, 4) as corners, and centre and size.
 
+    Oriented boxes have the corners that they would have upright, and behind centre and size the angle: (N, 5).
     ``target_row`` (B, A) int32 of an assignment is the row of every anchor, or -1.
     """
 
@@ -54,7 +55,7 @@ class GroundTruth(NamedTuple):
 
 
 class UnpackRows(NamedTuple):
-    """Rows (N, 6) in the YOLO convention; the size of the image in pixels."""
+    """Rows (N, 6) in the YOLO convention, or (N, 7) with an angle; the size of the image in pixels."""
 
     rows: Tensor
     width: float
@@ -65,12 +66,13 @@ class UnpackRows(NamedTuple):
 
 
 def new_ground_truth(targets: list[Tensor], dtype: torch.dtype) -> GroundTruth:
-    """Memory for what operations take as ``targets``: raw rows (N, 6), or the four fields of ``GroundTruth``."""
+    """Memory for what operations take as ``targets``: raw rows (N, 6 or 7), or the four fields of ``GroundTruth``."""
     boxes = targets[-1]
+    box_size = boxes.shape[1] - 2 if len(targets) == 1 else boxes.shape[1]
     num_rows = boxes.shape[0]  # len() would make a constant of it, and every number of rows a new compile
     integers = boxes.new_empty(num_rows, dtype=torch.int64)
     corners = boxes.new_empty((num_rows, 4), dtype=dtype)
-    return GroundTruth(integers, torch.empty_like(integers), corners, torch.empty_like(corners))
+    return GroundTruth(integers, torch.empty_like(integers), corners, boxes.new_empty((num_rows, box_size), dtype=dtype))
 
 
 def wider(*tensors: Tensor) -> torch.dtype:

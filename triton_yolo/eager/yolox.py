@@ -44,7 +44,7 @@ def yolox_assign(x: YOLOXAssign) -> YOLOXAssignment:
 
     regions = Regions((points * point_strides).contiguous(), point_strides, *x.assigner, find_near, find_in_box)
     target_row, matched_iou = match(preds[..., 5:], preds[..., 4], boxes_at, regions, gt)
-    num_gt = is_valid(gt.image_index, gt.labels, gt.boxes_xyxy, len(preds), preds.shape[2] - 5).sum()
+    num_gt = is_valid(*gt, len(preds), preds.shape[2] - 5).sum()
     is_whole = is_finite(preds[..., 4])
     images, anchors = (target_row >= 0).nonzero().unbind(-1)
     for part in row_parts(images, preds.shape[2]):

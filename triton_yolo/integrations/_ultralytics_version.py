@@ -33,9 +33,10 @@ def as_numbers(version: str) -> tuple[int, ...]:
 @torch.enable_grad()
 def compare_losses(owner: Any, ours: Any) -> None:
     """Compare with a criterion's stock loss, and its gradient, on random numbers: an untested version may define another."""
+    is_oriented = owner.__name__ == "v8OBBLoss"
     for reg_max in (16, 1):
         stock, results = _stock_criterion(owner, reg_max), []
-        leaves, preds, batch = _random_inputs(reg_max)
+        leaves, preds, batch = _random_inputs(reg_max, is_oriented=is_oriented)
         for method in (owner.loss, ours):
             with torch.autocast("cpu", enabled=False):
                 total, items = method(stock, preds, batch)
@@ -46,7 +47,7 @@ def compare_losses(owner: Any, ours: Any) -> None:
             require_here(torch.allclose(actual, expected, 1e-3, 1e-3 * float(expected.abs().max())), "its loss is another")
 
 
-def _random_inputs(reg_max: int) -> tuple[list[torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
+def _random_inputs(reg_max: int, *, is_oriented: bool) -> tuple[list[torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
     """Leaves, predictions and targets of two images of 128 px, for every task."""
     generator = torch.Generator().manual_seed(0)
     leaves = {
@@ -54,6 +55,7 @@ def _random_inputs(reg_max: int) -> tuple[list[torch.Tensor], dict[str, Any], di
         "scores": torch.randn(2, 3, 336, generator=generator),
         "kpts": torch.randn(2, 17 * 3, 336, generator=generator),
         "mask_coefficient": torch.randn(2, 8, 336, generator=generator),
+        "angle": torch.rand(2, 1, 336, generator=generator),
         "proto": torch.randn(2, 8, 32, 32, generator=generator),
     }
     preds = {**leaves, "feats": [torch.zeros(2, 1, *shape) for shape in ((16, 16), (8, 8), (4, 4))]}
@@ -62,7 +64,7 @@ def _random_inputs(reg_max: int) -> tuple[list[torch.Tensor], dict[str, Any], di
     batch = {
         "batch_idx": torch.arange(6.0) // 3,
         "cls": torch.arange(6.0)[:, None] % 3,
-        "bboxes": torch.cat([low + size / 2, size], 1),
+        "bboxes": torch.cat([low + size / 2, size, torch.rand(6, 1, generator=generator)[:, : int(is_oriented)]], 1),
         "keypoints": torch.rand(6, 17, 3, generator=generator).round(decimals=1),
         "masks": torch.randint(4, (2, 32, 32), generator=generator),
     }
@@ -73,7 +75,7 @@ def _stock_criterion(owner: Any, reg_max: int) -> Any:
     head = SimpleNamespace(
         stride=torch.tensor([8.0, 16.0, 32.0]), nc=3, no=3 + 4 * reg_max, reg_max=reg_max, kpt_shape=[17, 3]
     )  # fmt: skip
-    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, pose=12.0, kobj=1.0, overlap_mask=True)
+    gains = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, pose=12.0, kobj=1.0, angle=1.0, overlap_mask=True)
     model = torch.nn.Linear(1, 1)
     model.args, model.model = gains, [head]  # type: ignore[assignment]
     return owner(model)

@@ -1,8 +1,8 @@
 """Ultralytics' trainers with this package's loss and assignment: ``patch()`` before ``YOLO(...).train(...)``.
 
-What changes is how the losses of some criteria are computed, those of detection, segmentation and pose, and the plain
-task-aligned assigner. Criteria, models and checkpoints stay Ultralytics' own objects, so copies, averaged models, resumed runs
-and machines without this package see nothing of it.
+What changes is how the losses of some criteria are computed, those of detection, oriented boxes, segmentation and pose, and
+the plain task-aligned assigner. Criteria, models and checkpoints stay Ultralytics' own objects, so copies, averaged models,
+resumed runs and machines without this package see nothing of it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from .._version import __version__
 from ._patching import Patch, Replacement, import_trainer
 from ._ultralytics_detect import ASSIGNER_INPUTS, DETECTION, KEEPS_STOCK, assigner_forward, constants, criterion_loss
 from ._ultralytics_graphs import Steps
+from ._ultralytics_obb import ORIENTED
 from ._ultralytics_pose import POSE
 from ._ultralytics_segment import SEGMENTATION
 from ._ultralytics_version import TESTED, as_numbers, compare_losses, modules, require_here, require_parameters, tested
@@ -24,18 +25,20 @@ from ._ultralytics_version import TESTED, as_numbers, compare_losses, modules, r
 if TYPE_CHECKING:
     DetectionTrainer: Any
 
-_CRITERIA = {"v8DetectionLoss": DETECTION, "v8SegmentationLoss": SEGMENTATION, "v8PoseLoss": POSE}
+_CRITERIA = {
+    "v8DetectionLoss": DETECTION, "v8OBBLoss": ORIENTED, "v8SegmentationLoss": SEGMENTATION, "v8PoseLoss": POSE,
+}  # fmt: skip
 __all__ = ["DetectionTrainer", "patch", "patched", "unpatch"]
 
 
 def patch(*, cuda_graph: bool = False) -> None:
     """Compute the losses of Ultralytics' detectors with this package from now on, in this process and in those of its DDP.
 
-    Covered are the detection criterion of YOLOv8, v9, v10, 11, 12 and 26, both branches of the one-to-one models included, the
-    segmentation and pose criteria of v8 and 11, and the plain assigner wherever else it is used. What has an assigner of its
-    own (oriented boxes, YOLO26's segmentation and pose) keeps it, which is logged once; so do YOLOE's visual prompts, and
-    whatever somebody has replaced a part of: a member of the criterion, a class, a method or a function that they use. A
-    criterion returns a loss of shape (1,), the sum of the terms of the stock one, and the same named items.
+    Covered are the criteria of detection of YOLOv8, v9, v10, 11, 12 and 26 and of oriented boxes of v8, 11 and 26, both
+    branches of the one-to-one models included, of segmentation and pose of v8 and 11, and the plain assigner wherever else it
+    is used. What has an assigner of its own (YOLO26's segmentation and pose) keeps it, which is logged once; so do YOLOE's
+    visual prompts, and whatever somebody has replaced a part of: a member of the criterion, a class, a method or a function
+    that they use. A criterion returns a loss of shape (1,), the sum of the terms of the stock one, and the same named items.
 
     Args:
         cuda_graph: replay the training steps of detectors as CUDA graphs, forward pass, loss and backward (see

@@ -6,7 +6,16 @@ from .plans.keypoints import keypoint_loss
 from .plans.masks import mask_loss
 from .plans.simota import simota_assign
 from .plans.task_aligned import task_aligned_assign
-from .plans.yolo11 import yolo11_assign, yolo11_criterion, yolo11_loss, yolo11_loss_backward
+from .plans.yolo11 import (
+    yolo11_assign,
+    yolo11_criterion,
+    yolo11_loss,
+    yolo11_loss_backward,
+    yolo11_obb_assign,
+    yolo11_obb_criterion,
+    yolo11_obb_loss,
+    yolo11_obb_loss_backward,
+)
 from .plans.yolox import yolox_assign, yolox_criterion, yolox_loss, yolox_loss_backward
 from .scale import scale_
 from .stages import align_metric, select_topk_candidates
@@ -33,6 +42,10 @@ __all__ = [
     "yolo11_criterion",
     "yolo11_loss",
     "yolo11_loss_backward",
+    "yolo11_obb_assign",
+    "yolo11_obb_criterion",
+    "yolo11_obb_loss",
+    "yolo11_obb_loss_backward",
     "yolox_assign",
     "yolox_criterion",
     "yolox_loss",

@@ -27,6 +27,14 @@ class Tensor2(NamedTuple):
     column: int
 
 
+class Head(NamedTuple):
+    """What a head puts out, or its gradient: distances (B, A, 4R), angles (B, A, 1) of oriented boxes, logits (B, A, C)."""
+
+    dist: Tensor3
+    angle: Tensor3 | None
+    scores: Tensor3
+
+
 class Grid(NamedTuple):
     """Sizes (h0, w0, h1, w1, ...) of the levels, and the number of anchors."""
 
@@ -45,7 +53,7 @@ class Points(NamedTuple):
 
 
 class RawRows(NamedTuple):
-    """Rows (N, 6) of (image index, class, cx, cy, w, h), in shares of the image."""
+    """Rows (N, 6) of (image index, class, cx, cy, w, h), in shares of the image; (N, 7) have an angle."""
 
     ptr: Any
     row: int
@@ -53,7 +61,10 @@ class RawRows(NamedTuple):
 
 
 class TargetRows(NamedTuple):
-    """Rows (N,) of image index and label, int64, and boxes (N, 4) in pixels as corners and as centre and size."""
+    """Rows (N,) of image index and label, int64, and boxes (N, 4) in pixels as corners and as centre and size.
+
+    Oriented boxes have an angle behind centre and size, (N, 5).
+    """
 
     image_ptr: Any
     image_step: int
@@ -68,22 +79,15 @@ class TargetRows(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 if a row does not count; label (N,) int64; boxes (N, 4)."""
+    """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 if a row does not count; label (N,) int64; boxes (N, 4).
+
+    Of oriented boxes it leaves no corners, but centre, size and angle (N, 5).
+    """
 
     image_ptr: Any
     label_ptr: Any
     xyxy_ptr: Any
     xywh_ptr: Any
-
-
-class OrientedRows(NamedTuple):
-    """The same of oriented boxes: as they would be upright, centre and size, and the angle (N,)."""
-
-    image_ptr: Any
-    label_ptr: Any
-    xyxy_ptr: Any
-    xywh_ptr: Any
-    angle_ptr: Any
 
 
 class Anchors(NamedTuple):

@@ -66,6 +66,13 @@ def load_boxes(boxes, image, offs_a, mask_a, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def load_angles(angles, image, anchor, mask, DTYPE: tl.constexpr):
+    """Angles [...] of anchors [...], of one image or of an image each, from (B, A, 1) of any layout."""
+    ptr = angles.ptr + image * angles.image + anchor.to(tl.int64) * angles.anchor
+    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
 def load_strides(points, offs_a, mask_a, DTYPE: tl.constexpr):
     return tl.load(points.strides_ptr + offs_a * points.step, mask=mask_a, other=0.0).to(DTYPE)
 

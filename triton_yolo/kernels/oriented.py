@@ -43,9 +43,15 @@ class Pair(NamedTuple):
 
 
 @triton.jit
+def _half_turns(angle):
+    """Half turns next to an angle: what it is off them is at most a quarter turn."""
+    return tl.floor(angle * _PER_PI + 0.5)
+
+
+@triton.jit
 def direction(angle):
     """Cosine and sine of an angle, up to a common sign, to 2e-7 in float32: what half a turn does not change."""
-    half_turns = tl.floor(angle * _PER_PI + 0.5)
+    half_turns = _half_turns(angle)
     x = ((angle - half_turns * _PI_HIGH) - half_turns * _PI_MIDDLE) - half_turns * _PI_LOW
     x = tl.where(tl.abs(x) > 2, 0.0, x)  # of numbers that are further apart than half a turn
     square = x * x
@@ -56,6 +62,24 @@ def direction(angle):
         cos = 1 - square * cos * (1.0 / ((2 * (TERMS - i) - 1) * (2 * (TERMS - i))))
         sin = 1 - square * sin * (1.0 / ((2 * (TERMS - i)) * (2 * (TERMS - i) + 1)))
     return cos, x * sin
+
+
+@triton.jit
+def heading(angle):
+    """Cosine and sine of an angle."""
+    cos, sin = direction(angle)
+    half = _half_turns(angle) / 2
+    is_odd = half != tl.floor(half)
+    return tl.where(is_odd, -cos, cos), tl.where(is_odd, -sin, sin)
+
+
+@triton.jit
+def oriented_box(x, y, left, top, right, bottom, angle):
+    """Boxes, in cells, whose sides are so far from points (x, y) along their axes; and the offset of their centres."""
+    cos, sin = heading(angle)
+    along, across = (right - left) / 2, (bottom - top) / 2
+    dx, dy = along * cos - across * sin, along * sin + across * cos
+    return Oriented(x + dx, y + dy, left + right, top + bottom, angle), dx, dy
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from .boxes import overlap, power, sigmoid
 from .grid import load_points, most_cells, rectangle_cells, rectangle_size
 from .oriented import Oriented, direction, prob_overlap
-from .rows import Box, Truth, load_anchor_boxes, load_listed, load_row_boxes, load_rows
+from .rows import Box, load_anchor_boxes, load_listed, load_oriented_rows, load_row_boxes, load_rows
 
 
 class Rule(NamedTuple):
@@ -46,14 +46,7 @@ class Rectangle(NamedTuple):
 @triton.jit
 def load_truth(rows, offs_g, N, RULE: tl.constexpr):
     """Ground truth of rows ``offs_g`` [g], with boxes of the rule's kind."""
-    truth = load_rows(rows, offs_g, N, RULE.DTYPE)
-    if RULE.IS_ORIENTED:
-        mask = truth.row < N
-        box = load_row_boxes(rows.xywh_ptr, 4, 1, truth.row, mask, RULE.DTYPE)
-        angle = tl.load(rows.angle_ptr + truth.row, mask=mask, other=0.0)
-        oriented = Oriented(box.x1, box.y1, box.x2, box.y2, angle)
-        truth = Truth(truth.row, truth.image, truth.label, truth.is_gt, oriented)
-    return truth
+    return load_rows(rows, offs_g, N, RULE.DTYPE, RULE.IS_ORIENTED)
 
 
 @triton.jit
@@ -80,11 +73,23 @@ def widened(box, MIN_SIDE: tl.constexpr):
 
 
 @triton.jit
+def _around(wide, RULE: tl.constexpr):
+    """Upright rectangles around where candidates are, a hair wider than rotated ones need."""
+    box = wide
+    if RULE.IS_ORIENTED:
+        cos, sin = tl.abs(wide.cos), tl.abs(wide.sin)
+        reach_x, reach_y = wide.half_w * cos + wide.half_h * sin, wide.half_w * sin + wide.half_h * cos
+        reach_x, reach_y = reach_x + 1e-5 * (reach_x + tl.abs(wide.x)), reach_y + 1e-5 * (reach_y + tl.abs(wide.y))
+        box = Box(wide.x - reach_x, wide.y - reach_y, wide.x + reach_x, wide.y + reach_y)
+    return box
+
+
+@triton.jit
 def walk_length(truth, wide, grid, RULE: tl.constexpr):
     """How many anchors each row [g, 1] walks over, 0 for one that does not count."""
     STRIDES: tl.constexpr = RULE.STRIDES  # Triton 3.6 takes no tuple that is part of a constant as an argument
     if RULE.IS_GRID:
-        length = rectangle_size(wide, grid, STRIDES)
+        length = rectangle_size(_around(wide, RULE), grid, STRIDES)
     else:
         length = tl.zeros_like(truth.row) + grid.A
     return tl.where(truth.is_gt, length, 0)
@@ -95,8 +100,14 @@ def longest_walk(rows, offs_g, N, grid, RULE: tl.constexpr):
     """What no walk of rows [g] is longer than, for a fraction of the instructions that its length takes."""
     if RULE.IS_GRID:
         STRIDES: tl.constexpr = RULE.STRIDES
-        box = load_row_boxes(rows.xyxy_ptr, 4, 1, offs_g, offs_g < N, tl.float32)
-        width, height = tl.maximum(box.x2 - box.x1, RULE.MIN_SIDE), tl.maximum(box.y2 - box.y1, RULE.MIN_SIDE)
+        if RULE.IS_ORIENTED:
+            box = load_oriented_rows(rows.xywh_ptr, 5, 1, offs_g, offs_g < N, tl.float32)
+            # No rectangle around it, whatever the angle, has a larger area or longer sides than such a square.
+            width = (tl.maximum(box.w, RULE.MIN_SIDE) + tl.maximum(box.h, RULE.MIN_SIDE)) * 0.70711
+            height = width
+        else:
+            box = load_row_boxes(rows.xyxy_ptr, 4, 1, offs_g, offs_g < N, tl.float32)
+            width, height = tl.maximum(box.x2 - box.x1, RULE.MIN_SIDE), tl.maximum(box.y2 - box.y1, RULE.MIN_SIDE)
         length = most_cells(width, height, STRIDES)
     else:
         length = tl.zeros_like(offs_g).to(tl.float32) + grid.A
@@ -109,7 +120,7 @@ def candidates(nth, length, wide, points, grid, RULE: tl.constexpr):
     STRIDES: tl.constexpr = RULE.STRIDES
     mask = nth < length
     if RULE.IS_GRID:
-        cell = rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE)
+        cell = rectangle_cells(nth, _around(wide, RULE), grid, STRIDES, RULE.DTYPE)
         anchor, x, y = cell.anchor, cell.x, cell.y
     else:
         anchor = nth + tl.zeros_like(length)
@@ -143,7 +154,8 @@ def load_contested(nth, length, num_contested, truth, wide, contested, grid, RUL
     if RULE.IS_GRID:
         are_listed = tl.min(is_listed.to(tl.int32))
         if are_listed == 0:
-            anchor = tl.where(is_listed, anchor, rectangle_cells(nth, wide, grid, STRIDES, RULE.DTYPE).anchor)
+            cell = rectangle_cells(nth, _around(wide, RULE), grid, STRIDES, RULE.DTYPE)
+            anchor = tl.where(is_listed, anchor, cell.anchor)
     return anchor, mask
 
 

@@ -49,6 +49,8 @@ class _ScalePlan(Plan):
 
 
 def scale_(grads: list[Tensor], grad: Tensor) -> None:
-    """Multiply one or two dense tensors, of any layout, in place."""
+    """Multiply dense tensors, of any layout, in place, two by two."""
     if grads[0].numel():
-        run(_ScalePlan, Scale(grad, grads), grads)
+        for start in range(0, len(grads), 2):
+            pair = grads[start : start + 2]
+            run(_ScalePlan, Scale(grad, pair), pair)

@@ -13,10 +13,15 @@ from .rows import unpack_rows as _unpack
 
 
 @triton.jit(do_not_specialize=["N"])
-def _unpack_kernel(rows, targets, height: tl.float64, width: tl.float64, N, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """A program reads BLOCK rows of (image index, class, cx, cy, w, h) in shares of the image, and writes boxes in pixels."""
+def _unpack_kernel(
+    rows, targets, height: tl.float64, width: tl.float64, N, IS_ORIENTED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program reads BLOCK rows of (image index, class, cx, cy, w, h) in shares of the image, and writes boxes in pixels.
+
+    Oriented boxes have an angle as it is.
+    """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _unpack(rows, targets, height, width, offs, offs < N, DTYPE)
+    _unpack(rows, targets, height, width, offs, offs < N, IS_ORIENTED, DTYPE)
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -30,15 +35,21 @@ def packing(targets: list[Tensor], num_classes: int, dtype: torch.dtype) -> Laun
 
 
 def packed_rows(dtype: torch.dtype, is_oriented: bool = False) -> Buffers:
-    """What ``Rows`` take of a workspace a row, but for centre and size, or ``OrientedRows``."""
-    turned: Buffers = {"xywh": (dtype, 4), "angle": (dtype, 1)} if is_oriented else {}
-    return {"image": (torch.int32, 1), "label": (torch.int64, 1), "xyxy": (dtype, 4), **turned}
+    """What ``Rows`` take of a workspace a row, boxes in one form."""
+    boxes: Buffers = {"xywh": (dtype, 5)} if is_oriented else {"xyxy": (dtype, 4)}
+    return {"image": (torch.int32, 1), "label": (torch.int64, 1), **boxes}
 
 
 class _UnpackPlan(Plan):
     def __init__(self, x: UnpackRows, out: GroundTruth, num_rows: int) -> None:
         self.block = min(triton.next_power_of_2(num_rows), 2**14) if INTERPRETED else 128
-        self.unpack = Launch(_unpack_kernel, 4, DTYPE=compute_type(out.boxes_xyxy.dtype), BLOCK=self.block)
+        self.unpack = Launch(
+            _unpack_kernel,
+            4,
+            IS_ORIENTED=out.boxes_xywh.shape[1] == 5,
+            DTYPE=compute_type(out.boxes_xyxy.dtype),
+            BLOCK=self.block,
+        )
         super().__init__(Workspace(), self.unpack)
 
     def launch(self, run: Run) -> None:

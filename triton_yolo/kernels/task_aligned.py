@@ -8,9 +8,10 @@ import triton.language as tl
 from .arguments import State
 from .boxes import expectation
 from .claims import claim_owned, merge_parts, store_part
-from .decode import side_logits
+from .decode import load_angles, side_logits
 from .fill import fill
 from .grid import anchor_points, cell_centres
+from .oriented import oriented_box
 from .pairs import (
     candidate_area,
     candidates,
@@ -25,6 +26,13 @@ from .pairs import (
 from .reduce import total
 from .rows import CONTESTED, Box, contest, list_length, pack_rows, store_anchor_boxes
 from .topk import best_of, index_of, is_taken, keep_best, none, ordered
+
+
+class Angles(NamedTuple):
+    """Predicted angles (B, A, 1), and their gradient, None if it is not wanted; ``Tensor3``."""
+
+    preds: Any
+    grads: Any
 
 
 class Result(NamedTuple):
@@ -55,13 +63,14 @@ def _clear(result, state, image, offs_a, mask_a, A, is_first, HAS_SCORES: tl.con
 
 @triton.jit(do_not_specialize=["N", "B"])
 def _yolo11_prepare_kernel(
-    boxes, result, state, poison_ptr, dist, rows, targets, grid, height: tl.float64, width: tl.float64, N, B,
+    boxes, result, state, poison_ptr, dist, angles, rows, targets, grid, height: tl.float64, width: tl.float64, N, B,
     STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, IS_FINAL: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program decodes BLOCK_A anchors of one image to pixels and makes them background, none contested.
 
-    Into ``poison`` (programs,) it writes 0, or NaN if one of its logits is not finite. All together pack the ground truth.
+    Into ``poison`` (programs,) it writes 0, or NaN if one of its logits or angles is not finite. All together pack the ground
+    truth. With ``angles`` boxes are oriented.
     """
     image = tl.program_id(1).to(tl.int64)
     # Two anchors a thread, with all their bins: nothing changes hands.
@@ -73,11 +82,30 @@ def _yolo11_prepare_kernel(
     right, poison = _poisoned_distance(dist, image, offs_a, mask_a, 2, poison, R, RP, DTYPE)
     bottom, poison = _poisoned_distance(dist, image, offs_a, mask_a, 3, poison, R, RP, DTYPE)
     x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
-    box = Box((x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride)
-    store_anchor_boxes(boxes, image, offs_a, mask_a, box)
+    if angles is None:
+        box = Box((x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride)
+        store_anchor_boxes(boxes, image, offs_a, mask_a, box)
+    else:
+        angle = load_angles(angles.preds, image, offs_a, mask_a, DTYPE)
+        poison += angle[None, :] * 0.0
+        _store_turned(
+            boxes, angles.grads, image, offs_a, mask_a, oriented_box(x, y, left, top, right, bottom, angle)[0], stride
+        )
     _clear(result, state, image, offs_a, mask_a, grid.A, tl.program_id(0) == 0, IS_FINAL, DTYPE)
     tl.store(poison_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(poison))
     pack_rows(rows, targets, height, width, N, B, PACK, DTYPE)
+
+
+@triton.jit
+def _store_turned(boxes, grads, image, offs_a, mask_a, box, stride):
+    """Store boxes [n] of one image in pixels; the gradient of their angles, if there is one, begins as 0."""
+    in_pixels = Box(box.x * stride, box.y * stride, box.w * stride, box.h * stride)
+    store_anchor_boxes(boxes, image, offs_a, mask_a, in_pixels)
+    offs_a = offs_a.to(tl.int64)
+    tl.store(boxes.ptr + image * boxes.image + offs_a * boxes.anchor + 4 * boxes.channel, box.angle, mask=mask_a)
+    if grads is not None:
+        zeros = tl.zeros(offs_a.shape, grads.ptr.dtype.element_ty)
+        tl.store(grads.ptr + image * grads.image + offs_a * grads.anchor, zeros, mask=mask_a)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from .grid import Cell, cell_centres
 from .members import SPREAD
 from .reduce import total
 from .rows import load_row_boxes
-from .simota import SLOTS, settled, store_matches
+from .simota import settled, store_matches
+from .simota_claims import SLOTS
 from .simota_cost import pair_iou
 from .yolox import box_gradient, box_losses, store_terms, target_boxes
 

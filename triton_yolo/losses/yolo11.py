@@ -1,6 +1,6 @@
 """The criterion of YOLO11 and its kin."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ from .. import _checks, _ops
 from .. import _signatures as signatures
 from .._precision import widened, working_dtype
 from .._rows import is_matched
-from .._signatures import YOLO11, TaskAligned, YOLO11Assign
+from .._signatures import YOLO11, YOLO11Assign
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import TaskAlignedCriterion, normaliser_of, rows_of
 
 
 class YOLO11LossOutput(NamedTuple):
@@ -34,7 +34,7 @@ class YOLO11LossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11Loss(Criterion):
+class YOLO11Loss(TaskAlignedCriterion):
     """The criterion of YOLO11 and of YOLOv8, v9, v10, 12 and 26: task-aligned assignment, BCE, CIoU and DFL.
 
     TOOD (arXiv 2108.07755), Generalized Focal Loss (arXiv 2006.04388), CIoU (arXiv 1911.08287).
@@ -73,8 +73,6 @@ class YOLO11Loss(Criterion):
         tensor(4)
     """
 
-    class_weights: Tensor | None
-
     def __init__(
         self,
         num_classes: int,
@@ -92,29 +90,10 @@ class YOLO11Loss(Criterion):
         class_weights: Tensor | None = None,
         process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        super().__init__(process_group)
-        self.num_classes = _checks.whole("num_classes", num_classes)
-        self.strides, self.reg_max = _checks.reals("strides", strides), _checks.whole("reg_max", reg_max)
-        self.assigner = TaskAligned(
-            _checks.whole("topk", topk), None if topk2 is None else _checks.whole("topk2", topk2),
-            _checks.real("alpha", alpha), _checks.real("beta", beta), _checks.real("min_box_side", min_box_side), 1e-9,
+        super().__init__(
+            num_classes, strides, reg_max, topk, topk2, alpha, beta, min_box_side, class_weights, process_group,
+            box_gain=box_gain, cls_gain=cls_gain, dfl_gain=dfl_gain,
         )  # fmt: skip
-        gains = {"box_gain": box_gain, "cls_gain": cls_gain, "dfl_gain": dfl_gain}
-        self.gains = tuple(_checks.real(name, gain) for name, gain in gains.items())
-        if class_weights is not None:
-            _checks.class_weights("class_weights", class_weights, self.num_classes)
-        self.register_buffer("class_weights", class_weights, persistent=False)
-        self._last_weights = class_weights  # with values
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
-        if self.class_weights is not None and not self.class_weights.is_meta:
-            self._last_weights = self.class_weights
-        return super()._apply(fn, recurse)
-
-    def reset_parameters(self) -> None:
-        if self._last_weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
-            with torch.no_grad():
-                self.class_weights.copy_(self._last_weights)
 
     def forward(
         self,
@@ -220,6 +199,3 @@ class YOLO11Loss(Criterion):
         scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
         labels, boxes = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
         return self._loss((pred_dist, pred_scores, row, score, scale, labels, boxes), levels, is_fg.sum())
-
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, strides={self.strides}, reg_max={self.reg_max}, topk={self.assigner.topk}"

@@ -11,14 +11,8 @@ from ..claims import Lists
 from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..members import Claims, Matches, Members, Predictions, Region, Rule, Tally, _simota_member_kernel, _simota_prepare_kernel
 from ..rows import Pack, row_sizes
-from ..simota import (
-    Objectness,
-    Split,
-    _simota_claim_kernel,
-    _simota_contest_kernel,
-    _simota_merge_kernel,
-    _simota_settle_kernel,
-)
+from ..simota import Objectness, _simota_contest_kernel, _simota_settle_kernel
+from ..simota_claims import Split, _simota_claim_kernel, _simota_merge_kernel
 from ..simota_cost import Product
 
 _MOST_CELLS = 128  # of a centre region that one program looks at

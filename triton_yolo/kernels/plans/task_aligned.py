@@ -5,8 +5,17 @@ from typing import Any
 import torch
 import triton
 
-from ..._signatures import YOLO11, TaskAligned, TaskAlignedAssign, TaskAlignedAssignment, YOLO11Assign
-from ..arguments import Anchors, Grid, OrientedRows, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
+from ..._signatures import (
+    MIN_SIDE_PX,
+    YOLO11,
+    YOLO11OBB,
+    TaskAligned,
+    TaskAlignedAssign,
+    TaskAlignedAssignment,
+    YOLO11Assign,
+    YOLO11OBBAssign,
+)
+from ..arguments import Anchors, Grid, Head, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
 from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
 from ..fill import Fill
@@ -16,6 +25,7 @@ from ..reduce import TOTAL_SIZES
 from ..rows import Pack, row_sizes
 from ..targets import packed_rows
 from ..task_aligned import (
+    Angles,
     Result,
     _background_kernel,
     _task_aligned_claim_kernel,
@@ -83,7 +93,7 @@ class _Matching:
 
     def __call__(
         self, run: Run, result: Result, state: State, boxes: Tensor3, scores: Tensor3, points: Points | None,
-        rows: Rows | OrientedRows, grid: Grid, zeros: Fill | None = None,
+        rows: Rows, grid: Grid, zeros: Fill | None = None,
     ) -> None:  # fmt: skip
         """Launch them; ``zeros`` are filled on the way."""
         stream, num_rows, buffers = run.stream, run.num_rows, run.buffers
@@ -126,10 +136,8 @@ class TaskAlignedPlan(Plan):
         grid = Grid((1, 1), x.scores.shape[1])
         row = address(run.out.target_row)
         result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
-        state, corners = state_of(run, row), (buffers.image, buffers.label, buffers.xyxy)
-        rows: Rows | OrientedRows = new(Rows, (*corners, None))
-        if self.is_oriented:
-            rows = new(OrientedRows, (*corners, buffers.xywh, buffers.angle))
+        truth = (None, buffers.xywh) if self.is_oriented else (buffers.xyxy, None)
+        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, *truth))
         targets = targets_of(address, x.targets)
         self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
         if run.num_rows:
@@ -144,18 +152,25 @@ def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
     return out
 
 
+Assigned = YOLO11 | YOLO11Assign | YOLO11OBB | YOLO11OBBAssign
+
+
+def has_angle(x: Any) -> bool:
+    """Whether the inputs of an operation are of oriented boxes."""
+    return "pred_angle" in x._fields
+
+
 class YOLO11Assigning:
     """The launches of YOLO11's assignment, from raw predictions: as an operation, or as part of the whole criterion.
 
     Args:
         is_whole: whether the sum of the scores becomes the normaliser.
         is_final: whether rows and scores of all anchors are wanted, and not claims alone.
-        fills: whether a gradient is zeroed on the way.
+        fills: whether gradients are zeroed on the way.
     """
 
-    def __init__(
-        self, x: YOLO11 | YOLO11Assign, dtype: torch.dtype, num_rows: int, *, is_whole: bool, is_final: bool, fills: bool
-    ) -> None:
+    def __init__(self, x: Assigned, dtype: torch.dtype, num_rows: int, *, is_whole: bool, is_final: bool, fills: bool) -> None:
+        is_oriented = has_angle(x)
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
@@ -163,39 +178,44 @@ class YOLO11Assigning:
         self.num_poisons = self.programs[0] * batch_size
         self.prepare = FusedLaunch(
             _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            IS_FINAL=is_final, PACK=Pack(num_classes, len(x.targets) == 1, False, 32), DTYPE=kind, BLOCK_A=block,
+            IS_FINAL=is_final, DTYPE=kind, BLOCK_A=block,
+            PACK=Pack(num_classes, len(x.targets) == 1, is_oriented, 32, is_oriented, MIN_SIDE_PX if is_oriented else 0.0),
         )  # fmt: skip
         self.matching = _Matching(
-            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1
-        )
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1,
+            is_oriented=is_oriented,
+        )  # fmt: skip
         self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
         self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
         if (num_rows or fills) and self.num_poisons:
             self.launches += self.matching.launches
         self.grid = Grid(x.levels.feat_shapes, num_anchors)
         self.size = x.levels.image_size
+        self.box_size = 5 if is_oriented else 4
         self.fixed = {
-            "boxes": (dtype, 4 * batch_size * num_anchors), "poison": (dtype, self.num_poisons),
+            "boxes": (dtype, self.box_size * batch_size * num_anchors), "poison": (dtype, self.num_poisons),
             **self.matching.fixed(batch_size, num_anchors),
         }  # fmt: skip
         self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
 
     def __call__(
-        self, run: Run, dist: Tensor3, scores: Tensor3, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows,
-        zeros: Fill | None = None,
-    ) -> State:  # fmt: skip
+        self, run: Run, preds: Head, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows, grads: Head | None = None
+    ) -> State:
+        """Launch them; ``grads`` are zeroed on the way, but for class logits."""
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
-        boxes = new(Tensor3, (buffers.boxes, 4 * grid.A, 1, grid.A))
+        boxes = new(Tensor3, (buffers.boxes, self.box_size * grid.A, 1, grid.A))
+        angles = None if preds.angle is None else new(Angles, (preds.angle, None if grads is None else grads.angle))
         result, state = new(Result, (row, score, buffers.row_sum, buffers.row_count)), state_of(run, row)
         batch_size, targets = self.programs[1], targets_of(run.address, run.x.targets)
         num_rows = run.num_rows if self.num_poisons else 0
         if self.num_poisons:
             self.prepare(
-                stream, self.programs, boxes, result, state, buffers.poison, dist, rows, targets, grid, *self.size,
-                num_rows, batch_size,
+                stream, self.programs, boxes, result, state, buffers.poison, preds.dist, angles, rows, targets, grid,
+                *self.size, num_rows, batch_size,
             )  # fmt: skip
-        if num_rows or zeros is not None:
-            self.matching(run, result, state, boxes, scores, None, rows, grid, zeros)
+        if num_rows or grads is not None:
+            zeros = None if grads is None else new(Fill, (grads.dist.ptr, run.out.grad_pred_dist.numel()))
+            self.matching(run, result, state, boxes, preds.scores, None, rows, grid, zeros)
         self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)
         return state
