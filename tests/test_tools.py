@@ -59,7 +59,7 @@ def test_a_spill_is_past_the_bar_of_some_targets_only():
 
 def test_the_small_step_runs(capsys):
     small_step.main()
-    assert len(capsys.readouterr().out.splitlines()) == 42
+    assert len(capsys.readouterr().out.splitlines()) == 45
 
 
 def test_figures_land_between_their_markers():

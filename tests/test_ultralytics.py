@@ -240,13 +240,16 @@ def task_batch(task: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("task", ["yolo11n-seg", "yolov8n-seg"])
-def test_plain_assigner_of_other_criteria(task, monkeypatch):
+def test_a_criterion_that_stays_has_our_assigner(monkeypatch, stays):
     calls = []
     ours = _ultralytics_detect.TaskAlignedAssigner
     monkeypatch.setattr(_ultralytics_detect, "TaskAlignedAssigner", lambda *args: calls.append(args) or ours(*args))
-    compare_steps(task_model(task), task_batch(task), is_ours=False)
+    model = task_model("yolo11n-seg")
+    model.criterion = model.init_criterion()
+    model.criterion.bce = torch.nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.full((1,), 2.0))
+    compare_steps(model, task_batch("yolo11n-seg"), is_ours=False)
     assert len(calls) == 1
+    assert "keeps the computation of ultralytics: bce has other settings" in stays.pop()
 
 
 @pytest.mark.parametrize("task", ["yolo26n-seg", "yolo26n-pose"])
@@ -324,7 +327,7 @@ def test_another_loss_is_an_error(monkeypatch):
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     ours = _ultralytics_detect.YOLO11Loss
     wrong = integration.DETECTION._replace(make=lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
-    monkeypatch.setattr(integration, "DETECTION", wrong)
+    monkeypatch.setitem(integration._CRITERIA, "v8DetectionLoss", wrong)
     kept.cache_clear()
     before = methods()
     warns = pytest.warns(UserWarning, match="untested")
