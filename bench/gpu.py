@@ -131,7 +131,7 @@ def compiling(arguments: argparse.Namespace) -> Iterator[Task]:
     """Everything that is timed once, side by side: compilation would take a third of the time."""
     out = ("--out", os.devnull)
     for dtype in ("bfloat16", "float32"):
-        for command in ("loss", "stages", "assign"):
+        for command in ("loss", "stages", "assign", "tasks"):
             options = (*_case(arguments, dtype, "2"), "--quick", "--only", "nothing-else", *out)
             yield Task(f"compile {command} {dtype}", 100, (*bench(command), *options), is_side_by_side=True)
     yield Task("compile small step", 100, (sys.executable, "-m", "tests.tools", "small-step"), is_side_by_side=True)
@@ -183,6 +183,12 @@ def stages(arguments: argparse.Namespace) -> Iterator[Task]:
         yield Task(f"{command} bfloat16", 60, (*bench(command), *options))
 
 
+def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+    """Oriented boxes, masks and keypoints beside the peer."""
+    options = (*_case(arguments, "bfloat16", "2" if arguments.rehearse else "8"), *_results(arguments))
+    yield Task("tasks bfloat16", 60, (*bench("tasks"), *options))
+
+
 def scaling(arguments: argparse.Namespace) -> Iterator[Task]:
     """How time grows, and what is dense or compiled, which takes minutes."""
     if not arguments.rehearse:
@@ -207,7 +213,7 @@ def _results(arguments: argparse.Namespace) -> tuple[str, ...]:
 Part = Callable[[argparse.Namespace], Iterator[Task]]
 PARTS: dict[str, Part] = {
     "compile": compiling, "proofs": proofs, "loss": criteria, "suite": suite, "sanitizer": sanitizer, "steps": steps,
-    "stages": stages, "scaling": scaling,
+    "tasks": tasks, "stages": stages, "scaling": scaling,
 }  # fmt: skip
 BY_DEFAULT = tuple(part for part in PARTS if part != "scaling")
 """In the order of their worth; what does not fit the time is named as too long."""

@@ -155,7 +155,7 @@ def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     parts = {name: list(part(arguments)) for name, part in gpu.PARTS.items()}
     tasks = [task for part in parts.values() for task in part]
     benchmarks = [task.command[task.command.index("bench") + 1 :] for task in tasks if "bench" in task.command]
-    assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "train-step"}
+    assert {command[0] for command in benchmarks} >= {"loss", "stages", "assign", "tasks", "train-step"}
     for command in benchmarks:
         bench.make_parser().parse_args(command)
     tools = [task.command[task.command.index("tests.tools") + 1 :] for task in tasks if "tests.tools" in task.command]
