@@ -85,7 +85,7 @@ MEANT = {
     "conflict to the dearest": (Mutant("_simota_contest_kernel", "-_a", "_a"), YOLOX),
     "box logits of positives may hold anything": (Mutant("_box_terms", "_a * 0.0 + _b + _c + _d", "_a * 0.0"), TAKES_PART),
     "class logits of positives may hold anything": (Mutant("_class_terms", "tl.fma(_a, 0.0, _b)", "_b"), TAKES_PART),
-    "a place with many large IoUs forgets some": (Mutant("_dynamic_k", "tl.min(_a) == 0", "tl.min(_a) < 0"), TILES_X),
+    "a place with many large IoUs forgets some": (Mutant("_list_ious", "tl.min(_a) == 0", "tl.min(_a) < 0", 0, 2), TILES_X),
     "contested anchors counted twice": (Mutant("claim_owned", "_a & ~_b", "_a"), YOLOX),
     "positives left with gaps": (Mutant("_leave", "_a - 1", "_a"), CRITERION_X),
     "class target is one": (Mutant("class_losses", "_a - _b * _c", "_a - _b"), YOLOX),
