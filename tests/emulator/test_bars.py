@@ -54,14 +54,6 @@ def test_no_program_is_long_where_all_anchors_take_part():
     assert max(longest(launches).values()) <= 3000, longest(launches)
 
 
-def test_no_program_is_long_in_a_crowd():
-    case = whole_image_case()
-    rows = case.rows.repeat(7, 1)
-    rows[:, 2:4] = torch.rand(len(rows), 2, generator=torch.Generator().manual_seed(0))
-    launches = launches_of("yolox", case._replace(rows=rows))
-    assert max(longest(launches).values()) <= 3000, longest(launches)
-
-
 @pytest.mark.parametrize(("system", "bar"), [("yolo11", 1_100_000), ("yolox", 215_000)])
 def test_few_instructions_an_image(whole_image, system, bar):
     assert sum(issued(whole_image[system]).values()) <= bar, issued(whole_image[system])

@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("target", ["cuda:75", "cuda:80", "cuda:90", "cuda:120"])
 def test_small_step(target):
-    has_oriented = target == "cuda:90"  # which take long to compile
+    has_tasks = target == "cuda:90"  # which take long to compile
     with ty.backend("eager"):
-        expected = small_step.run(CPU, has_oriented=has_oriented)
+        expected = small_step.run(CPU, has_tasks=has_tasks)
     with emulated(target) as launches, ty.backend("triton"):
-        found = small_step.run(CPU, has_oriented=has_oriented)
+        found = small_step.run(CPU, has_tasks=has_tasks)
     assert len({launch.kernel for launch in launches}) >= 20
     for name, want in expected.items():
         error = (found[name].double() - want.double()).abs().max()

@@ -102,7 +102,7 @@ def test_yolo11_is_the_sum_of_its_parts(module, layout, dtype, form):
     x = criterion(assign(case, topk2=2 if form == "raw" else None), weights=torch.rand(3) if form == "raw" else None)
     if form == "raw":
         x = x._replace(targets=[yolo11_rows(case)])
-    for wants_row in (False, True):
+    for wants_row in (False, True) if layout == "first" else (False,):
         x = x._replace(wants_row=wants_row)
         whole = module.yolo11_criterion(x)
         assert whole.num_fg > 3

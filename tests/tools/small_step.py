@@ -13,8 +13,8 @@ def main() -> None:
         print(name, result.double().sum().item())
 
 
-def run(device: torch.device, *, has_oriented: bool = True) -> dict[str, Tensor]:
-    """The result of every operation, and what of it goes back to the predictions; those of oriented boxes' criterion too."""
+def run(device: torch.device, *, has_tasks: bool = True) -> dict[str, Tensor]:
+    """The result of every operation, and what of it goes back to the predictions; those of other tasks' losses too."""
     case = make_case("lognormal", batch_size=2, imgsz=96, num_classes=40)  # tiles have fewer
     rows = case.rows.to(device)
     yolo11 = [x.to(device).transpose(1, 2).requires_grad_() for x in yolo11_preds(case)]
@@ -32,16 +32,6 @@ def run(device: torch.device, *, has_oriented: bool = True) -> dict[str, Tensor]
         for i, grad in enumerate(torch.autograd.grad(out.loss, preds)):
             found[f"{name}, gradient {i}"] = grad
 
-    if has_oriented:
-        turns = torch.arange(len(rows), dtype=rows.dtype, device=device)[:, None]
-        obb = [yolo11[0], (yolo11[0].detach()[..., :1] / 4).requires_grad_(), yolo11[1]]
-        out = ty.YOLO11OBBLoss(40, strides=STRIDES).to(device)(*obb, case.feat_shapes, torch.cat([rows, turns], 1))
-        found["YOLO11OBBLoss"], found["YOLO11OBBLoss, positives"] = out.loss.detach(), out.num_fg
-        for i, grad in enumerate(torch.autograd.grad(out.loss, obb)):
-            found[f"YOLO11OBBLoss, gradient {i}"] = grad
-
-    raw = (yolo11[0].detach()[..., : 3 * 17] / 4).requires_grad_()
-    keypoints = rows[:, None, 2:5] * torch.linspace(0, 1, 17, device=device)[:, None]  # of which the first is not visible
     points, strides = (x.to(device) for x in ty.make_anchors(case.feat_shapes, STRIDES))
     boxes = ty.decode_dfl(yolo11[0], points, reg_max=case.reg_max, strides=strides)
     raw_boxes = ty.decode_yolox(yolox[0], points, strides)
@@ -57,15 +47,9 @@ def run(device: torch.device, *, has_oriented: bool = True) -> dict[str, Tensor]
         found[name] = result.detach()
         (found[f"{name}, gradient"],) = torch.autograd.grad(result.sum(), preds, retain_graph=True)
     gt = ty.Targets.from_yolo(rows, case.imgsz)
-    found |= of_masks(case, gt)
     labels, gt_boxes = gt.labels.view(2, -1, 1), gt.boxes_xyxy.view(2, -1, 4)
     padded = (labels, gt_boxes, torch.ones_like(labels, dtype=torch.bool))
     scores, boxes, points_px = yolo11[1].detach(), boxes.detach(), points * strides[:, None]
-    anchor = torch.arange(raw.shape[1], device=device).repeat(2, 1)
-    row = torch.where(anchor % 12 < 2, anchor % 7, -1)
-    out = ty.keypoint_loss(raw, row, case.imgsz * keypoints, gt.boxes_xyxy, case.feat_shapes, strides=STRIDES)
-    found["keypoint_loss"], found["keypoint_loss, terms"] = out.loss.detach(), torch.stack(out[1:])
-    (found["keypoint_loss, gradient"],) = torch.autograd.grad(out.loss, raw)
     metric, _ = ty.align_metric(scores.sigmoid(), boxes, points_px, *padded, alpha=0.5, beta=6.0)
     found["align_metric"], found["top-k"] = metric, ty.select_topk_candidates(metric, 10)
     found["task-aligned"] = ty.TaskAlignedAssigner(10, 40)(scores.sigmoid(), boxes, points_px, *padded)[3]
@@ -74,8 +58,32 @@ def run(device: torch.device, *, has_oriented: bool = True) -> dict[str, Tensor]
     pred_oriented = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], boxes[..., :1] / 8], 2)
     rotated = ty.RotatedTaskAlignedAssigner(10, 40)
     found["rotated"] = rotated(scores.sigmoid(), pred_oriented, points_px, labels, gt_oriented, padded[2])[3]
+    if has_tasks:
+        found |= of_oriented_boxes(case, rows, yolo11) | of_keypoints(case, rows, yolo11[0].detach()) | of_masks(case, gt)
     found["SimOTA"] = ty.SimOTAAssigner(40)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
     return found
+
+
+def of_oriented_boxes(case: Case, rows: Tensor, preds: list[Tensor]) -> dict[str, Tensor]:
+    turns = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)[:, None]
+    preds = [preds[0], (preds[0].detach()[..., :1] / 4).requires_grad_(), preds[1]]
+    criterion = ty.YOLO11OBBLoss(40, strides=STRIDES).to(rows.device)
+    out = criterion(*preds, case.feat_shapes, torch.cat([rows, turns], 1))
+    found = {"YOLO11OBBLoss": out.loss.detach(), "YOLO11OBBLoss, positives": out.num_fg}
+    grads = torch.autograd.grad(out.loss, preds)
+    return found | {f"YOLO11OBBLoss, gradient {i}": grad for i, grad in enumerate(grads)}
+
+
+def of_keypoints(case: Case, rows: Tensor, dist: Tensor) -> dict[str, Tensor]:
+    """Keypoints of which the first is not visible."""
+    raw = (dist[..., : 3 * 17] / 4).requires_grad_()
+    keypoints = rows[:, None, 2:5] * torch.linspace(0, 1, 17, device=rows.device)[:, None]
+    anchor = torch.arange(raw.shape[1], device=rows.device).repeat(2, 1)
+    row = torch.where(anchor % 12 < 2, anchor % 7, -1)
+    boxes = ty.Targets.from_yolo(rows, case.imgsz).boxes_xyxy
+    out = ty.keypoint_loss(raw, row, case.imgsz * keypoints, boxes, case.feat_shapes, strides=STRIDES)
+    (grad,) = torch.autograd.grad(out.loss, raw)
+    return {"keypoint_loss": out.loss.detach(), "keypoint_loss, terms": torch.stack(out[1:]), "keypoint_loss, gradient": grad}
 
 
 def of_masks(case: Case, gt: ty.Targets) -> dict[str, Tensor]:
