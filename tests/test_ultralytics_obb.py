@@ -75,7 +75,7 @@ def test_another_loss_of_an_untested_version_is_an_error(monkeypatch):
     wrong = _ultralytics_obb.ORIENTED._replace(
         make=lambda angle_gain, **settings: ours(angle_gain=1.1 * angle_gain, **settings)
     )
-    monkeypatch.setattr(integration, "ORIENTED", wrong)
+    monkeypatch.setitem(integration._CRITERIA, "v8OBBLoss", wrong)
     kept.cache_clear()
     with pytest.warns(UserWarning, match="untested"), pytest.raises(RuntimeError, match="its loss is another"):
         integration.patch()
