@@ -27,7 +27,7 @@ def test_small_step(target):
 
 def test_order_of_programs_changes_no_bit():
     results = []
-    for seed in range(3):
+    for seed in range(2):
         with emulated("cuda:90", seed=seed), ty.backend("triton"):
             results.append(small_step.run(CPU))
     for name, first in results[0].items():
