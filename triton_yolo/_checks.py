@@ -267,6 +267,13 @@ def rows_in_range(
     require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", wrong[:5].long().tolist())
 
 
+def target_row(argument: str, x: Tensor, like: Tensor) -> None:
+    """Check the type and size of an assignment of anchors (B, A) to rows."""
+    tensor(argument, x, tuple(like.shape[:2]), like=like, is_float=False)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{argument} must be int32 or int64, got {x.dtype}")
+
+
 def matched_rows(argument: str, rows: Tensor, is_matched: Tensor) -> None:
     """Check on the CPU, but for a graph, that rows (B, A) that are not negative are those of targets."""
     if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(rows) is not Tensor:

@@ -83,14 +83,11 @@ def keypoint_loss(
         (tensor(3.2206), tensor(0.6931))
     """
     _checks.tensor("pred_keypoints", pred_keypoints, ("B", "A", "K * D"))
-    batch_size, num_anchors, _ = pred_keypoints.shape
     sigmas = sigmas_of(pred_keypoints, gt_keypoints, sigmas)
     num_rows = gt_keypoints.shape[0]
     _checks.tensor("gt_boxes", gt_boxes, (num_rows, 4), like=pred_keypoints)
-    _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_keypoints, is_float=False)
-    if target_row.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
-    levels = _checks.levels(feat_shapes, _checks.reals("strides", strides), num_anchors)
+    _checks.target_row("target_row", target_row, pred_keypoints)
+    levels = _checks.levels(feat_shapes, _checks.reals("strides", strides), pred_keypoints.shape[1])
     gains = _checks.real("pose_gain", pose_gain), _checks.real("kobj_gain", kobj_gain)
     _checks.rows_below("target_row", target_row, num_rows)
     is_fg = (target_row >= 0) & (target_row < num_rows)

@@ -65,12 +65,10 @@ def mask_loss(
         >>> loss.backward()
     """
     _checks.tensor("pred_masks", pred_masks, ("B", "A", "M"))
-    batch_size, num_anchors, num_channels = pred_masks.shape
+    batch_size, _, num_channels = pred_masks.shape
     _checks.tensor("prototypes", prototypes, (batch_size, num_channels, "h", "w"), like=pred_masks)
     _checks.ground_truth(targets, Targets._fields, pred_masks)
-    _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_masks, is_float=False)
-    if target_row.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
+    _checks.target_row("target_row", target_row, pred_masks)
     size = _checks.image_size("imgsz", imgsz)
     image_index, no_label = targets.image_index, torch.zeros_like(targets.labels)
     is_row = targets._replace(labels=no_label).is_valid(batch_size, 1)

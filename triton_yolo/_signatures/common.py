@@ -80,5 +80,10 @@ def wider(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
+def held_gradient(x: Tensor) -> Tensor:
+    """Memory for a gradient that is written before the loss's own is known: float16's is float32, for a loss scale to come."""
+    return torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+
+
 def of_anchors(like: Tensor, dtype: torch.dtype, *channels: int) -> Tensor:
     return like.new_empty((*like.shape[:2], *channels), dtype=dtype)

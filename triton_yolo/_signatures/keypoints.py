@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from .._precision import working_dtype
-from .common import Levels
+from .common import Levels, held_gradient
 
 
 class KeypointLossOutputs(NamedTuple):
-    """The loss (); its weighted terms (2,): pose, kobj; gradients, without elements if unwanted.
-
-    Gradients are written before the loss's own is known. Of float16 they are in float32, so that a loss scale comes in time.
-    """
+    """The loss (); its weighted terms (2,): pose, kobj; gradients, without elements if unwanted."""
 
     loss: Tensor
     terms: Tensor
@@ -52,5 +49,4 @@ class KeypointLoss(NamedTuple):
         loss = preds.new_empty((), dtype=dtype)
         if not self.wants_grad:
             return KeypointLossOutputs(loss, loss.new_empty(2), preds.new_empty(0), loss.new_empty(0))
-        grad = torch.empty_like(preds, dtype=dtype if preds.dtype == torch.float16 else preds.dtype)
-        return KeypointLossOutputs(loss, loss.new_empty(2), grad, torch.empty_like(self.other_loss))
+        return KeypointLossOutputs(loss, loss.new_empty(2), held_gradient(preds), torch.empty_like(self.other_loss))

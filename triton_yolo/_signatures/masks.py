@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .common import wider
+from .common import held_gradient, wider
 
 
 class MaskLossOutputs(NamedTuple):
-    """The loss (); gradients, without elements if unwanted. That of float16 is float32, so that small numbers stay above 0."""
+    """The loss (); gradients, without elements if unwanted."""
 
     loss: Tensor
     grad_coefficients: Tensor
@@ -36,7 +35,7 @@ class MaskLoss(NamedTuple):
 
     def allocate(self) -> MaskLossOutputs:
         like = self.coefficients, self.prototypes
-        grads = [_gradient_of(x) if self.wants_grad else x.new_empty(0) for x in like]
+        grads = [held_gradient(x) if self.wants_grad else x.new_empty(0) for x in like]
         return MaskLossOutputs(self.coefficients.new_empty((), dtype=wider(*like)), *grads)
 
     @property
@@ -44,7 +43,3 @@ class MaskLoss(NamedTuple):
         """Pixels of a mask in one of the image, along x and y."""
         height, width = self.prototypes.shape[2:]
         return width / self.imgsz[1], height / self.imgsz[0]
-
-
-def _gradient_of(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)

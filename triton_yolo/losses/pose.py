@@ -12,6 +12,7 @@ from .._ranks import Ranks
 from .._signatures import KeypointLoss
 from ..keypoints import sigmas_of
 from ..targets import Targets
+from ._criterion import normaliser_of
 from .yolo11 import YOLO11Loss
 
 
@@ -127,5 +128,5 @@ def _counts(num_fg: Tensor, like: Tensor, batch_size: int, ranks: Ranks) -> tupl
     """What the terms are divided by, which is a mean over the ranks, and what their sum is multiplied by, if not B."""
     if ranks.given is None:
         return num_fg, None
-    sums, size = ranks.total(torch.stack([num_fg.to(like.dtype), like.new_full((), batch_size)]))
-    return sums[0] / size, sums[1]
+    divisor, num_images = normaliser_of(torch.stack([num_fg.to(like.dtype), like.new_full((), batch_size)]), ranks).unbind()
+    return divisor, num_images

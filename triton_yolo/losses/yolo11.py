@@ -186,9 +186,7 @@ class YOLO11Loss(TaskAlignedCriterion):
         pred_dist, pred_scores = widened(pred_dist, pred_scores)
         levels = _checks.levels(feat_shapes, self.strides, num_anchors)
         _checks.ground_truth(targets, Targets._fields, pred_dist)
-        _checks.tensor("target_row", target_row, (batch_size, num_anchors), like=pred_dist, is_float=False)
-        if target_row.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"target_row must be int32 or int64, got {target_row.dtype}")
+        _checks.target_row("target_row", target_row, pred_dist)
         _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
         _checks.tensor("normaliser", normaliser, (), like=pred_dist)
         dtype = working_dtype(pred_dist.dtype)
