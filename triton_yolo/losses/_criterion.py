@@ -13,7 +13,10 @@ from ..targets import Targets
 
 
 class Criterion(nn.Module):
-    """What criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them."""
+    """What criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them.
+
+    A criterion inside another has the processes of that one.
+    """
 
     def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
         super().__init__()
@@ -26,10 +29,12 @@ class Criterion(nn.Module):
     @process_group.setter
     def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
         self._ranks = Ranks(value)
+        for child in self.children():
+            if isinstance(child, Criterion):
+                child.process_group = value
 
     def reset_parameters(self) -> None:
         """Fill the buffers again, as after ``to_empty``."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Criterion":
         super()._apply(fn, recurse)
@@ -95,6 +100,11 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_s
     if targets.dtype not in (torch.float32, torch.float64):
         _checks.exact("targets", targets, preds.shape[0], preds.shape[2] - num_others)
     return [targets.detach()]
+
+
+def unless_nan(loss: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
+    """Terms (), each NaN where the loss () is: what is not a number anywhere is one nowhere."""
+    return torch.stack(terms).masked_fill(loss.detach().isnan(), torch.nan).unbind()
 
 
 def normaliser_of(sums: Tensor, ranks: Ranks) -> Tensor:
