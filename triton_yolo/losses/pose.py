@@ -125,8 +125,9 @@ class YOLO11PoseLoss(Criterion):
             self.keypoint_gains, wants_grad,
         )  # fmt: skip
         out = _ops.keypoint_loss(x)
-        terms = unless_nan(out.loss, found.box, found.cls, found.dfl, *out.terms.unbind())
-        return YOLO11PoseLossOutput(out.loss, *terms, found.num_fg)
+        terms = found.box, found.cls, found.dfl, *out.terms.unbind()
+        box, cls, dfl, pose, kobj = unless_nan(out.loss, *terms)
+        return YOLO11PoseLossOutput(out.loss, box, cls, dfl, pose, kobj, found.num_fg)
 
     def extra_repr(self) -> str:
         return f"sigmas={self.sigmas}, gains={self.keypoint_gains}"

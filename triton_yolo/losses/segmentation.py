@@ -126,8 +126,8 @@ class YOLO11SegmentationLoss(Criterion):
         mask = term_of_rows(pred_masks, prototypes, row, gt, masks, scale, size, overlap_mask=self.overlap_mask)
         with torch.no_grad():
             one = torch.ones_like(mask).masked_fill(mask.isnan(), torch.nan)
-        terms = unless_nan(mask, out.box, out.cls, out.dfl, mask.detach() / num_images)
-        return YOLO11SegmentationLossOutput(one * out.loss + mask, *terms, out.num_fg)
+        box, cls, dfl, term = unless_nan(mask, out.box, out.cls, out.dfl, mask.detach() / num_images)
+        return YOLO11SegmentationLossOutput(one * out.loss + mask, box, cls, dfl, term, out.num_fg)
 
     def extra_repr(self) -> str:
         return f"mask_gain={self.mask_gain}, overlap_mask={self.overlap_mask}"
