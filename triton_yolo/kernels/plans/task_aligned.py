@@ -71,9 +71,11 @@ class _Matching:
             Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
             for is_tie_break in ((False, True) if self.is_wide else (False,))
         ]
+        # With a list of the best beside it, two anchors a thread spill.
+        score_p = min(block_p, 32) if assigner.topk2 and not INTERPRETED else block_p
         self.score = Launch(
             _task_aligned_score_kernel, IS_FINAL=is_final, CLAIMS=self.num_claims,
-            **list_sizes(assigner.topk2 or 0, num_anchors), **tiles,
+            **list_sizes(assigner.topk2 or 0, num_anchors), **{**tiles, "BLOCK_P": score_p},
         )  # fmt: skip
         self.launches = self.claim, *((self.merge, *self.contests, self.score) if N else ())
 
