@@ -24,7 +24,7 @@ from ..masks import (
 )
 from ..reduce import TOTAL_SIZES
 
-_PROGRAMS = 2  # for as many tiles as an image has: each takes a share of those of all positives
+_PROGRAMS = 3  # for as many tiles as an image has: each takes a share of those of all positives
 
 
 class _MaskLossPlan(Plan):
