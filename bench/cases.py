@@ -1,6 +1,7 @@
 """Inputs: ground truth with real or realistic box sizes, and predictions of a network that has learnt something."""
 
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reference.oriented import sides_from
 from triton_yolo import make_anchors
 
 STRIDES = (8, 16, 32)
 CROWD, HUNDRED = 5000, 100  # boxes an image
 _MOSAIC = 4  # images whose boxes make one image
 _CANVAS = 640  # side in pixels of the image that box sizes refer to
+_CHANNELS, _PIXEL = 32, 4  # prototypes, and px a pixel of them
+_KEYPOINTS = 17
 
 
 class Case(NamedTuple):
@@ -28,6 +32,11 @@ class Case(NamedTuple):
     @property
     def feat_shapes(self) -> list[tuple[int, int]]:
         return [(self.imgsz // stride, self.imgsz // stride) for stride in STRIDES]
+
+    @property
+    def num_anchors(self) -> int:
+        """Of the whole batch."""
+        return self.batch_size * sum(height * width for height, width in self.feat_shapes)
 
 
 def make_case(
@@ -44,17 +53,6 @@ def make_case(
     per_image = [images[i % len(images)] for i in range(batch_size)]
     rows = torch.cat([torch.nn.functional.pad(image, (1, 0), value=i) for i, image in enumerate(per_image)])
     return Case(rows, batch_size, imgsz, num_classes, reg_max)
-
-
-def least_bytes(system: str, case: Case, itemsize: int) -> int:
-    """The fewest bytes that a criterion moves forward and backward.
-
-    YOLO11 reads class and box logits once, and writes both gradients. YOLOX reads its output twice and
-    writes its gradient.
-    """
-    num_anchors = case.batch_size * sum(height * width for height, width in case.feat_shapes)
-    numbers = 2 * case.num_classes + 8 * case.reg_max if system == "yolo11" else 3 * (5 + case.num_classes)
-    return num_anchors * numbers * itemsize
 
 
 def has_coco(data: Path | None) -> bool:
@@ -109,6 +107,76 @@ def _learnt(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         distances[image][:, inside] = (sides / strides[inside, None]).T * noise[image][:, inside]
         logits[image, rows[box, 1].long(), inside] += 4
     return distances, logits
+
+
+class Oriented(NamedTuple):
+    """Rows (N, 7), distances (B, 4R, A), angles (B, 1, A) and class logits (B, C, A)."""
+
+    rows: Tensor
+    dist: Tensor
+    angle: Tensor
+    scores: Tensor
+
+
+@lru_cache(maxsize=2)
+def oriented_of(case: Case) -> Oriented:
+    """The boxes of the case turned anyhow, and predictions within some 15 % of the box around an anchor that know its class."""
+    generator = torch.Generator().manual_seed(1)
+    turn = math.pi * (torch.rand(len(case.rows), 1, generator=generator) - 0.25)
+    rows = torch.cat([case.rows, turn], 1)
+    points, strides = make_anchors(case.feat_shapes, STRIDES)
+    num_anchors = len(points)
+    distances = torch.empty(case.batch_size, 4, num_anchors).log_normal_(0.5, 0.7, generator=generator)
+    angle = math.pi * (torch.rand(case.batch_size, 1, num_anchors, generator=generator) - 0.25)
+    logits = torch.randn(case.batch_size, case.num_classes, num_anchors, generator=generator) * 1.5 - 5
+    noise = torch.empty_like(distances).log_normal_(0, 0.15, generator=generator)
+    for image in range(case.batch_size):
+        of_image = rows[rows[:, 0] == image]
+        boxes = of_image[:, 2:] * torch.tensor([*[float(case.imgsz)] * 4, 1.0])
+        sides = sides_from((points * strides[:, None])[:, None], boxes)
+        box = sides.amin(2).argmax(1)
+        inside = (sides.amin(2).amax(1) > 0).nonzero().squeeze(1)
+        of_box = sides[inside, box[inside]] / strides[inside, None]
+        distances[image][:, inside] = of_box.T * noise[image][:, inside]
+        angle[image, 0, inside] = boxes[box[inside], 4] + 0.1 * torch.randn(len(inside), generator=generator)
+        logits[image, of_image[box[inside], 1].long(), inside] += 4
+    return Oriented(rows, distance_logits(distances, case.reg_max, generator), angle, logits)
+
+
+class Masks(NamedTuple):
+    """Coefficients (B, M, A), prototypes (B, M, h, w), images of numbers (B, h, w)."""
+
+    coefficients: Tensor
+    prototypes: Tensor
+    images: Tensor
+
+
+@lru_cache(maxsize=2)
+def masks_of(case: Case) -> Masks:
+    """An ellipse in every box, the later rows in front; predictions that know nothing."""
+    generator = torch.Generator().manual_seed(2)
+    side, num_anchors = case.imgsz // _PIXEL, sum(height * width for height, width in case.feat_shapes)
+    coefficients = torch.randn(case.batch_size, _CHANNELS, num_anchors, generator=generator)
+    prototypes = torch.randn(case.batch_size, _CHANNELS, side, side, generator=generator) / 4
+    images = torch.zeros(case.batch_size, side, side, dtype=torch.int16)
+    centre, counts = (torch.arange(side) + 0.5) / side, [0] * case.batch_size
+    for image, _, x, y, width, height in case.rows.tolist():
+        counts[int(image)] += 1
+        ellipse = ((centre[None, :] - x) / width) ** 2 + ((centre[:, None] - y) / height) ** 2 < 0.25
+        images[int(image)][ellipse] = counts[int(image)]
+    return Masks(coefficients, prototypes, images)
+
+
+@lru_cache(maxsize=2)
+def keypoints_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Raw keypoints (B, 17 * 3, A) of a network that has learnt something, and true ones (N, 17, 3), two thirds visible."""
+    generator = torch.Generator().manual_seed(2)
+    num_anchors = sum(height * width for height, width in case.feat_shapes)
+    raw = torch.randn(case.batch_size, _KEYPOINTS, 3, num_anchors, generator=generator)
+    centre, size = case.rows[:, None, 2:].split(2, 2)
+    places = centre + size * (torch.rand(len(case.rows), _KEYPOINTS, 2, generator=generator) - 0.5)
+    flags = torch.randint(3, (len(case.rows), _KEYPOINTS, 1), generator=generator)
+    return raw.flatten(1, 2), torch.cat([places, flags], 2)
 
 
 def _coco_images(data: Path | None, num_classes: int) -> list[Tensor]:

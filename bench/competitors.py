@@ -12,7 +12,8 @@ import reference
 import triton_yolo as ty
 
 from . import peers
-from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
+from .cases import STRIDES, Case, yolo11_preds, yolox_preds
+from .systems import SYSTEMS, least_bytes
 
 OURS = "triton_yolo"
 MIN_BOX_SIDE = float(STRIDES[1])  # as in Ultralytics
@@ -82,26 +83,27 @@ def graphed(build: Callable[[Case, Target], Step], case: Case, target: Target) -
     return Step(replay, (), target.device, step.least_bytes)
 
 
-def _yolo11(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
-    leaves = tuple(map(target.leaf, yolo11_preds(case)))
-    rows = case.rows.to(target.device)
-    least = least_bytes("yolo11", case, target.dtype.itemsize)
+def step_of(system: str, criterion: Callable[..., NamedTuple], case: Case, target: Target) -> Step:
+    """A criterion that is called as ours of the name, on the head's own layout."""
+    preds, maps, truth = SYSTEMS[system].inputs(case)
+    leaves, maps = tuple(map(target.leaf, preds)), tuple(map(target.leaf, maps))
+    truth = tuple(x.to(target.device) for x in truth)
 
     def forward() -> Tensor:
-        dist, scores = (x.transpose(1, 2) for x in leaves)
-        return criterion(dist, scores, case.feat_shapes, rows).loss
+        return criterion(*(x.transpose(1, 2) for x in leaves), *maps, case.feat_shapes, *truth).loss
 
-    return Step(forward, leaves, target.device, least)
+    return Step(forward, (*leaves, *maps), target.device, least_bytes(system, case, target.dtype.itemsize))
 
 
-def _yolo11_ours(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
-    criterion = ty.YOLO11Loss(case.num_classes, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE)
-    return _yolo11(compiled(criterion, is_compiled), case, target)
+def ours(system: str, case: Case, target: Target, *, is_compiled: bool = False) -> Step:
+    criterion = SYSTEMS[system].criterion(case, min_box_side=MIN_BOX_SIDE)
+    return step_of(system, compiled(criterion, is_compiled), case, target)
 
 
 def _yolo11_reference(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
     criterion = compiled(reference.yolo11_loss, is_compiled)
-    return _yolo11(partial(criterion, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE), case, target)
+    options = {"strides": STRIDES, "reg_max": case.reg_max, "min_box_side": MIN_BOX_SIDE}
+    return step_of("yolo11", partial(criterion, **options), case, target)
 
 
 def _yolo11_ultralytics(case: Case, target: Target) -> Step:
@@ -132,7 +134,7 @@ def _yolox(criterion: Callable[..., NamedTuple], case: Case, target: Target) -> 
 
 
 def _yolox_ours(case: Case, target: Target, *, is_compiled: bool = False) -> Step:
-    criterion = ty.YOLOXLoss(case.num_classes, strides=STRIDES).to(target.device)
+    criterion = SYSTEMS["yolox"].criterion(case).to(target.device)
     return _yolox(compiled(criterion, is_compiled), case, target)
 
 
@@ -149,13 +151,13 @@ def _yolox_peer(make_head: Callable[[int, tuple[int, ...]], nn.Module], case: Ca
 
 CRITERIA: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
     "yolo11": {
-        OURS: _yolo11_ours,
+        OURS: partial(ours, "yolo11"),
         "ultralytics": _yolo11_ultralytics,
         "libreyolo": _yolo11_libreyolo,
         "reference": _yolo11_reference,
         "torch.compile(reference)": partial(_yolo11_reference, is_compiled=True),
-        f"torch.compile({OURS})": partial(_yolo11_ours, is_compiled=True),
-        f"CUDA graph of {OURS}": partial(graphed, _yolo11_ours),
+        f"torch.compile({OURS})": partial(ours, "yolo11", is_compiled=True),
+        f"CUDA graph of {OURS}": partial(graphed, partial(ours, "yolo11")),
     },
     "yolox": {
         OURS: _yolox_ours,

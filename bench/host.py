@@ -23,7 +23,7 @@ class Worker:
     """A process that measures steps of the package in ``root`` on demand."""
 
     def __init__(self, root: Path, system: str, dtype: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", RUN, system, dtype]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, env=environment, text=True, cwd=root, **pipes)

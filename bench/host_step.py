@@ -20,10 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import triton_yolo as ty
+from bench.cases import make_case
+from bench.systems import SYSTEMS
 from triton_yolo import _backend, _checks
-
-SHAPES = ((40, 40), (20, 20), (10, 10))
-BATCH, CLASSES, ROWS = 2, 80, 14
 
 
 class TargetDriver(DriverBase):
@@ -98,18 +97,13 @@ def launching_nothing() -> Iterator[NullDriver]:
 
 def make_step(system: str, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     """The forward pass of a criterion on predictions in a head's own layout."""
-    torch.manual_seed(0)
-    num_anchors = sum(height * width for height, width in SHAPES)
-    rows = torch.rand(ROWS, 6, device=device)
-    rows[:, 0], rows[:, 1] = torch.arange(ROWS) % BATCH, torch.arange(ROWS) % CLASSES
-    channels = (64, CLASSES) if system == "yolo11" else (5 + CLASSES,)
-    leaves = [torch.randn(BATCH, c, num_anchors, device=device).to(dtype).transpose(1, 2).requires_grad_() for c in channels]
-    criterion = (ty.YOLO11Loss if system == "yolo11" else ty.YOLOXLoss)(CLASSES).to(device)
+    case = make_case("lognormal", batch_size=2, imgsz=320, num_classes=80)
+    call = SYSTEMS[system].call(case, dtype, device=device)
 
     def step() -> torch.Tensor:
-        for leaf in leaves:
+        for leaf in call.leaves:
             leaf.grad = None
-        return criterion(*leaves, SHAPES, rows).loss
+        return call.criterion(*call.leaves, call.feat_shapes, *call.truth).loss  # no call that is not a criterion's
 
     return step
 

@@ -1,7 +1,7 @@
 """Keypoints, the term alone and in its criterion."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -10,30 +10,15 @@ import triton_yolo as ty
 from triton_yolo import make_anchors
 
 from . import peers
-from .cases import STRIDES, Case, yolo11_preds
-from .competitors import MIN_BOX_SIDE, OURS, Step, Target
-
-_NUM = 17
-
-
-@lru_cache(maxsize=2)
-def keypoints_of(case: Case) -> tuple[Tensor, Tensor]:
-    """Raw keypoints (B, 17 * 3, A) of a network that has learnt something, and true ones (N, 17, 3), two thirds visible."""
-    generator = torch.Generator().manual_seed(2)
-    num_anchors = sum(height * width for height, width in case.feat_shapes)
-    raw = torch.randn(case.batch_size, _NUM, 3, num_anchors, generator=generator)
-    centre, size = case.rows[:, None, 2:].split(2, 2)
-    places = centre + size * (torch.rand(len(case.rows), _NUM, 2, generator=generator) - 0.5)
-    flags = torch.randint(3, (len(case.rows), _NUM, 1), generator=generator)
-    return raw.flatten(1, 2), torch.cat([places, flags], 2)
+from .cases import STRIDES, Case, keypoints_of, yolo11_preds
+from .competitors import MIN_BOX_SIDE, OURS, Step, Target, ours
+from .systems import target_row
 
 
 @lru_cache(maxsize=2)
 def _assignment(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Row of every anchor (B, A), boxes of the rows (N, 4), anchor points (A, 2) in cells with their strides (A, 1) behind."""
-    preds = (x.transpose(1, 2) for x in yolo11_preds(case))
-    criterion = ty.YOLO11Loss(case.num_classes, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE)
-    row = criterion._with_rows(*preds, case.feat_shapes, case.rows)[1]
+    row = target_row(case, min_box_side=MIN_BOX_SIDE)
     points, strides = make_anchors(case.feat_shapes, STRIDES)
     return row, ty.Targets.from_yolo(case.rows, case.imgsz).boxes_xyxy, torch.cat([points, strides[:, None]], 1)
 
@@ -51,7 +36,7 @@ def _term_ours(case: Case, target: Target) -> Step:
 
 
 def _criterion(case: Case, target: Target) -> Callable:
-    model = peers.ultralytics_pose_model("yolo11n-pose.yaml", case.num_classes, _NUM)
+    model = peers.ultralytics_pose_model("yolo11n-pose.yaml", case.num_classes, keypoints_of(case)[1].shape[1])
     return model.to(target.device).init_criterion()
 
 
@@ -68,7 +53,7 @@ def _term_ultralytics(case: Case, target: Target) -> Step:
     gains = criterion.hyp.pose, criterion.hyp.kobj
 
     def forward() -> Tensor:
-        places = criterion.kpts_decode(points, leaf.transpose(1, 2).unflatten(2, (_NUM, 3)))
+        places = criterion.kpts_decode(points, leaf.transpose(1, 2).unflatten(2, keypoints.shape[1:]))
         padded = criterion._batch_keypoints(batch, case.batch_size, size)
         terms = criterion.calculate_keypoints_loss(row >= 0, slot, padded, strides, target_boxes.clone(), places)  # in place
         return case.batch_size * sum(gain * term for gain, term in zip(gains, terms, strict=True))
@@ -76,22 +61,9 @@ def _term_ultralytics(case: Case, target: Target) -> Step:
     return Step(forward, (leaf,), target.device)
 
 
-def _leaves(case: Case, target: Target) -> tuple[Tensor, ...]:
-    return tuple(map(target.leaf, (*yolo11_preds(case), keypoints_of(case)[0])))
-
-
-def _pose_ours(case: Case, target: Target) -> Step:
-    criterion = ty.YOLO11PoseLoss(case.num_classes, strides=STRIDES, reg_max=case.reg_max, min_box_side=MIN_BOX_SIDE)
-    leaves, rows, keypoints = _leaves(case, target), case.rows.to(target.device), keypoints_of(case)[1].to(target.device)
-
-    def forward() -> Tensor:
-        return criterion(*(x.transpose(1, 2) for x in leaves), case.feat_shapes, rows, keypoints).loss
-
-    return Step(forward, leaves, target.device)
-
-
 def _pose_ultralytics(case: Case, target: Target) -> Step:
-    criterion, leaves = _criterion(case, target), _leaves(case, target)
+    criterion = _criterion(case, target)
+    leaves = tuple(map(target.leaf, (*yolo11_preds(case), keypoints_of(case)[0])))
     batch = {**peers.ultralytics_batch(case.rows), "keypoints": keypoints_of(case)[1]}
     batch = {name: x.to(target.device) for name, x in batch.items()}
     preds = peers.ultralytics_preds(*leaves[:2], case.feat_shapes, kpts=leaves[2])
@@ -100,5 +72,5 @@ def _pose_ultralytics(case: Case, target: Target) -> Step:
 
 KEYPOINTS: dict[str, dict[str, Callable[[Case, Target], Step]]] = {
     "keypoint_loss": {OURS: _term_ours, "ultralytics": _term_ultralytics},
-    "yolo11-pose": {OURS: _pose_ours, "ultralytics": _pose_ultralytics},
+    "yolo11-pose": {OURS: partial(ours, "yolo11-pose"), "ultralytics": _pose_ultralytics},
 }

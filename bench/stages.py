@@ -13,8 +13,9 @@ import triton_yolo as ty
 from triton_yolo import Targets, _ops
 from triton_yolo import _signatures as of
 
-from .cases import STRIDES, Case, least_bytes, yolo11_preds, yolox_preds
+from .cases import STRIDES, Case, yolo11_preds, yolox_preds
 from .competitors import OURS, Step, Target, padded
+from .systems import least_bytes
 
 _BOX = 4 * 4  # bytes of a box in float32
 

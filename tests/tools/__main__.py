@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from bench.systems import SYSTEMS
+
 from . import instructions, launches, parity, small_step, tables, traffic
 
 
@@ -19,6 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.set_defaults(run=traffic.run)
     _add_resources(commands.add_parser("resources", help="compile every kernel for every target; fails at spills past the bar"))
     add = commands.add_parser("instructions", help="what the compiled kernels issue, counted by an emulator of PTX")
+    add.add_argument("--systems", nargs="+", choices=SYSTEMS, help="only these criteria")
     add.add_argument("--target", default="cuda:90", help="architecture; default: %(default)s")
     add.add_argument("--dtype", choices=launches.DTYPES, default="bfloat16")
     add.add_argument("--batch-size", type=int, default=2)

@@ -7,12 +7,12 @@ which every launch waits.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import triton_yolo as ty
-from bench.cases import STRIDES, has_coco, make_case, yolo11_preds, yolox_preds
+from bench.cases import has_coco, make_case
+from bench.systems import SYSTEMS
 
 HEADER = (
     "| kernel | programs | warps | issued by all, thousands | by a warp of the longest | of the median |\n"
@@ -30,12 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.target}, {arguments.dtype}, B={case.batch_size}, {case.imgsz} px, C=80, {len(case.rows)} boxes ({boxes}), "
         "channels first\n"
     )
-    for system in ("yolo11", "yolox"):
-        preds = yolo11_preds(case) if system == "yolo11" else (yolox_preds(case).transpose(1, 2).contiguous(),)
-        inputs = [x.to(getattr(torch, arguments.dtype)).transpose(1, 2).requires_grad_() for x in preds]
-        criterion: Any = (ty.YOLO11Loss if system == "yolo11" else ty.YOLOXLoss)(case.num_classes, strides=STRIDES)
+    for system in arguments.systems or SYSTEMS:
+        call = SYSTEMS[system].call(case, getattr(torch, arguments.dtype))
         with emulated(arguments.target) as launches, ty.backend("triton"):
-            criterion(*inputs, case.feat_shapes, case.rows).loss.backward()
+            call().loss.backward()
         print(f"{system}\n\n{HEADER}")
         for launch in launches:
             issued = sorted(launch.instructions.tolist())

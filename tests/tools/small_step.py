@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 import triton_yolo as ty
-from bench.cases import STRIDES, Case, make_case, yolo11_preds, yolox_preds
-from bench.tasks import masks_of
+from bench.cases import STRIDES, Case, make_case, masks_of, yolo11_preds, yolox_preds
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 import triton_yolo as ty
-from bench.cases import STRIDES, Case, least_bytes, make_case, yolo11_preds, yolox_preds
+from bench.cases import Case, make_case
+from bench.systems import LAYOUTS, SYSTEMS, least_bytes
 
 if TYPE_CHECKING:
     from .meter import Meter
@@ -53,32 +54,26 @@ def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures,
     case = make_case("lognormal", batch_size=2, imgsz=256, num_classes=80)
     case = case._replace(rows=case.rows[::4])  # seven boxes an image
     meter, forward, given = metered_step(system, case, dtype, layout)
-    num_anchors = case.batch_size * sum(height * width for height, width in case.feat_shapes)
     spare = max(sum(end - start for start, end in t.storages if start not in given) for t in meter.launches[:forward])
     ratio = meter.requested / least_bytes(system, case, dtype.itemsize)
-    return Figures(forward, len(meter.launches) - forward, round(ratio, 3), round(spare / num_anchors, 1)), meter.table()
+    return Figures(forward, len(meter.launches) - forward, round(ratio, 3), round(spare / case.num_anchors, 1)), meter.table()
 
 
 def metered_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> "tuple[Meter, int, set[int]]":
     """The launches of a criterion forward and backward, how many are forward, where predictions and gradients begin."""
     from .meter import Meter, shipped_sizes
 
-    preds = yolo11_preds(case) if system == "yolo11" else (yolox_preds(case).transpose(1, 2),)
-    preds = tuple(x.to(dtype).contiguous() for x in preds)
-    if layout == "channels last":
-        preds = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in preds)
-    inputs = [x.transpose(1, 2).requires_grad_() for x in preds]
-    criterion: Any = (ty.YOLO11Loss if system == "yolo11" else ty.YOLOXLoss)(case.num_classes, strides=STRIDES)
+    call = SYSTEMS[system].call(case, dtype, layout)
     with shipped_sizes(), Meter() as meter, ty.backend("triton"):
-        loss = criterion(*inputs, case.feat_shapes, case.rows).loss
+        loss = call().loss
         forward = len(meter.launches)
         loss.backward()
-    return meter, forward, {x.untyped_storage().data_ptr() for leaf in inputs for x in (leaf, leaf.grad)}
+    return meter, forward, {x.untyped_storage().data_ptr() for leaf in call.leaves for x in (leaf, leaf.grad)}
 
 
 CASES = {
     f"{system} {str(dtype).removeprefix('torch.')} {layout}": partial(measure_step, system, dtype, layout)
-    for system in ("yolo11", "yolox")
+    for system in SYSTEMS
     for dtype in (torch.bfloat16, torch.float32)
-    for layout in ("channels first", "channels last")
+    for layout in LAYOUTS
 }

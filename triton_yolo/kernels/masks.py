@@ -1,8 +1,9 @@
 """The mask term of instance segmentation: cross entropy of positives' masks inside their targets' boxes, and its gradients.
 
 Logits are worked out where they are needed, a tile of pixels at a time, and kept nowhere. Positives of an image are listed in
-the order of their anchors. The gradient of coefficients is a sum over the pixels of one positive, that of prototypes one over
-the positives that cover a pixel: every sum belongs to one program, so that nothing depends on their order.
+the order of their anchors. The gradient of coefficients is a sum over the pixels of one positive: programs share all tiles of
+all positives evenly, and of a box that falls to several the parts are added up in their order. That of prototypes is one over
+the positives that cover a pixel, and belongs to one program. Nothing depends on the order of programs.
 """
 
 from typing import Any, NamedTuple
@@ -52,13 +53,25 @@ class Truth(NamedTuple):
 class Positives(NamedTuple):
     """Of every image the anchors (B, A) of positives whose boxes have pixels, in order, of which there are ``count`` (B,).
 
-    ``pixels`` (B, A) int64 are x1, y1, x2, y2 with 16 bits each, ``weight`` (B, A) is 1 over the area of the box.
+    ``pixels`` (B, A) int64 are x1, y1, x2, y2 with 16 bits each, ``weight`` (B, A) is 1 over the area of the box. Before the
+    tiles of its pixels come ``first`` (B, A) int64 of others, and all have ``tiles`` (B,) int64.
     """
 
     anchor_ptr: Any
     count_ptr: Any
     pixels_ptr: Any
     weight_ptr: Any
+    first_ptr: Any
+    tiles_ptr: Any
+
+
+class Parts(NamedTuple):
+    """Sums (B, programs, 2, CHANNELS) over pixels, of the positive that a program goes on with and of the one that it leaves to
+    the next: its place (B, programs) in the list, -1 for none.
+    """
+
+    sum_ptr: Any
+    nth_ptr: Any
 
 
 class Sizes(NamedTuple):
@@ -153,20 +166,44 @@ def _target(truth, held, row, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
     return target
 
 
+@triton.jit
+def _last_begun(first_ptr, count, tile):
+    """The last of ``count`` positives that begins with ``tile`` or before."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        has_begun = tl.load(first_ptr + middle) <= tile
+        low = tl.where(has_begun, middle, low)
+        high = tl.where(has_begun, high, middle)
+    return low
+
+
+@triton.jit
+def _store_slope(grad, slope, scale_ptr, image, positive, mask, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
+    """The gradient [CHANNELS] of a positive's coefficients, from the sum over its pixels."""
+    m = tl.arange(0, CHANNELS).to(tl.int64)
+    ptr = grad.ptr + image * grad.image + positive.anchor.to(tl.int64) * grad.anchor + m * grad.channel
+    slope = slope * (positive.weight * tl.load(scale_ptr).to(DTYPE))
+    tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
+
+
 # ---- kernels
 
 
 @triton.jit(do_not_specialize=["count"])
 def _mask_list_kernel(
     positives, grad_ptr, poison_ptr, row_ptr, truth, sizes, along_x: tl.float64, along_y: tl.float64, B, count,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program an image lists its positives. All together fill the gradient of coefficients, if there is one."""
+    """One program an image lists its positives, which have tiles of PIXELS pixels.
+
+    All together fill the gradient of coefficients, if there is one.
+    """
     image = tl.program_id(0).to(tl.int64)
     if image == 0:
         tl.store(poison_ptr, tl.zeros((), DTYPE))
     if image < B:
-        listed, start = 0, 0
+        listed, start, tiles = 0, 0, tl.zeros((), tl.int64)
         while start < sizes.A:
             anchor = start + tl.arange(0, BLOCK)
             row = tl.load(row_ptr + image * sizes.A + anchor, mask=anchor < sizes.A, other=-1)
@@ -180,32 +217,41 @@ def _mask_list_kernel(
             tl.store(positives.anchor_ptr + slot, anchor, mask=has_pixels)
             tl.store(positives.pixels_ptr + slot, x1 | (y1 << 16) | (x2 << 32) | (y2 << 48), mask=has_pixels)
             tl.store(positives.weight_ptr + slot, 1 / area, mask=has_pixels)
+            of_box = tl.where(has_pixels, tl.cdiv((x2 - x1) * (y2 - y1), PIXELS), 0)
+            tl.store(positives.first_ptr + slot, tiles + tl.cumsum(of_box, 0) - of_box, mask=has_pixels)
+            tiles += tl.sum(of_box, 0)
             listed += tl.sum(number, 0)
             start += BLOCK
         tl.store(positives.count_ptr + image, listed)
+        tl.store(positives.tiles_ptr + image, tiles)
     if grad_ptr is not None:
         fill(grad_ptr, 0.0, count, tl.program_id(0), tl.num_programs(0), BLOCK)
 
 
 @triton.jit
 def _mask_positive_kernel(
-    partial_ptr, poison_ptr, grad, coefficients, prototypes, positives, row_ptr, truth, scale_ptr, sizes,
+    partial_ptr, poison_ptr, grad, parts, coefficients, prototypes, positives, row_ptr, truth, scale_ptr, sizes,
     OVERLAP: tl.constexpr, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes some of the positives of an image, and of each one tile of its box after another.
+    """A program takes its share of the tiles of an image's positives, as many as others.
 
-    It writes their loss to ``partial`` (programs,), and the gradient of their coefficients.
+    It writes their loss to ``partial`` (programs,), the gradient of coefficients whose tiles it all has, and ``parts``.
     """
-    image = tl.program_id(1).to(tl.int64)
-    count, nth = tl.load(positives.count_ptr + image), tl.program_id(0)
-    loss = tl.zeros((PIXELS,), DTYPE)
-    while nth < count:
+    image, part, m = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, CHANNELS)
+    slot = tl.program_id(1) * tl.num_programs(0) + part
+    tiles, count = tl.load(positives.tiles_ptr + image), tl.load(positives.count_ptr + image)
+    programs = tl.maximum(tl.minimum(tiles, tl.num_programs(0)), 1)  # which have a tile
+    tile_nth, end = tiles * part // programs, tl.minimum(tiles * (part + 1) // programs, tiles)
+    nth = _last_begun(positives.first_ptr + image * sizes.A, count, tile_nth)
+    loss, left = tl.zeros((PIXELS,), DTYPE), -1
+    while tile_nth < end:
         positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
         coefficient = _load_coefficients(coefficients, image, positive.anchor, sizes.M, CHANNELS, DTYPE)
         slope = tl.zeros((CHANNELS, PIXELS), DTYPE)
-        width = positive.x2 - positive.x1
-        size, start = width * (positive.y2 - positive.y1), 0
-        while start < size:
+        width, first = positive.x2 - positive.x1, tl.load(positives.first_ptr + image * sizes.A + nth)
+        size, begin = width * (positive.y2 - positive.y1), ((tile_nth - first) * PIXELS).to(tl.int32)
+        start, stop = begin, tl.minimum((end - first) * PIXELS, size).to(tl.int32)
+        while start < stop:
             pixel = start + tl.arange(0, PIXELS)
             y = pixel // width
             tile = Tile(pixel < size, positive.x1 + pixel - y * width, positive.y1 + y)
@@ -218,14 +264,42 @@ def _mask_positive_kernel(
                 slope += prototype * tl.where(tile.mask, sigmoid(logit) - target, 0.0)[None, :]
             start += PIXELS
         if grad is not None:
-            m = tl.arange(0, CHANNELS).to(tl.int64)
-            ptr = grad.ptr + image * grad.image + positive.anchor.to(tl.int64) * grad.anchor + m * grad.channel
-            slope = tl.sum(slope, 1) * (positive.weight * tl.load(scale_ptr).to(DTYPE))
-            tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=m < sizes.M)
-        nth += tl.num_programs(0)
+            slope, is_whole = tl.sum(slope, 1), (begin == 0) & (stop == size)
+            _store_slope(grad, slope, scale_ptr, image, positive, is_whole & (m < sizes.M), CHANNELS, DTYPE)
+            is_left = (begin == 0) & (stop < size)
+            left = tl.where(is_left, nth, left)
+            ptr = parts.sum_ptr + (2 * slot + is_left.to(tl.int32)).to(tl.int64) * CHANNELS
+            tl.store(ptr + m, slope, mask=(m >= 0) & (is_whole == 0))
+        tile_nth = first + tl.cdiv(size, PIXELS)
+        nth += 1
+    if grad is not None:
+        tl.store(parts.nth_ptr + slot, left)
     loss = tl.sum(loss)
-    tl.store(partial_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), loss)
+    tl.store(partial_ptr + slot, loss)
     tl.atomic_add(poison_ptr, loss, mask=loss != loss, sem="relaxed")
+
+
+@triton.jit
+def _mask_merge_kernel(
+    grad, parts, positives, row_ptr, scale_ptr, sizes, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr
+):
+    """A program adds up what others have of the positive that it left to them, and writes the gradient of its coefficients."""
+    image, part, m = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, CHANNELS)
+    ptr = parts.sum_ptr + (image * tl.num_programs(0) + part) * 2 * CHANNELS + m
+    nth = tl.load(parts.nth_ptr + image * tl.num_programs(0) + part)
+    if nth >= 0:
+        positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
+        size = (positive.x2 - positive.x1) * (positive.y2 - positive.y1)
+        end = tl.load(positives.first_ptr + image * sizes.A + nth) + tl.cdiv(size, PIXELS)
+        tiles = tl.load(positives.tiles_ptr + image)
+        programs = tl.minimum(tiles, tl.num_programs(0))
+        slope = tl.load(ptr + CHANNELS)
+        part += 1
+        while tiles * part // programs < end:
+            ptr += 2 * CHANNELS
+            slope += tl.load(ptr)
+            part += 1
+        _store_slope(grad, slope, scale_ptr, image, positive, m < sizes.M, CHANNELS, DTYPE)
 
 
 @triton.jit

@@ -75,7 +75,8 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a.dtype.kind == "f":
         return a / b
     quotient = np.abs(a.astype(object)) // np.where(b == 0, 1, np.abs(b.astype(object)))  # towards 0
-    return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -quotient, quotient)).astype(a.dtype)
+    signed = np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
+    return np.where(b == 0, np.array(-1).astype(a.dtype), signed)
 
 
 def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
