@@ -305,6 +305,9 @@ def test_criterion_takes_targets_and_masks_of_either_kind():
     criterion.overlap_mask = False
     for targets in (rows, ty.Targets.from_yolo(rows, 32)):
         torch.testing.assert_close(criterion(*args[:5], targets, separate), expected)
+    padding = torch.full((2, 8, 8), torch.nan, device=DEVICE)
+    padded = torch.cat([rows, torch.full_like(rows[:2], -1)]), torch.cat([separate, padding])
+    torch.testing.assert_close(criterion(*args[:5], *padded), expected)
 
 
 @pytest.mark.parametrize("place", range(4))
