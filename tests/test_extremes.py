@@ -32,6 +32,20 @@ def test_loss_of_a_given_assignment():
     assert out.num_fg == 2
 
 
+def test_loss_of_a_given_assignment_of_oriented_boxes():
+    _, (dist, scores, _, _, *assignment) = given_assignment()
+    rows = torch.tensor([[0, 1, 0.5, 0.5, 0.5, 0.5, 0.3], [1, 2, 0.5, 0.5, 0.5, 0.5, -0.3]], device=DEVICE)
+    preds, targets = (dist, torch.zeros(2, 4, 1, device=DEVICE), scores), ty.Targets.from_yolo(rows, 16)
+    out = ty.YOLO11OBBLoss(3, strides=(8,)).loss_of(*preds, SHAPES, targets, *assignment)
+    torch.testing.assert_close(out.cls, torch.tensor(0.5 * 24 * math.log(2), device=DEVICE))
+    # A square turned by 0.3 against the prediction, weighted by 1/2 twice.
+    torch.testing.assert_close(out.angle, torch.tensor(math.sin(0.6) ** 2, device=DEVICE))
+    torch.testing.assert_close(out.loss, 2 * (out.box + out.cls + out.dfl + out.angle))
+    assert out.num_fg == 2
+    with pytest.raises(ValueError, match=r"targets.boxes_xywh must have shape \(2, 5\)"):
+        ty.YOLO11OBBLoss(3, strides=(8,)).loss_of(*preds, SHAPES, ty.Targets.from_yolo(rows[:, :6], 16), *assignment)
+
+
 @ON_CPU
 @pytest.mark.parametrize("row", [2, 1000, 2**32, 1], ids=["after the last", "far after it", "beyond int32", "of another image"])
 def test_loss_of_a_row_that_is_not_there(row):

@@ -207,6 +207,21 @@ def small(num_rows: int = 3, **options):
     return ty.YOLO11OBBLoss(3, strides=(8, 16), reg_max=8, **options), (dist, angle, scores), shapes, rows
 
 
+def test_the_loss_of_its_own_assignment_is_the_whole():
+    criterion, preds, shapes, rows = small()
+    out, grads = with_gradients(lambda *p: criterion(*p, shapes, rows), *preds)
+    levels = Levels(tuple(side for shape in shapes for side in shape), criterion.strides)
+    assigned = _ops.yolo11_obb_assign(YOLO11OBBAssign(*preds, [rows], levels, criterion.reg_max, criterion.assigner))
+    targets = ty.Targets.from_yolo(rows, levels.image_size)
+    given = targets, assigned.target_row, assigned.target_score, assigned.sums[0].clamp(min=1)
+    found, found_grads = with_gradients(lambda *p: criterion.loss_of(*p, shapes, *given), *preds)
+    for name, a, b in zip(("loss", *TERMS), found, out, strict=False):
+        assert_close(a, b, name)
+    assert found.num_fg == out.num_fg > 0
+    for a, b in zip(found_grads, grads, strict=True):
+        assert_close(a, b, "gradient")
+
+
 def test_every_form_of_the_targets_gives_the_same_loss():
     criterion, preds, shapes, rows = small()
     expected = criterion(*preds, shapes, rows)

@@ -16,12 +16,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import _checks
 from ._recording import Recorder, Recording
-from .losses import YOLO11SegmentationLoss
 from .losses._criterion import Criterion
 
 __all__ = ["GraphedStep"]
 _DEVICE = "cuda"  # ROCm's name, too
-_CRITERIA = Criterion, YOLO11SegmentationLoss
 
 
 class GraphedStep:
@@ -160,7 +158,7 @@ class GraphedStep:
             [module.training for module in modules],
             [(p.data_ptr(), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None],
             [b.data_ptr() for module in modules for b in module._buffers.values() if b is not None],
-            [_settings(module) for module in modules if isinstance(module, _CRITERIA)],
+            [_settings(module) for module in modules if isinstance(module, Criterion)],
             self._constants(),
         )
         if state != self._state:
@@ -224,7 +222,7 @@ def _types(tensors: Sequence[Tensor]) -> _Types:
     return tuple((x.shape, x.dtype) for x in tensors)
 
 
-def _settings(criterion: Any) -> tuple[Any, ...]:
+def _settings(criterion: Criterion) -> tuple[Any, ...]:
     """What the forward of a criterion reads that is no tensor."""
     plain = (bool, int, float, str, tuple)
     public = [(name, x) for name, x in vars(criterion).items() if isinstance(x, plain) and not name.startswith("_")]
@@ -236,7 +234,7 @@ def _require_recordable(modules: Sequence[nn.Module], device: torch.device) -> N
         name = type(module).__name__
         if isinstance(module, DistributedDataParallel):
             raise ValueError(f"{name} averages gradients in hooks, which no graph has: wrap a module that calls the step")
-        if isinstance(module, _CRITERIA) and module.process_group is not None:
+        if isinstance(module, Criterion) and module.process_group is not None:
             raise ValueError(f"{name} has a process_group, and ranks are not known to replay together")
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) is not nn.Parameter:

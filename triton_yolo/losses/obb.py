@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks, _ops
-from .. import _signatures as signatures
-from .._precision import widened
-from .._signatures import YOLO11OBB, YOLO11OBBAssign
+from .. import _ops
 from ..targets import Targets
-from ._criterion import TaskAlignedCriterion, normaliser_of, rows_of
+from ._task_aligned import TaskAlignedCriterion
 
 
 class YOLO11OBBLossOutput(NamedTuple):
@@ -70,6 +66,9 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
         tensor(4)
     """
 
+    _whole, _assign, _loss = _ops.yolo11_obb_criterion, _ops.yolo11_obb_assign, _ops.yolo11_obb_loss
+    _box_size = 5
+
     def __init__(
         self,
         num_classes: int,
@@ -117,30 +116,41 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
-        batch_size, num_anchors, _ = pred_dist.shape
-        _checks.tensor("pred_angle", pred_angle, (batch_size, num_anchors, 1), like=pred_dist)
-        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
-        pred_dist, pred_angle, pred_scores = widened(pred_dist, pred_angle, pred_scores)
-        preds = pred_dist, pred_angle, pred_scores
-        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
-        rows = rows_of(targets, pred_scores, box_size=5)
-        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in preds)
-        is_half = torch.float16 in [x.dtype for x in preds]
-        if self._ranks.given is None and not (is_half and wants_grad):
-            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad
-            out = _ops.yolo11_obb_criterion(YOLO11OBB(pred_dist, pred_angle, pred_scores, rows, *options))
-            return _output(out.loss, out.terms, out.num_fg)
-        with torch.no_grad():
-            assigned = _ops.yolo11_obb_assign(YOLO11OBBAssign(*preds, rows, levels, self.reg_max, self.assigner))
-            row, score, sums, num_fg, labels, boxes = assigned
-            normaliser = normaliser_of(sums, self._ranks)
-        given = *preds, row, score, normaliser, labels, boxes
-        x = signatures.YOLO11OBBLoss(*given, self.class_weights, levels, self.reg_max, self.gains)
-        loss, terms, _ = _ops.yolo11_obb_loss(x)
-        return _output(loss, terms, num_fg)
+        preds = {"pred_dist": pred_dist, "pred_angle": pred_angle, "pred_scores": pred_scores}
+        loss, terms, num_fg, _ = self._compute(preds, feat_shapes, targets)
+        box, cls, dfl, angle = terms.unbind()
+        return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)
 
+    def loss_of(
+        self,
+        pred_dist: Tensor,
+        pred_angle: Tensor,
+        pred_scores: Tensor,
+        feat_shapes: Sequence[Sequence[int]],
+        targets: Targets,
+        target_row: Tensor,
+        target_score: Tensor,
+        normaliser: Tensor,
+    ) -> YOLO11OBBLossOutput:
+        """Compute the loss of an assignment that another assigner made, as ``YOLO11Loss.loss_of``.
 
-def _output(loss: Tensor, terms: Tensor, num_fg: Tensor) -> YOLO11OBBLossOutput:
-    box, cls, dfl, angle = terms.unbind()
-    return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)
+        Args:
+            pred_dist: (B, A, 4 * reg_max), see ``forward``.
+            pred_angle: (B, A, 1), see ``forward``.
+            pred_scores: (B, A, C), see ``forward``.
+            feat_shapes: (height, width) of every level in cells.
+            targets: ground truth in pixels, with angles.
+            target_row: (B, A) int32 or int64, the row of ``targets`` that every anchor is matched with, -1 for background.
+                The row is one of the anchor's image.
+            target_score: (B, A), target of the matched class, which also weights the other terms; not read at background.
+            normaliser: () number that the terms are divided by, as it is.
+
+        Raises:
+            ValueError: sizes or devices do not agree; on the CPU also for a row that there is not, or that has another image or
+                no class (elsewhere its anchor is background).
+            TypeError: a type is wrong.
+        """
+        preds = {"pred_dist": pred_dist, "pred_angle": pred_angle, "pred_scores": pred_scores}
+        loss, terms, num_fg, _ = self._compute_of(preds, feat_shapes, targets, target_row, target_score, normaliser)
+        box, cls, dfl, angle = terms.unbind()
+        return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import _checks, _ops
@@ -12,7 +13,7 @@ from .._ranks import Ranks
 from .._signatures import KeypointLoss
 from ..keypoints import sigmas_of
 from ..targets import Targets
-from ._criterion import normaliser_of
+from ._criterion import Criterion, normaliser_of, unless_nan
 from .yolo11 import YOLO11Loss
 
 
@@ -38,19 +39,20 @@ class YOLO11PoseLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11PoseLoss(YOLO11Loss):
+class YOLO11PoseLoss(Criterion):
     """The criterion of YOLO11-pose and YOLOv8-pose: that of the boxes, ``YOLO11Loss``, and ``keypoint_loss`` on its positives.
 
-    YOLO-Pose (arXiv 2204.06806), and see both. A number that takes part and is not finite (every logit of boxes and classes,
-    keypoints of positives) makes the loss, its own terms and every gradient NaN.
+    YOLO-Pose (arXiv 2204.06806), and see both. What is said of ``YOLO11Loss`` holds here too; a raw number of a positive's
+    keypoints that is not finite makes everything NaN as well.
 
     Args:
         num_classes: number of classes C.
+        strides: stride of every level in pixels, in the order in which the predictions are concatenated.
         sigmas: K numbers, see ``keypoint_loss``.
         pose_gain: weight of the similarity term.
         kobj_gain: weight of the visibility term.
-        options: the other arguments of ``YOLO11Loss``, whose ``loss_of`` is that of boxes alone. Ultralytics' criterion has
-            ``min_box_side=16``.
+        process_group: see ``YOLO11Loss``; positives are counted on all its ranks.
+        options: the other arguments of ``YOLO11Loss``. Ultralytics' criterion has ``min_box_side=16``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -70,16 +72,19 @@ class YOLO11PoseLoss(YOLO11Loss):
         self,
         num_classes: int,
         *,
+        strides: Sequence[float] = (8, 16, 32),
         sigmas: Sequence[float] | None = None,
         pose_gain: float = 12.0,
         kobj_gain: float = 1.0,
+        process_group: dist.ProcessGroup | bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(num_classes, **options)
+        super().__init__(process_group)
+        self.detection = YOLO11Loss(num_classes, strides=strides, process_group=process_group, **options)
         self.sigmas = None if sigmas is None else _checks.reals("sigmas", sigmas)
         self.keypoint_gains = _checks.real("pose_gain", pose_gain), _checks.real("kobj_gain", kobj_gain)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pred_dist: Tensor,
         pred_scores: Tensor,
@@ -107,9 +112,9 @@ class YOLO11PoseLoss(YOLO11Loss):
         _checks.tensor("pred_dist", pred_dist, ("B", "A", "4 * reg_max"))
         _checks.tensor("pred_keypoints", pred_keypoints, (*pred_dist.shape[:2], "K * D"), like=pred_dist)
         pred_dist, pred_scores, pred_keypoints = widened(pred_dist, pred_scores, pred_keypoints)
-        found, row = self._with_rows(pred_dist, pred_scores, feat_shapes, targets)
+        found, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, targets)
         sigmas = sigmas_of(pred_keypoints, keypoints, self.sigmas)
-        levels = _checks.levels(feat_shapes, self.strides, pred_keypoints.shape[1])
+        levels = _checks.levels(feat_shapes, self.detection.strides, pred_keypoints.shape[1])
         sizes = targets[:, 4:].detach() if isinstance(targets, Tensor) else targets.boxes_xywh[:, 2:]
         if sizes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")
@@ -120,8 +125,12 @@ class YOLO11PoseLoss(YOLO11Loss):
             self.keypoint_gains, wants_grad,
         )  # fmt: skip
         out = _ops.keypoint_loss(x)
-        pose, kobj = out.terms.unbind()
-        return YOLO11PoseLossOutput(out.loss, found.box, found.cls, found.dfl, pose, kobj, found.num_fg)
+        terms = found.box, found.cls, found.dfl, *out.terms.unbind()
+        box, cls, dfl, pose, kobj = unless_nan(out.loss, *terms)
+        return YOLO11PoseLossOutput(out.loss, box, cls, dfl, pose, kobj, found.num_fg)
+
+    def extra_repr(self) -> str:
+        return f"sigmas={self.sigmas}, gains={self.keypoint_gains}"
 
 
 def _counts(num_fg: Tensor, like: Tensor, batch_size: int, ranks: Ranks) -> tuple[Tensor, Tensor | None]:

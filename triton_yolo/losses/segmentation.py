@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, _ops
 from .._precision import widened, working_dtype
 from .._signatures import UnpackRows
 from ..masks import term_of_rows
 from ..targets import Targets
-from ._criterion import normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of, unless_nan
 from .yolo11 import YOLO11Loss
 
 
@@ -36,7 +36,7 @@ class YOLO11SegmentationLossOutput(NamedTuple):
     num_fg: Tensor
 
 
-class YOLO11SegmentationLoss(nn.Module):
+class YOLO11SegmentationLoss(Criterion):
     """The criterion of YOLO11-seg and YOLOv8-seg: that of the detector, and ``mask_loss`` of its positives.
 
     What is said of ``YOLO11Loss`` holds here too; a logit of a mask that is not finite inside the box of a positive makes
@@ -76,17 +76,9 @@ class YOLO11SegmentationLoss(nn.Module):
         process_group: dist.ProcessGroup | bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group)
         self.detection = YOLO11Loss(num_classes, strides=strides, process_group=process_group, **options)
         self.mask_gain, self.overlap_mask = _checks.real("mask_gain", mask_gain), bool(overlap_mask)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | bool | None:
-        return self.detection.process_group
-
-    @process_group.setter
-    def process_group(self, value: dist.ProcessGroup | bool | None) -> None:
-        self.detection.process_group = value
 
     def forward(
         self,
@@ -127,14 +119,14 @@ class YOLO11SegmentationLoss(nn.Module):
         out, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, gt)
         with torch.no_grad():
             sums = torch.stack([out.num_fg.to(out.loss.dtype), out.loss.new_full((), batch_size)])
-            num_fg, num_images = normaliser_of(sums, self.detection._ranks).unbind()
+            num_fg, num_images = normaliser_of(sums, self._ranks).unbind()
             # What is not a number anywhere is one nowhere.
             scale = torch.where(out.loss.isnan(), torch.nan, self.mask_gain * num_images / num_fg)
         mask = term_of_rows(pred_masks, prototypes, row, gt, masks, scale, size, overlap_mask=self.overlap_mask)
         with torch.no_grad():
-            one = torch.where(mask.isnan(), torch.nan, torch.ones_like(mask))
-            box, cls, dfl = one * out.box, one * out.cls, one * out.dfl
-        return YOLO11SegmentationLossOutput(one * out.loss + mask, box, cls, dfl, mask.detach() / num_images, out.num_fg)
+            one = torch.ones_like(mask).masked_fill(mask.isnan(), torch.nan)
+        box, cls, dfl, term = unless_nan(mask, out.box, out.cls, out.dfl, mask.detach() / num_images)
+        return YOLO11SegmentationLossOutput(one * out.loss + mask, box, cls, dfl, term, out.num_fg)
 
     def extra_repr(self) -> str:
         return f"mask_gain={self.mask_gain}, overlap_mask={self.overlap_mask}"

@@ -1,19 +1,14 @@
 """The criterion of YOLO11 and its kin."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks, _ops
-from .. import _signatures as signatures
-from .._precision import widened, working_dtype
-from .._rows import is_matched
-from .._signatures import YOLO11, YOLO11Assign
+from .. import _ops
 from ..targets import Targets
-from ._criterion import TaskAlignedCriterion, normaliser_of, rows_of
+from ._task_aligned import TaskAlignedCriterion
 
 
 class YOLO11LossOutput(NamedTuple):
@@ -73,6 +68,8 @@ class YOLO11Loss(TaskAlignedCriterion):
         tensor(4)
     """
 
+    _whole, _assign, _loss = _ops.yolo11_criterion, _ops.yolo11_assign, _ops.yolo11_loss
+
     def __init__(
         self,
         num_classes: int,
@@ -116,38 +113,20 @@ class YOLO11Loss(TaskAlignedCriterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        return self._with_rows(pred_dist, pred_scores, feat_shapes, targets, wants_row=False)[0]
-
-    def _with_rows(
-        self, pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets,
-        *, wants_row: bool = True,
-    ) -> tuple[YOLO11LossOutput, Tensor]:  # fmt: skip
-        """What ``forward`` returns and, if wanted, the row of every anchor (B, A) int32, -1 for background."""
-        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
-        batch_size, num_anchors, _ = pred_dist.shape
-        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
-        pred_dist, pred_scores = widened(pred_dist, pred_scores)
-        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
-        rows = rows_of(targets, pred_scores)
-        wants_grad = torch.is_grad_enabled() and (pred_dist.requires_grad or pred_scores.requires_grad)
-        # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
-        is_half = torch.float16 in (pred_dist.dtype, pred_scores.dtype)
-        if self._ranks.given is None and not (is_half and wants_grad):
-            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad, wants_row
-            out = _ops.yolo11_criterion(YOLO11(pred_dist, pred_scores, rows, *options))
-            box, cls, dfl = out.terms.unbind()
-            return YOLO11LossOutput(out.loss, box, cls, dfl, out.num_fg), out.target_row
-        with torch.no_grad():
-            assigned = _ops.yolo11_assign(YOLO11Assign(pred_dist, pred_scores, rows, levels, self.reg_max, self.assigner))
-            row, score, sums, num_fg, labels, boxes = assigned
-            normaliser = normaliser_of(sums, self._ranks)
-        return self._loss((pred_dist, pred_scores, row, score, normaliser, labels, boxes), levels, num_fg), row
-
-    def _loss(self, given: tuple[Any, ...], levels: signatures.Levels, num_fg: Tensor) -> YOLO11LossOutput:
-        x = signatures.YOLO11Loss._make((*given, self.class_weights, levels, self.reg_max, self.gains))
-        loss, terms, _ = _ops.yolo11_loss(x)
+        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
+        loss, terms, num_fg, _ = self._compute(preds, feat_shapes, targets, False)
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
+
+    def _with_rows(
+        self, pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets
+    ) -> tuple[YOLO11LossOutput, Tensor]:
+        """What ``forward`` returns, and the row of every anchor (B, A) int32, -1 for background."""
+        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
+        loss, terms, num_fg, row = self._compute(preds, feat_shapes, targets, True)
+        assert row is not None
+        box, cls, dfl = terms.unbind()
+        return YOLO11LossOutput(loss, box, cls, dfl, num_fg), row
 
     def loss_of(
         self,
@@ -180,20 +159,7 @@ class YOLO11Loss(TaskAlignedCriterion):
                 no class (elsewhere its anchor is background).
             TypeError: a type is wrong.
         """
-        _checks.tensor("pred_dist", pred_dist, ("B", "A", 4 * self.reg_max))
-        batch_size, num_anchors, _ = pred_dist.shape
-        _checks.tensor("pred_scores", pred_scores, (batch_size, num_anchors, self.num_classes), like=pred_dist)
-        pred_dist, pred_scores = widened(pred_dist, pred_scores)
-        levels = _checks.levels(feat_shapes, self.strides, num_anchors)
-        _checks.ground_truth(targets, Targets._fields, pred_dist)
-        _checks.target_row("target_row", target_row, pred_dist)
-        _checks.tensor("target_score", target_score, (batch_size, num_anchors), like=pred_dist)
-        _checks.tensor("normaliser", normaliser, (), like=pred_dist)
-        dtype = working_dtype(pred_dist.dtype)
-        is_fg = is_matched(target_row, targets.image_index, targets.labels, self.num_classes)
-        _checks.matched_rows("target_row", target_row, is_fg)
-        row = target_row.where(is_fg, -1).int().contiguous()
-        score = target_score.detach().to(dtype).where(is_fg, 0).contiguous()
-        scale = torch.stack([normaliser.detach().to(dtype), normaliser.new_full((), batch_size, dtype=dtype)])
-        labels, boxes = targets.labels.contiguous(), targets.boxes_xyxy.to(dtype).contiguous()
-        return self._loss((pred_dist, pred_scores, row, score, scale, labels, boxes), levels, is_fg.sum())
+        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
+        loss, terms, num_fg, _ = self._compute_of(preds, feat_shapes, targets, target_row, target_score, normaliser)
+        box, cls, dfl = terms.unbind()
+        return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
