@@ -42,8 +42,8 @@ def test_unpack_rows(dtype, num_rows):
     rows[:, :2] = (8 * rows[:, :2]).round()
     rows = rows.to(dtype)
     for laid in (rows, rows.T.contiguous().T):
-        want = eager.unpack_rows(of.UnpackRows(rows, 96.0, 64.0))
-        assert_same(kernels.unpack_rows(of.UnpackRows(laid, 96.0, 64.0)), want, tolerance=0)
+        want = eager.unpack_rows(of.UnpackRows(rows, of.ImageSize((64, 96))))
+        assert_same(kernels.unpack_rows(of.UnpackRows(laid, of.ImageSize((64, 96)))), want, tolerance=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
