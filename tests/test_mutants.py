@@ -61,6 +61,8 @@ MEANT = {
     "oriented: a gradient past the bounds": Planted(Mutant("prob_overlap_derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
     "oriented: rectangles around boxes as if upright": Planted(Mutant("upright_bounds", "_a * _b + _a.flip(1) * _c", "_a"), f"{ASSIGNERS}_oriented_boxes_have_the_points_on_their_diagonals"),
     "oriented: edges are outside": Planted(Mutant("is_inside_oriented", "_a <= _b", "_a < _b", 0, 2), f"{ASSIGNERS}_points_on_the_edge_of_an_oriented_box_are_candidates"),
+    "oriented: points beside a box overlap it by nothing": Planted(Mutant("Predictions.pairs", "torch.where(_a, _b, -1)", "torch.where(_a, _b, 0)"), f"{ASSIGNERS}_points_beside_an_oriented_box_are_no_candidates_where_overlaps_do_not_count"),
+    "oriented: spans without a hair": Planted(Mutant("span_oriented", "_n * (_a + _b + _c + _d)", "0 * (_a + _b + _c + _d)"), f"{OBB}_no_anchor_inside_a_box_is_missed"),
     "keypoints: a gradient where nothing is left": Planted(Mutant("_Positives.slopes", "_a.where(_b > 0, 0)", "_a"), f"{KEYPOINTS}_a_huge_number_costs_as_much_as_it_can_and_pulls_no_more"),
     "keypoints: all count as visible": Planted(Mutant("_Truth.__init__", "_a != 0", "_a == _a"), f"{KEYPOINTS}_keypoint_loss"),
     "keypoints: positives may hold anything": Planted(Mutant("keypoint_loss", "_a.where(is_finite(_b) & _c, torch.nan)", "_a"), f"{KEYPOINTS}_no_number_of_a_positive_shows_everywhere"),
