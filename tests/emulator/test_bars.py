@@ -7,20 +7,30 @@ import pytest
 import torch
 
 import triton_yolo as ty
-from bench.cases import STRIDES, has_coco, make_case, yolo11_preds, yolox_preds
+from bench.cases import has_coco, make_case
+from bench.competitors import OURS, Target
+from bench.keypoints import KEYPOINTS
+from bench.systems import SYSTEMS
+from bench.tasks import TASKS
 from tests.tools.emulator import emulated
 
 DATA = Path(os.environ["TRITON_YOLO_DATA"]) if "TRITON_YOLO_DATA" in os.environ else None
 
 
+CPU_BFLOAT16 = Target(torch.device("cpu"), torch.bfloat16)
+
+
 def launches_of(system, case, **options):
-    if system == "yolo11":
-        criterion, preds = ty.YOLO11Loss, yolo11_preds(case)
-    else:
-        criterion, preds = ty.YOLOXLoss, (yolox_preds(case).transpose(1, 2).contiguous(),)
-    inputs = [x.to(torch.bfloat16).transpose(1, 2).requires_grad_() for x in preds]
+    call = SYSTEMS[system].call(case, torch.bfloat16, **options)
     with emulated("cuda:90") as launches, ty.backend("triton"):
-        criterion(case.num_classes, strides=STRIDES, **options)(*inputs, case.feat_shapes, case.rows).loss.backward()
+        call().loss.backward()
+    return {launch.kernel: launch for launch in launches}
+
+
+def launches_of_term(terms, name, case):
+    step = terms[name][OURS](case, CPU_BFLOAT16)
+    with emulated("cuda:90") as launches, ty.backend("triton"):
+        step.backward(step.forward())
     return {launch.kernel: launch for launch in launches}
 
 
@@ -32,9 +42,9 @@ def longest(launches):
     return {kernel: launch.instructions.max() for kernel, launch in launches.items()}
 
 
-def whole_image_case():
-    """One image of 640 px, with a box over all of it."""
-    case = make_case("lognormal", batch_size=1, imgsz=640, num_classes=80)
+def whole_image_case(imgsz=640):
+    """One image, with a box over all of it."""
+    case = make_case("lognormal", batch_size=1, imgsz=imgsz, num_classes=80)
     case.rows[0, 2:] = torch.tensor([0.5, 0.5, 1.0, 1.0])
     return case
 
@@ -66,6 +76,28 @@ def test_few_instructions_a_logit(whole_image):
 @pytest.mark.parametrize(("system", "most"), [("yolo11", 9), ("yolox", 8)])
 def test_few_launches(whole_image, system, most):
     assert len(whole_image[system]) <= most + 1
+
+
+def test_programs_of_oriented_boxes():
+    """A tile of 128 anchors, of which ProbIoU is worked out, is the longest."""
+    launches = launches_of("yolo11-obb", whole_image_case(160))
+    assert max(longest(launches).values()) <= 4000, longest(launches)
+    assert sum(issued(launches).values()) <= 300_000, issued(launches)
+
+
+def test_programs_of_keypoints():
+    launches = launches_of_term(KEYPOINTS, "keypoint_loss", whole_image_case(320))
+    assert max(longest(launches).values()) <= 3000, longest(launches)
+    assert sum(issued(launches).values()) <= 145_000, issued(launches)
+
+
+def test_programs_of_masks():
+    """All positives over a pixel are one program's, which takes 200 instructions for each."""
+    launches = launches_of_term(TASKS, "mask_loss", whole_image_case(96))
+    lengths = longest(launches)
+    assert lengths.pop("_mask_prototype_kernel") <= 12_500
+    assert max(lengths.values()) <= 3000, lengths
+    assert sum(issued(launches).values()) <= 680_000, issued(launches)
 
 
 @pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.4 * 4_775_000), ("yolox", 0.12 * 4_567_000)])

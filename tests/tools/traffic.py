@@ -52,7 +52,16 @@ def demand_interpreter() -> None:
 
 def measure_step(system: str, dtype: torch.dtype, layout: str) -> tuple[Figures, str]:
     case = make_case("lognormal", batch_size=2, imgsz=256, num_classes=80)
-    case = case._replace(rows=case.rows[::4])  # seven boxes an image
+    return measure(system, case._replace(rows=case.rows[::4]), dtype, layout)  # seven boxes an image
+
+
+def measure_small_step(system: str) -> tuple[Figures, str]:
+    """Of criteria that have most of their kernels from others."""
+    case = make_case("lognormal", batch_size=1, imgsz=128, num_classes=80)
+    return measure(system, case._replace(rows=case.rows[::8]), torch.bfloat16, LAYOUTS[0])
+
+
+def measure(system: str, case: Case, dtype: torch.dtype, layout: str) -> tuple[Figures, str]:
     meter, forward, given = metered_step(system, case, dtype, layout)
     spare = max(sum(end - start for start, end in t.storages if start not in given) for t in meter.launches[:forward])
     ratio = meter.requested / least_bytes(system, case, dtype.itemsize)
@@ -73,7 +82,10 @@ def metered_step(system: str, case: Case, dtype: torch.dtype, layout: str) -> "t
 
 CASES = {
     f"{system} {str(dtype).removeprefix('torch.')} {layout}": partial(measure_step, system, dtype, layout)
-    for system in SYSTEMS
+    for system in ("yolo11", "yolox")
     for dtype in (torch.bfloat16, torch.float32)
     for layout in LAYOUTS
+} | {
+    f"{system} bfloat16 {LAYOUTS[0]}, 128 px": partial(measure_small_step, system)
+    for system in ("yolo11-obb", "yolo11-seg", "yolo11-pose")
 }

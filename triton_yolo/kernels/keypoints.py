@@ -75,7 +75,7 @@ def tile_sizes(count: int, num_keypoints: int) -> tuple[Tile, int]:
     block_k = triton.next_power_of_2(num_keypoints)
     if INTERPRETED:
         return Tile(min(triton.next_power_of_2(max(count, 1)), 2**16), max(1, 2**12 // block_k), block_k), 4
-    return Tile(64, max(1, 128 // block_k), block_k), 1
+    return Tile(32, max(1, 128 // block_k), block_k), 1
 
 
 # ---- formulas

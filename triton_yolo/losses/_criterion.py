@@ -71,3 +71,11 @@ def normaliser_of(sums: Tensor, ranks: Ranks) -> Tensor:
     sums = sums.clamp(min=1)
     sums.view(-1)[0] /= size
     return sums
+
+
+def counts_of(num_fg: Tensor, like: Tensor, batch_size: int, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    """What the terms are divided by, which is a mean over the ranks, and what their sum is multiplied by, if not B."""
+    if ranks.given is None:
+        return num_fg, None
+    divisor, num_images = normaliser_of(torch.stack([num_fg.to(like.dtype), like.new_full((), batch_size)]), ranks).unbind()
+    return divisor, num_images

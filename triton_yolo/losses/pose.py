@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import _checks, _ops
 from .._precision import widened
-from .._ranks import Ranks
 from .._signatures import KeypointLoss
 from ..keypoints import sigmas_of
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, unless_nan
+from ._criterion import Criterion, counts_of, unless_nan
 from .yolo11 import YOLO11Loss
 
 
@@ -118,7 +117,7 @@ class YOLO11PoseLoss(Criterion):
         sizes = targets[:, 4:].detach() if isinstance(targets, Tensor) else targets.boxes_xywh[:, 2:]
         if sizes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")
-        counts = _counts(found.num_fg, found.loss, len(pred_dist), self._ranks)
+        counts = counts_of(found.num_fg, found.loss, len(pred_dist), self._ranks)
         wants_grad = torch.is_grad_enabled() and (found.loss.requires_grad or pred_keypoints.requires_grad)
         x = KeypointLoss(
             pred_keypoints, found.loss, row, *counts, keypoints.detach(), sizes, isinstance(targets, Tensor), levels, sigmas,
@@ -131,11 +130,3 @@ class YOLO11PoseLoss(Criterion):
 
     def extra_repr(self) -> str:
         return f"sigmas={self.sigmas}, gains={self.keypoint_gains}"
-
-
-def _counts(num_fg: Tensor, like: Tensor, batch_size: int, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-    """What the terms are divided by, which is a mean over the ranks, and what their sum is multiplied by, if not B."""
-    if ranks.given is None:
-        return num_fg, None
-    divisor, num_images = normaliser_of(torch.stack([num_fg.to(like.dtype), like.new_full((), batch_size)]), ranks).unbind()
-    return divisor, num_images

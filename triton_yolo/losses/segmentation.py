@@ -12,7 +12,7 @@ from .._precision import widened, working_dtype
 from .._signatures import UnpackRows
 from ..masks import term_of_rows
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of, unless_nan
+from ._criterion import Criterion, counts_of, rows_of, unless_nan
 from .yolo11 import YOLO11Loss
 
 
@@ -118,10 +118,12 @@ class YOLO11SegmentationLoss(Criterion):
         gt = Targets._make(rows)
         out, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, gt)
         with torch.no_grad():
-            sums = torch.stack([out.num_fg.to(out.loss.dtype), out.loss.new_full((), batch_size)])
-            num_fg, num_images = normaliser_of(sums, self._ranks).unbind()
+            num_fg, images = counts_of(out.num_fg, out.loss, batch_size, self._ranks)
+            if images is None:
+                num_fg = num_fg.clamp(min=1).to(out.loss.dtype)
+            num_images = batch_size if images is None else images
             # What is not a number anywhere is one nowhere.
-            scale = torch.where(out.loss.isnan(), torch.nan, self.mask_gain * num_images / num_fg)
+            scale = (self.mask_gain * num_images / num_fg).masked_fill(out.loss.isnan(), torch.nan)
         mask = term_of_rows(pred_masks, prototypes, row, gt, masks, scale, size, overlap_mask=self.overlap_mask)
         with torch.no_grad():
             one = torch.ones_like(mask).masked_fill(mask.isnan(), torch.nan)

@@ -1,21 +1,17 @@
 """A driver of Triton whose device is the emulator, and whose binaries are PTX."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import triton
-from triton.backends.nvidia.compiler import CUDABackend
 
-from bench.host_step import TargetDriver
+from bench.host_step import TargetDriver, without_machine_code
 from tests.tools.target import active
 from triton_yolo import _backend
 from triton_yolo.kernels import launch as kernels_launch
@@ -47,11 +43,8 @@ def emulated(target: str, *, seed: int = 0) -> Iterator[list[Launch]]:
     ``seed`` decides in which order programs and atomic operations run. Yields the list of launches.
     """
     driver = _Emulator(target, seed)
-    # Binaries of this kind stay apart from real ones.
-    folder = Path(tempfile.gettempdir()) / f"triton_yolo_ptx_{triton.__version__}"
     with (
-        mock.patch.dict("os.environ", TRITON_CACHE_DIR=str(folder)),
-        mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *rest: ptx.encode()),
+        without_machine_code(),
         mock.patch.object(_backend, "_is_interpreted", return_value=True),
         # Always through Triton: what is bound takes addresses, of which nobody knows where they end.
         mock.patch.object(kernels_launch, "_plans", {}),
