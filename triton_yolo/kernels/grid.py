@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import Grid
 from .boxes import scalar
 
 
@@ -15,6 +16,20 @@ class Cell(NamedTuple):
     x: Any
     y: Any
     stride: Any
+
+
+@triton.jit
+def _no_tensors():
+    return ()
+
+
+@triton.jit
+def sized(grid):
+    """The grid with sizes that are tensors. One of 1 is a constant, which Triton 3.6 forgets in branches and loops."""
+    shapes = _no_tensors()
+    for i in tl.static_range(len(grid.shapes)):
+        shapes = shapes + (tl.zeros((), tl.int32) + grid.shapes[i],)
+    return Grid(shapes, tl.zeros((), tl.int32) + grid.A)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from .arguments import Tensor2, Tensor3
 from .boxes import cross_entropy_with_logits, rounded, scalar, sigmoid
 from .fill import fill
-from .grid import cell_centres
+from .grid import cell_centres, sized
 from .launch import INTERPRETED
 from .oriented import one_less_exp
 from .reduce import total
@@ -200,6 +200,7 @@ def _keypoint_positives_kernel(
     It writes its own sums to ``partial`` (2, programs): 1 - OKS, and the loss of the flags; NaN after a number that is not
     finite.
     """
+    grid = sized(grid)
     number = _leave_positives(places_ptr, truth.row_ptr, count, TILE.SLOTS)
     offs_k = tl.arange(0, TILE.BLOCK_K)[None, :]
     SIGMAS: tl.constexpr = KIND.SIGMAS

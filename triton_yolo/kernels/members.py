@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .arguments import Anchors, Points, Tensor2, Tensor3
 from .decode import load_raw_at, raw_corners
-from .grid import Cell, cell_centres, load_points, most_cells, rectangle_cells, rectangle_size
+from .grid import Cell, cell_centres, load_points, most_cells, rectangle_cells, rectangle_size, sized
 from .rows import Box, load_rows, pack_rows
 from .simota_cost import background_cost, pair_costs, pair_iou
 
@@ -324,6 +324,7 @@ def _simota_member_kernel(
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program lists anchors that take part because of BLOCK_G rows, or a part of them, and finds their cost of no class."""
+    grid = sized(grid)
     NUM_REGIONS: tl.constexpr = 1 if RULE.SPAN > 0 else 0
     truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
     if tl.program_id(1) < NUM_REGIONS:

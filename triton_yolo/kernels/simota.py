@@ -11,6 +11,7 @@ import triton.language as tl
 from .arguments import State
 from .boxes import cross_entropy_with_logits, sigmoid_of, split_sigmoid
 from .claims import owner_of
+from .grid import sized
 from .members import boxes_of, load_truth
 from .rows import CONTESTED, contest, list_length, load_listed, load_row_boxes, winner
 from .simota_claims import SLOTS, costs_anywhere
@@ -69,6 +70,7 @@ def _simota_contest_kernel(
 
     The programs after those of the rows read the objectness of BLOCK_A anchors of an image each.
     """
+    grid = sized(grid)
     if tl.program_id(0) < row_programs:
         IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
         truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
@@ -124,6 +126,7 @@ def store_matches(matches, own, iou, A):
 @triton.jit(do_not_specialize=["N"])
 def _simota_settle_kernel(matches, state, claims, preds, rows, grid, N, RULE: tl.constexpr, BLOCK_G: tl.constexpr):
     """A program settles the anchors that BLOCK_G rows own."""
+    grid = sized(grid)
     own = settled(state, claims, rows, N, grid, tl.float64 == RULE.DTYPE, BLOCK_G)
     gt = load_row_boxes(rows.xyxy_ptr, 4, 1, own.row, own.is_pos, RULE.DTYPE)
     store_matches(matches, own, pair_iou(gt, boxes_of(preds, own.image, own.anchor, own.is_pos, grid, RULE)), grid.A)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .claims import claim_owned, merge_parts, store_part
+from .grid import sized
 from .members import MAX_DYNAMIC_K, SPREAD, cells_of, in_box, in_centre, load_boxes, load_truth
 from .rows import list_length, load_listed, load_rows
 from .simota_cost import pair_costs, pair_iou
@@ -164,6 +165,7 @@ def _simota_claim_kernel(
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """A program looks through parts of the members for the largest IoUs of BLOCK_G rows or, behind, for the lowest costs."""
+    grid = sized(grid)
     part = tl.program_id(1)
     if part < iou_programs:
         _list_ious(
@@ -217,6 +219,7 @@ def _simota_merge_kernel(
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """A program finds the dynamic k of BLOCK_G rows and claims their k cheapest anchors, from what the parts left."""
+    grid = sized(grid)
     truth = load_rows(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE.DTYPE)
     length = list_length(members.anchors, truth)
     k = _dynamic_k(ious_ptr, truth, tl.cdiv(length, SPLIT.IOU_P), SPLIT, RULE.DTYPE, BLOCK_P, PLACES)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .._signatures import AlignMetric, Metrics, Selected, SelectTopk
 from .arguments import Grid, Rows, compute_type, points_of, targets_of, tensor3
+from .grid import sized
 from .launch import Launch, Plan, Run, Workspace, cdiv, run
 from .pairs import Rule, candidate_area, candidates, load_truth, pair_metrics, pair_overlaps, walk_length
 from .rows import row_sizes
@@ -18,6 +19,7 @@ def _align_metric_kernel(
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program writes metric and overlap of BLOCK_G rows with BLOCK_P anchors, both (N, A)."""
+    grid = sized(grid)
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     truth = load_truth(rows, offs_g, N, RULE)
     wide = candidate_area(truth.box, RULE)

@@ -10,7 +10,7 @@ from .boxes import expectation
 from .claims import claim_owned, merge_parts, store_part
 from .decode import load_angles, side_logits
 from .fill import fill
-from .grid import anchor_points, cell_centres
+from .grid import anchor_points, cell_centres, sized
 from .oriented import oriented_box
 from .pairs import (
     candidate_area,
@@ -72,6 +72,7 @@ def _yolo11_prepare_kernel(
     Into ``poison`` (programs,) it writes 0, or NaN if one of its logits or angles is not finite. All together pack the ground
     truth. With ``angles`` boxes are oriented.
     """
+    grid = sized(grid)
     image = tl.program_id(1).to(tl.int64)
     # Two anchors a thread, with all their bins: nothing changes hands.
     offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
@@ -156,6 +157,7 @@ def _task_aligned_claim_kernel(
 
     Each part has every so-manieth tile of BLOCK_P anchors. All together fill ``zeros``, if there are any.
     """
+    grid = sized(grid)
     part, parts = tl.program_id(1), tl.num_programs(1)
     if zeros is not None:
         _fill_by_last(zeros, part, parts)
@@ -188,6 +190,7 @@ def _task_aligned_merge_kernel(
 
     It keeps them in ``claims`` (N, K), -1 where there are fewer.
     """
+    grid = sized(grid)
     truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
     length = walk_length(truth, candidate_area(truth.box, RULE), grid, RULE)
     num_parts = tl.minimum(tl.cdiv(length, PART_P), parts)
@@ -205,6 +208,7 @@ def _task_aligned_contest_kernel(
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program raises ``best`` of the contested candidates of BLOCK_G rows to their overlap."""
+    grid = sized(grid)
     IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
     STRIDES: tl.constexpr = RULE.STRIDES
     truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)

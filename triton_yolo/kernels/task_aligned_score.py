@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .grid import sized
 from .pairs import (
     candidate_area,
     load_contested,
@@ -121,6 +122,7 @@ def _task_aligned_score_kernel(
     With K > 0 only the K highest metrics of a row stay, the others become background again. What fits one tile is worked out
     once.
     """
+    grid = sized(grid)
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     truth = load_truth(rows, offs_g, N, RULE)
     wide = candidate_area(truth.box, RULE)

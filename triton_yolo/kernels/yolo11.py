@@ -12,7 +12,7 @@ import triton.language as tl
 from .boxes import overlap, overlap_derivative, scalar
 from .classes import loss_scale
 from .fill import fill
-from .grid import cell_centres
+from .grid import cell_centres, sized
 from .launch import INTERPRETED
 from .positives import (
     Sides,
@@ -57,6 +57,7 @@ def _yolo11_positives_kernel(
     It writes its own sums to ``partial`` (3, programs): box, what the dense pass has too much, DFL. Of the gradients it writes
     what the dense pass and the fill left to it.
     """
+    grid = sized(grid)
     at = load_positives(matched, claims, count, grid.A, CLAIMS, DTYPE, SLOTS)
     box, hits, dfl = tl.zeros((), DTYPE), tl.zeros((), DTYPE), tl.zeros((), DTYPE)
     if tl.max(at.mask.to(tl.int32)) > 0:

@@ -7,7 +7,7 @@ from .._signatures import FLOOR
 from .boxes import rounded, scalar
 from .classes import loss_scale
 from .decode import load_angles
-from .grid import cell_centres
+from .grid import cell_centres, sized
 from .oriented import Oriented, direction, heading, oriented_box, prob_overlap, prob_overlap_derivative
 from .positives import (
     Sides,
@@ -65,6 +65,7 @@ def _yolo11_obb_positives_kernel(
     STRIDES: tl.constexpr, R: tl.constexpr, CLAIMS: tl.constexpr, DTYPE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The same as ``_yolo11_positives_kernel`` of oriented boxes, with the angle's sums behind the others."""
+    grid = sized(grid)
     at = load_positives(matched, claims, count, grid.A, CLAIMS, DTYPE, SLOTS)
     box, hits, dfl, angle = tl.zeros((), DTYPE), tl.zeros((), DTYPE), tl.zeros((), DTYPE), tl.zeros((), DTYPE)
     if tl.max(at.mask.to(tl.int32)) > 0:

@@ -20,7 +20,7 @@ from .boxes import (
     split_softplus,
 )
 from .decode import Raw, channel_sizes, load_raw, raw_corners, raw_grad, store_raw
-from .grid import cell_centres
+from .grid import cell_centres, sized
 from .launch import INTERPRETED
 from .reduce import total
 from .rows import Box, load_row_boxes
@@ -186,6 +186,7 @@ def _yolox_loss_kernel(
 
     It writes its own sums to ``partial`` (4, programs): box, objectness, class, L1.
     """
+    grid = sized(grid)
     image = tl.program_id(1).to(tl.int64)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -234,6 +235,7 @@ def _yolox_grad_kernel(
     STRIDES: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program writes the gradient of all channels of BLOCK_A anchors of one image: of background, objectness and zeros."""
+    grid = sized(grid)
     image = tl.program_id(1).to(tl.int64)
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_a = offs_a < grid.A

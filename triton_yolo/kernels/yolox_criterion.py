@@ -9,7 +9,7 @@ from .arguments import Tensor2, Tensor3
 from .boxes import log_product, rounded, sigmoid_of, split_sigmoid
 from .decode import Raw, load_raw, raw_corners, store_raw
 from .fill import fill
-from .grid import Cell, cell_centres
+from .grid import Cell, cell_centres, sized
 from .members import SPREAD
 from .reduce import total
 from .rows import load_row_boxes
@@ -148,6 +148,7 @@ def _yolox_positive_kernel(
 
     It writes their gradient, if there is ``out``, and their rows and IoU, if those are wanted.
     """
+    grid = sized(grid)
     STRIDES: tl.constexpr = RULE.STRIDES
     own = settled(state, claims, rows, N, grid, tl.float64 == RULE.DTYPE, BLOCK_G)
     number = tl.sum(own.is_pos.to(tl.int32))

@@ -17,7 +17,7 @@ from ..simota_cost import Product
 
 _MOST_CELLS = 128  # of a centre region that one program looks at
 _IOU_TILES, _IOU_P, _COST_P = 5, 192, 256  # parts of the members: five tiles for their IoUs, one for their costs
-_IOU_PROGRAMS, _COST_PROGRAMS = 4, 2  # a row: an H200 starts some 1,500 programs a us, and 42 a row took 53 us at B=64
+_IOU_PROGRAMS, _COST_PROGRAMS = 3, 1  # a row: an H200 starts some 1,500 programs a us, and 42 a row took 53 us at B=64
 ONE = 1, 1, 1
 
 

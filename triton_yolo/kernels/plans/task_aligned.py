@@ -40,7 +40,7 @@ from ..topk import list_sizes
 _FILLING_ROWS = 1 if INTERPRETED else 64
 """For so many there are programs where memory is filled: a few would take long."""
 
-_PROGRAMS, _LEAST_PARTS = 8192, 4
+_PROGRAMS, _LEAST_PARTS = 16384, 4
 """Of all rows, and of one: an H200 starts some 1,500 programs a us, and most of these have nothing to do."""
 
 
