@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("no CUDA device: --rehearse runs everything in the interpreter")
     arguments.out.mkdir(parents=True, exist_ok=True)
     # The profile of few examples: each new size is a new compile.
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HYPOTHESIS_PROFILE": "interpreter"}
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HYPOTHESIS_PROFILE": "interpreter"}
     if arguments.rehearse:
         environment.update(TRITON_INTERPRET="1", TRITON_YOLO_BACKEND="triton")
     slower = 10 if arguments.rehearse else 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def main(file: Path) -> None:
     assigner = ty.RotatedTaskAlignedAssigner(topk=10, num_classes=1, alpha=0.5, min_box_side=16)
     assigned = assigner(scores, predicted[None], points, labels, boxes[None], mask)
 
-    figure, axes = plt.subplots(figsize=(4, 4), dpi=100)
+    figure, axes = plt.subplots(figsize=(5.5, 6.3), dpi=100, layout="constrained")
     axes.scatter(*points.T, s=1, color="0.8")
     for number, (x, y, width, height, angle) in enumerate(boxes.tolist()):
         colour, corner = f"C{number}", (x - width / 2, y - height / 2)
@@ -40,9 +41,15 @@ def main(file: Path) -> None:
         turned.set(fill=False, edgecolor=colour, linewidth=1.5)
         axes.add_patch(turned)
         own = assigned.fg_mask[0] & (assigned.target_gt_idx[0] == number)
-        axes.scatter(*points[own].T, s=40 * assigned.target_scores[0, own, 0], color=colour)
+        axes.scatter(*points[own].T, s=60 * assigned.target_scores[0, own, 0], color=colour)
+    axes.set_title("Turned boxes and their assigned anchors", fontsize=11)
+    style = {"linestyle": "", "marker": "o", "color": "0.2"}
+    handles = [
+        Line2D([], [], markersize=(60 * score) ** 0.5, label=f"target score {score}", **style) for score in (0.2, 0.6, 1.0)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     axes.set(xlim=(0, SIDE), ylim=(SIDE, 0), aspect="equal", xticks=[], yticks=[])
-    figure.savefig(file, bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(file)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def rows(dtype: torch.dtype) -> Tensor:
 
 
 def unpack_rows(dtype: torch.dtype) -> of.UnpackRows:
-    return of.UnpackRows(rows(dtype), 64.0, 32.0)
+    return of.UnpackRows(rows(dtype), of.ImageSize((32, 64)))
 
 
 def packed(dtype: torch.dtype) -> list[Tensor]:
@@ -209,7 +209,7 @@ def mask_loss(dtype: torch.dtype, *, overlap_mask: bool = True, wants_grad: bool
     row[0, ::4], row[0, 1], row[1, 3::5] = 0, 1, 2
     masks = torch.randint(3 if overlap_mask else 2, (2 if overlap_mask else 3, 8, 6), generator=generator, dtype=torch.uint8)
     gt = (row, boxes, masks, torch.tensor([1, 2, 1]), torch.tensor(1 / 10, dtype=working_dtype(dtype)))
-    return of.MaskLoss(*(x.to(DEVICE) for x in (*preds, *gt)), (32.0, 24.0), overlap_mask, wants_grad)
+    return of.MaskLoss(*(x.to(DEVICE) for x in (*preds, *gt)), of.ImageSize((32, 24)), overlap_mask, wants_grad)
 
 
 def _backward(make: Callable[[torch.dtype], Any]) -> Callable[[torch.dtype], Any]:

@@ -150,6 +150,21 @@ def test_points_on_the_edge_of_an_oriented_box_are_candidates():
     assert ty.RotatedTaskAlignedAssigner(num_classes=2, min_box_side=16)(scores, pred, points, labels, gt, mask).fg_mask.all()
 
 
+@pytest.mark.parametrize("by", ["package", "reference"])
+def test_points_beside_an_oriented_box_are_no_candidates_where_overlaps_do_not_count(by):
+    # No box overlaps its predictions. The top right point lies beside the first box, in the rectangle around it.
+    scores, pred, points, labels, gt, mask = crossed(math.pi / 4, -math.pi / 4, -math.pi / 4)
+    pred = pred + torch.tensor([1e4, 0, 0, 0, 0], device=DEVICE)
+    args = scores, pred, points, labels, gt, mask
+    result = (
+        ty.RotatedTaskAlignedAssigner(num_classes=2, beta=0.0)(*args)
+        if by == "package"
+        else ref.task_aligned_assign(*args, beta=0.0, geometry=ORIENTED)
+    )
+    assert result.fg_mask.view(3, 3).int().tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert result.target_gt_idx.view(3, 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
 @pytest.mark.parametrize(("place", "value"), [(2, 0.0), (3, -1.0), (4, math.nan), (4, math.inf), (0, math.nan), (2, math.inf)])
 def test_oriented_boxes_that_are_none_are_ignored(place, value):
     args = crossed(math.pi / 4, -math.pi / 4)

@@ -44,9 +44,22 @@ def pose_step(criterion):
     return step
 
 
+def masks_step(criterion):
+    """Prototypes are features of the first level, and masks as large."""
+
+    def step(preds, shapes, rows):
+        height, width = shapes[0]
+        prototypes = preds[:, : height * width, 23:].transpose(1, 2).reshape(-1, 4, height, width)
+        masks = preds.new_ones(preds.shape[0], height, width)
+        return criterion(preds[..., :16], preds[..., 16:19], preds[..., 19:23], prototypes, shapes, rows, masks)
+
+    return step
+
+
 CRITERIA = {
     "yolo11": (19, lambda: yolo11_step(ty.YOLO11Loss(3, strides=STRIDES, reg_max=4))),
     "pose": (25, lambda: pose_step(ty.YOLO11PoseLoss(3, strides=STRIDES, reg_max=4))),
+    "masks": (27, lambda: masks_step(ty.YOLO11SegmentationLoss(3, strides=STRIDES, reg_max=4))),
     "yolox": (8, lambda: ty.YOLOXLoss(3, strides=STRIDES, use_l1=True).to(DEVICE).forward),
 }
 
@@ -62,8 +75,9 @@ def train(step, channels: int, batches) -> list[tuple[torch.Tensor, torch.Tensor
     return found
 
 
-@pytest.mark.parametrize("system", CRITERIA)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("system", "dynamic"), [(system, None) for system in CRITERIA] + [("yolo11", True), ("pose", True), ("yolox", True)]
+)
 def test_a_training_of_many_sizes_compiles_three_times(system, dynamic):
     channels, make = CRITERIA[system]
     step = make()
@@ -112,6 +126,19 @@ def rotated_args(batch_size: int, size: int):
     return scores, torch.nn.functional.pad(boxes, (0, 1)), points, labels, torch.nn.functional.pad(gt, (0, 1)), mask
 
 
+def mask_args(batch_size: int, size: int):
+    preds, rows = predictions(batch_size, size, 4), rows_of(batch_size, size)
+    row = torch.full(preds.shape[:2], -1, device=DEVICE)
+    row[0, 0], row[1, 2] = 0, 1
+    return preds, row, rows, torch.randn(batch_size, 4, size // 4, size // 4, device=DEVICE)
+
+
+def mask_loss_of_rows(preds, row, rows, prototypes):
+    height, width = prototypes.shape[2:]
+    size, masks = (4 * height, 4 * width), prototypes.new_ones(prototypes.shape[0], 2 * height, 2 * width)
+    return ty.mask_loss(preds, prototypes, row, ty.Targets.from_yolo(rows, size), masks, imgsz=size)
+
+
 FUNCTIONS = {
     "TaskAlignedAssigner": (
         ty.TaskAlignedAssigner(num_classes=3),
@@ -133,6 +160,7 @@ FUNCTIONS = {
         lambda batch_size, size: (predictions(batch_size, size, 5),),
     ),
     "from_padded": (ty.Targets.from_padded, ground_truth),
+    "from_yolo and mask_loss": (mask_loss_of_rows, mask_args),
 }  # fmt: skip
 
 

@@ -22,6 +22,13 @@ from triton_yolo.graphs import GraphedStep
 
 SYSTEMS = ("yolo11", "yolox")
 REG_MAX, NUM_CLASSES, WARMUP = 4, 3, 2
+BOXES = (4 * REG_MAX, NUM_CLASSES)
+CHANNELS = {
+    "yolo11": BOXES, "yolox": (5 + NUM_CLASSES,), "obb": (4 * REG_MAX, 1, NUM_CLASSES), "pose": (*BOXES, 5 * 3),
+    "masks": (*BOXES, 4, 4), "masks a row": (*BOXES, 4, 4),
+}  # fmt: skip
+"""Of the parts of the predictions; the last of masks are the prototypes."""
+TASKS = tuple(CHANNELS)[2:]
 
 
 class Model(nn.Module):
@@ -29,9 +36,8 @@ class Model(nn.Module):
 
     def __init__(self, system: str) -> None:
         super().__init__()
-        channels = 4 * REG_MAX + NUM_CLASSES if system == "yolo11" else 5 + NUM_CLASSES
         self.stem, self.norm, self.drop = nn.Conv2d(3, 8, 8, stride=8), nn.BatchNorm2d(8), nn.Dropout(0.3)
-        self.head, self.unused = nn.Conv2d(8, channels, 1), nn.Linear(2, 2)
+        self.head, self.unused = nn.Conv2d(8, sum(CHANNELS[system]), 1), nn.Linear(2, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.drop(self.norm(self.stem(images)))).flatten(2).transpose(1, 2)
@@ -43,30 +49,54 @@ class Setup:
     def __init__(self, system: str = "yolo11", **options: Any) -> None:
         torch.manual_seed(0)
         self.model, self.system = Model(system), system
-        if system == "yolo11":
-            self.criterion = ty.YOLO11Loss(NUM_CLASSES, strides=(8,), reg_max=REG_MAX, class_weights=torch.ones(NUM_CLASSES))
-        else:
-            self.criterion = ty.YOLOXLoss(NUM_CLASSES, strides=(8,))
+        self.criterion = make_criterion(system)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.step = GraphedStep(self.forward, self.model, self.criterion, warmup=WARMUP, **options)
 
-    def forward(self, images: Tensor, targets: Tensor | ty.Targets) -> Any:
-        return self.loss(self.model(images), images, targets)
+    def forward(self, images: Any, targets: Any) -> Any:
+        return self.loss(self.model(images if isinstance(images, Tensor) else images[0]), images, targets)
 
-    def loss(self, preds: Tensor, images: Tensor, targets: Tensor | ty.Targets) -> Any:
-        shapes = [(images.shape[2] // 8, images.shape[3] // 8)]
-        parts = preds.split([4 * REG_MAX, NUM_CLASSES], -1) if self.system == "yolo11" else (preds,)
-        return self.criterion(*parts, shapes, targets)
+    def loss(self, preds: Tensor, images: Any, targets: Any) -> Any:
+        images, *masks = (images,) if isinstance(images, Tensor) else images
+        shape = images.shape[2] // 8, images.shape[3] // 8
+        parts = list(preds.split(CHANNELS[self.system], -1))
+        if "masks" in self.system:
+            parts[-1] = parts[-1].transpose(1, 2).unflatten(2, shape)
+        rows = (targets["rows"], *targets["others"]) if isinstance(targets, dict) else (targets,)
+        return self.criterion(*parts, [shape], *rows, *masks)
+
+    def batch_of(self, seed: int, number: int = 5, side: int = 32) -> tuple[Any, Any]:
+        """Images and targets of the task."""
+        images, rows = images_of(seed, side=side), rows_of(seed, number)
+        generator = torch.Generator().manual_seed(seed)
+        if self.system == "obb":
+            return images, torch.cat([rows, torch.rand(number, 1, generator=generator)], 1)
+        if self.system == "pose":
+            return images, {"rows": rows, "others": [torch.rand(number, 5, 3, generator=generator).round(decimals=1)]}
+        masks = torch.randint(3, (4 if self.system == "masks" else number, side // 4, side // 4), generator=generator)
+        if self.system == "masks":
+            return (images, masks.byte()), rows
+        return (images, {"rows": rows, "others": [masks == 1]}) if self.system == "masks a row" else (images, rows)
 
     def replay(self, number: int = 1) -> None:
         """Take steps until they are replayed."""
         before = self.step.num_replays
         for index in range(WARMUP + number):
-            self.step(images_of(index), rows_of(index)).loss.backward()
+            self.step(*self.batch_of(index)).loss.backward()
         assert self.step.num_replays - before >= number
 
     def gradients(self) -> list[Tensor | None]:
         return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+
+def make_criterion(system: str) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": NUM_CLASSES, "strides": (8,)}
+    if system == "yolox":
+        return ty.YOLOXLoss(**options)
+    options.update(reg_max=REG_MAX, class_weights=torch.ones(NUM_CLASSES))
+    if "masks" in system:
+        return ty.YOLO11SegmentationLoss(**options, overlap_mask=system == "masks")
+    return {"yolo11": ty.YOLO11Loss, "obb": ty.YOLO11OBBLoss, "pose": ty.YOLO11PoseLoss}[system](**options)
 
 
 def images_of(seed: int, batch_size: int = 4, side: int = 32) -> Tensor:
@@ -104,7 +134,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 def gradients_of(setup: Setup, step: Any, seed: int, number: int = 5) -> list[Tensor | None]:
     setup.model.zero_grad()
     torch.manual_seed(seed)
-    step(images_of(seed), rows_of(seed, number)).loss.backward()
+    step(*setup.batch_of(seed, number)).loss.backward()
     return setup.gradients()
 
 
@@ -119,14 +149,14 @@ def assert_step_is_right(setup: Setup, seed: int = 9) -> None:
 def train(setup: Setup, step: Any, steps: int = 8) -> list[Tensor]:
     torch.manual_seed(3)
     for index in range(steps):
-        out = step(images_of(index), rows_of(index, number=index % 4))
+        out = step(*setup.batch_of(index, number=index % 4))
         setup.optimizer.zero_grad()
         out.loss.backward()
         setup.optimizer.step()
     return [*out, *setup.gradients(), *setup.model.state_dict().values()]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", CHANNELS)
 def test_a_training_is_the_same(system):
     """Losses, gradients, weights and the batch norm's statistics; dropout draws what it would have drawn."""
     one, other = Setup(system), Setup(system)
@@ -385,6 +415,35 @@ def test_what_changes_is_recorded_again(yolo11, change):
     assert_step_is_right(yolo11)
 
 
+@pytest.mark.parametrize(
+    ("task", "setting"),
+    [
+        ("obb", {"gains": (1.0, 2.0, 3.0, 4.0)}), ("pose", {"keypoint_gains": (1.0, 2.0)}), ("pose", {"sigmas": (0.3,) * 5}),
+        ("masks", {"mask_gain": 2.0}),
+    ],
+)  # fmt: skip
+def test_settings_of_other_tasks_are_recorded_again(task, setting):
+    setup = Setup(task)
+    with recorded(setup.model, setup.criterion):
+        setup.replay()
+        vars(setup.criterion).update(setting)
+        assert_step_is_right(setup)
+        setup.replay()
+        assert Recorder.num_graphs == 4
+        assert_step_is_right(setup)
+
+
+def test_masks_of_another_size_are_another_shape():
+    setup = Setup("masks")
+    with recorded(setup.model, setup.criterion):
+        setup.replay()
+        (images, masks), rows = setup.batch_of(1)
+        setup.step((images, masks[:, ::2, ::2]), rows).loss.backward()
+        assert setup.step.num_replays == 1
+        assert_step_is_right(setup)
+        assert setup.step.num_replays == 2
+
+
 def test_constants_are_recorded_again(yolo11):
     factor = [1.0]
     step = GraphedStep(
@@ -553,6 +612,20 @@ def test_targets_of_another_kind_are_refused(yolo11, other, reason):
     step = GraphedStep(lambda images, targets: yolo11.forward(images, targets["rows"]), yolo11.model, yolo11.criterion)
     with pytest.warns(UserWarning, match=reason):
         loss = step(images_of(0), {"rows": rows_of(0), "other": other}).loss
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("a name", "images must be tensors, got str"),
+        (torch.ones(4, 8, 8, device="meta"), "images are on meta, the first of them is on cpu"),
+    ],
+)
+def test_images_of_another_kind_are_refused(yolo11, other, reason):
+    step = GraphedStep(lambda images, targets: yolo11.forward(images[0], targets), yolo11.model, yolo11.criterion)
+    with pytest.warns(UserWarning, match=reason):
+        loss = step([images_of(0), other], rows_of(0)).loss
     assert loss.requires_grad
 
 

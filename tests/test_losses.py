@@ -261,7 +261,7 @@ def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part_in_the_l
     criterion = loss_by(by, "yolox", 3, strides=(8, 16))
     clean, (clean_grad,) = with_gradients(lambda p: criterion(p, shapes, rows), preds)
     found = []
-    for anchor in range(20):
+    for anchor in (0, 2, 5, 7, 10, 13, 15, 16, 18):
         broken = preds.clone()
         broken[1, anchor, channel] = bad
         found.append(bool(ref.yolox_assign(broken, shapes, rows, strides=(8, 16)).fg_mask[1, anchor]))
@@ -275,7 +275,7 @@ def test_yolox_shows_a_prediction_that_is_no_number_where_it_takes_part_in_the_l
             # Outside of the region of image 1's box, whose centre is (12.8, 16): cells 0-2 x 1-2 and the second level.
             if anchor in (0, 7, 15):
                 assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*clean, clean_grad), strict=True))
-    assert not all(found)
+    assert found.count(True) == ((channel, bad) in [(4, torch.inf), (6, torch.inf), (6, -torch.inf)])
 
 
 @BY

@@ -410,6 +410,67 @@ def test_no_tensor_has_an_entry_for_every_box_and_anchor():
     assert largest.most <= 256 * num_boxes < num_boxes * num_anchors / 20
 
 
+def pairs_in_grid(boxes: torch.Tensor, levels: Levels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(nth, anchors) that the eager backend looks at, and which of them are inside."""
+    from triton_yolo.eager.pairs import anchor_table, grid_pairs
+    from triton_yolo.eager.task_aligned import ORIENTED
+
+    truths = ORIENTED.of_truth(boxes, boxes)
+    nth, anchors = grid_pairs(*ORIENTED.bounds(boxes), levels, lambda of, y: ORIENTED.span(truths[:, of], y))
+    points, strides = anchor_table(levels, boxes)
+    return nth, anchors, ORIENTED.is_inside((points * strides)[:, anchors], truths[:, nth], 0.0)
+
+
+ONLY_EAGER = pytest.mark.skipif(INTERPRETED, reason="of the eager backend alone")
+
+
+@ONLY_EAGER
+def test_pairs_lie_along_a_turned_box():
+    """Of 5 x 5 cells of 8 px: a box of 40 x 4 px about the middle has the three in the middle of a diagonal."""
+    boxes = on_device([20, 20, 40, 4, math.pi / 4], [20, 20, 40, 4, -math.pi / 4], [20, 20, 40, 4, 5 * math.pi / 4])
+    nth, anchors, is_inside = pairs_in_grid(boxes, Levels((5, 5), (8.0,)))
+    assert is_inside.all()
+    assert nth.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert anchors.tolist() == [6, 12, 18, 8, 12, 16, 6, 12, 18]
+
+
+@ONLY_EAGER
+def test_pairs_on_the_edges_of_an_upright_box():
+    """The anchors of three rows of cells lie on two of its edges and in between, whichever side is called its width."""
+    boxes = on_device([20, 20, 38, 16, 0], [20, 20, 16, 38, -math.pi / 2], [20, 20, 16, 38, 1e-7 - math.pi / 2])
+    nth, anchors, is_inside = pairs_in_grid(boxes, Levels((5, 5), (8.0,)))
+    assert anchors[nth == 0].tolist() == list(range(5, 20))
+    assert is_inside[nth == 0].all()
+    assert all(anchors[nth == i].tolist() == list(range(5, 20)) for i in (1, 2))
+
+
+@ONLY_EAGER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_anchor_inside_a_box_is_missed(dtype):
+    """Long, flat, huge and nearly upright boxes, some on edges of which anchors lie, beside a test of every anchor."""
+    from triton_yolo.eager.pairs import anchor_table
+    from triton_yolo.eager.task_aligned import ORIENTED
+
+    levels = Levels((20, 20, 10, 10), (8.0, 16.0))
+    sides = torch.tensor([0.5, 8.0, 16.0, 50.0, 200.0, 1e8])
+    angles = torch.cat(
+        [torch.tensor([0.0, 1e-12, -1e-8, 1e-5, 0.3, 0.785398163]) + quarter * math.pi / 2 for quarter in range(5)]
+    )
+    centre, width, height, angle = (
+        x.flatten() for x in torch.meshgrid(torch.tensor([44.0, 77.7]), sides, sides, angles, indexing="ij")
+    )
+    boxes = torch.stack([centre, 160 - centre, width, height, angle], 1).to(DEVICE, dtype)
+    points, strides = anchor_table(levels, boxes)
+    points, truths = (points * strides)[:, None], ORIENTED.of_truth(boxes, boxes)
+    expected = ORIENTED.is_inside(points.expand(2, len(boxes), -1), truths[:, :, None], 0.0)
+    nth, anchors, is_inside = pairs_in_grid(boxes, levels)
+    found = torch.zeros_like(expected)
+    found[nth[is_inside], anchors[is_inside]] = True
+    assert torch.equal(found, expected)
+    is_small = boxes[:, 2:4].amax(1) <= 200  # a hair of a huge box is wider than the image
+    assert is_small[nth].sum() < 1.1 * expected[is_small].sum()
+
+
 def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
     from triton_yolo.eager import pairs
 
@@ -423,6 +484,28 @@ def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
     monkeypatch.setattr(pairs, "_PART", 60)
     for a, b in zip(whole, criterion(*preds, shapes, rows), strict=True):
         assert torch.equal(a, b)
+
+
+@ONLY_EAGER
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_passes_over_all_classes_are_cut_without_a_trace(is_transposed, monkeypatch):
+    """In either layout, the head's own and that of (B, A, C)."""
+    from triton_yolo.eager import finite, memory
+
+    criterion, preds, shapes, rows = small()
+    if is_transposed:
+        preds = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in preds)
+    whole, grads = with_gradients(lambda *x: criterion(*x, shapes, rows), *preds)
+    monkeypatch.setattr(memory, "_BLOCK", 45)
+    monkeypatch.setattr(finite, "_PART", 45)
+    cut, grads_cut = with_gradients(lambda *x: criterion(*x, shapes, rows), *preds)
+    assert_close(cut.cls, whole.cls)
+    for have, want in zip(grads_cut, grads, strict=True):
+        assert_close(have, want, tolerance=TOLERANCE[torch.float32])
+    for place in ((0, 0, 0), (0, 19, 2), (1, 0, 2), (1, 19, 0)):
+        broken = [x.clone() for x in preds]
+        broken[2][place] = -math.inf
+        assert criterion(*broken, shapes, rows).loss.isnan()
 
 
 @pytest.mark.parametrize(

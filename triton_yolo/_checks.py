@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from ._signatures import Levels
+from ._signatures import ImageSize, Levels
 
 T = TypeVar("T")
 
@@ -92,18 +92,20 @@ def class_weights(argument: str, x: Tensor, num_classes: int) -> None:
         raise ValueError(f"{argument} must be finite and not negative, got {x.tolist()}")
 
 
-def image_size(argument: str, value: Any) -> tuple[float, float]:
+def image_size(argument: str, value: Any) -> ImageSize:
     """Height and width from one number or two, of any kind that the host knows."""
     value = _on_host(argument, value)
     sides = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     require(len(sides) == 2, argument, "be (height, width) or one number", value)
-    return _side(argument, sides[0]), _side(argument, sides[1])
+    (height, y), (width, x) = _side(argument, sides[0]), _side(argument, sides[1])
+    return ImageSize((height, width), (y, x))
 
 
-def _side(argument: str, value: Any) -> float:
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value  # type: ignore[return-value]
-    return real(argument, value, is_positive=True)
+def _side(argument: str, value: Any) -> tuple[Any, float]:
+    """A side as a whole number of some pixels."""
+    if isinstance(value, _SIZES) and not isinstance(value, bool) and value > 0:
+        return value, 1.0
+    return 1, real(argument, value, is_positive=True)
 
 
 # ---- tensors

@@ -30,7 +30,7 @@ class GraphedStep:
 
     As it is, a step runs on other devices than CUDA and ROCm, without gradients (validation), with a model in ``eval`` mode,
     with images that want a gradient, and with shapes that come too seldom (the last batch of an epoch). Targets are padded to
-    128, 256, 512, ... rows, as many as the largest batch of this shape needed.
+    128, 256, 512, ... rows, as many as the largest batch of this shape needed. What has no row a box goes with the images.
 
     A step is recorded again after a change of what is no input: parameters or buffers that became other tensors, ``training``
     or ``requires_grad`` of any, autocast, an attribute of one of this package's criteria, ``constants``. What changes in place
@@ -45,7 +45,8 @@ class GraphedStep:
     Python in ``forward`` runs while recording only: hooks of modules, prints, counters. Double backward does not work.
 
     Args:
-        forward: takes ``images`` and ``targets`` and returns a tensor or a nest of tensors, such as a criterion's output.
+        forward: takes ``images`` and ``targets`` as the step is given them, and returns a tensor or a nest of tensors, such as
+            a criterion's output.
         modules: all modules that ``forward`` uses, model and criterion.
         warmup: steps of one shape that run as they are, one after another, before that shape is recorded.
         min_rows: the smallest number of rows that targets are padded to.
@@ -76,7 +77,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Any], Any],
+        forward: Callable[[Any, Any], Any],
         *modules: nn.Module,
         warmup: int = 3,
         min_rows: int = 128,
@@ -93,19 +94,21 @@ class GraphedStep:
         self.num_replays = 0
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._recordings: dict[_Signature, Recording] = {}
-        self._num_rows: dict[torch.Size, int] = {}
+        self._num_rows: dict[_Types, int] = {}
         self._state: Hashable = None
         self._last: tuple[_Signature | None, int] = None, 0  # and how often it came without another in between
         self._in_flight: object = None
         self._is_off = False
 
-    def __call__(self, images: Tensor, targets: Any) -> Any:
+    def __call__(self, images: Any, targets: Any) -> Any:
         """Run a step.
 
         Args:
-            images: (B, ...) on the device of the modules.
+            images: a tensor (B, ...) on the device of the modules, or a nest of such tensors, as images and their masks
+                (B, H, W).
             targets: a tensor (N, ...) or a nest of such tensors, on the same device: YOLO rows (N, 6), ``Targets``, or
-                a mapping of columns. Padding is rows of -1, as image index and everywhere else.
+                a mapping of columns, as boxes and their keypoints. Padding is rows of -1, as image index and everywhere
+                else; masks (N, H, W) of a type without a sign have 0.
 
         Returns:
             What ``forward`` returns. Its tensors are the caller's own; those with a gradient have one.
@@ -113,20 +116,22 @@ class GraphedStep:
         Raises:
             RuntimeError: in ``backward``, if another step has run since, or this backward has.
         """
-        columns, spec = tree_flatten(targets)
+        inputs, image_spec = tree_flatten(images)
+        columns, target_spec = tree_flatten(targets)
         recording = None
-        if not self._is_off and self._may_record(images, columns):
+        if not self._is_off and self._may_record(inputs, columns):
             try:
-                self._notice_changes(images)
-                columns = self._padded(columns, images)
-                recording = self._recording(images, columns, spec)
-                targets = tree_unflatten(columns, spec)
+                device = _require_tensors(inputs, columns)
+                self._notice_changes(device)
+                columns = self._padded(columns, _types(inputs))
+                recording = self._recording(inputs, columns, (image_spec, target_spec), device.type)
+                targets = tree_unflatten(columns, target_spec)
             except Exception as error:
                 self._give_up(error)
         if recording is None:  # and the error is gone, whose traceback may hold the memory of a step
             return self._forward(images, targets)
         self.num_replays += 1
-        return recording.unflatten(_Replay.apply(self, recording, [images, *columns], *recording.parameters))
+        return recording.unflatten(_Replay.apply(self, recording, [*inputs, *columns], *recording.parameters))
 
     def release(self) -> None:
         """Free the memory of all graphs. Later steps are recorded again."""
@@ -134,17 +139,17 @@ class GraphedStep:
         self._gradients.clear()
         self._state, self._last = None, (None, 0)
 
-    def _may_record(self, images: Tensor, columns: Sequence[Any]) -> bool:
+    def _may_record(self, inputs: Sequence[Any], columns: Sequence[Any]) -> bool:
         return (
-            images.device.type == _DEVICE
+            any(x.device.type == _DEVICE for x in inputs if isinstance(x, Tensor))
             and torch.is_grad_enabled()
             and not torch.is_inference_mode_enabled()
-            and not any(x.requires_grad for x in (images, *columns) if isinstance(x, Tensor))
+            and not any(x.requires_grad for x in (*inputs, *columns) if isinstance(x, Tensor))
             and all(module.training for module in self._modules)
             and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         )
 
-    def _notice_changes(self, images: Tensor) -> None:
+    def _notice_changes(self, device: torch.device) -> None:
         """Forget what was recorded if anything but the inputs and the numbers in tensors has changed."""
         modules = list(self._modules)
         for module in modules:  # which grows; ``modules()`` takes several times as long
@@ -157,36 +162,35 @@ class GraphedStep:
             self._constants(),
         )
         if state != self._state:
-            _require_recordable(modules, images.device)
+            _require_recordable(modules, device)
             self.release()
             self._state = state
 
-    def _padded(self, columns: list[Any], images: Tensor) -> list[Tensor]:
-        """Columns with as many rows as the largest batch of this shape needed; graphs of fewer are dropped."""
-        _require_columns(columns, images.device)
-        num_rows, shape = len(columns[0]), images.shape
-        before = self._num_rows.get(shape, 0)
+    def _padded(self, columns: list[Tensor], images: "_Types") -> list[Tensor]:
+        """Columns with as many rows as the largest batch of such images needed; graphs of fewer are dropped."""
+        num_rows, before = len(columns[0]), self._num_rows.get(images, 0)
         if num_rows > before:
-            self._drop([signature for signature in self._recordings if signature.shape == shape])
-            self._num_rows[shape] = max(self._min_rows, 1 << (num_rows - 1).bit_length())
-        return [_pad(column, self._num_rows.setdefault(shape, self._min_rows)) for column in columns]
+            self._drop([signature for signature in self._recordings if signature.images == images])
+            self._num_rows[images] = max(self._min_rows, 1 << (num_rows - 1).bit_length())
+        return [_pad(column, self._num_rows.setdefault(images, self._min_rows)) for column in columns]
 
-    def _recording(self, images: Tensor, columns: list[Tensor], spec: TreeSpec) -> Recording | None:
-        kind = images.device.type
+    def _recording(
+        self, inputs: list[Tensor], columns: list[Tensor], specs: tuple[TreeSpec, TreeSpec], kind: str
+    ) -> Recording | None:
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        types = tuple((column.shape, column.dtype) for column in columns)
-        signature = _Signature(images.shape, images.dtype, types, repr(spec), autocast)
+        signature = _Signature(_types(inputs), _types(columns), repr(specs), autocast)
         count = self._last[1] + 1 if signature == self._last[0] else 1
         self._last = signature, count
         if signature not in self._recordings and count > self._warmup and len(self._recordings) < self._max_graphs:
             if not self._recordings:
-                self._recorder = Recorder(images.device)  # a pool that lost all of its graphs takes no new ones
+                self._recorder = Recorder(inputs[0].device)  # a pool that lost all of its graphs takes no new ones
+
+            def forward(*tensors: Tensor) -> Any:
+                parts = tensors[: len(inputs)], tensors[len(inputs) :]
+                return self._forward(*map(tree_unflatten, parts, specs))
+
             self._recordings[signature] = Recording(
-                lambda images, *columns: self._forward(images, tree_unflatten(columns, spec)),
-                [images, *columns],
-                self._modules,
-                self._gradients,
-                self._recorder,
+                forward, [*inputs, *columns], self._modules, self._gradients, self._recorder
             )
         return self._recordings.get(signature)
 
@@ -202,14 +206,20 @@ class GraphedStep:
         _checks.warn(f"no CUDA graph of the training step, which runs without from now on: {reason}")
 
 
+_Types = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
 class _Signature(NamedTuple):
     """What must be equal for a replay, of the inputs."""
 
-    shape: torch.Size
-    dtype: torch.dtype
-    columns: tuple[tuple[torch.Size, torch.dtype], ...]
+    images: _Types
+    columns: _Types
     structure: str
     autocast: tuple[bool, torch.dtype]
+
+
+def _types(tensors: Sequence[Tensor]) -> _Types:
+    return tuple((x.shape, x.dtype) for x in tensors)
 
 
 def _settings(criterion: Criterion) -> tuple[Any, ...]:
@@ -234,20 +244,26 @@ def _require_recordable(modules: Sequence[nn.Module], device: torch.device) -> N
                 raise ValueError(f"{name} is on {tensor.device}, the images are on {device}")
 
 
-def _require_columns(columns: Sequence[Any], device: torch.device) -> None:
+def _require_tensors(inputs: Sequence[Any], columns: Sequence[Any]) -> torch.device:
+    """The device of all of them."""
+    for name, given in (("images", inputs), ("targets", columns)):
+        for x in given:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be tensors, got {type(x).__name__}")
+            if x.device != inputs[0].device:
+                others = "the images are" if name == "targets" else "the first of them is"
+                raise ValueError(f"{name} are on {x.device}, {others} on {inputs[0].device}")
     for column in columns:
-        if not isinstance(column, Tensor):
-            raise TypeError(f"targets must be tensors, got {type(column).__name__}")
-        if column.device != device:
-            raise ValueError(f"targets are on {column.device}, the images are on {device}")
-        if not column.dtype.is_signed:
+        if column.ndim < 3 and not column.dtype.is_signed:
             raise ValueError(f"targets must be of signed types, so that -1 can be padding, got {column.dtype}")
     lengths = sorted({len(column) if column.ndim else 0 for column in columns})
     _checks.require(len(lengths) == 1, "targets", "have one row a box in all of their tensors", f"{lengths} rows")
+    return inputs[0].device
 
 
 def _pad(column: Tensor, num_rows: int) -> Tensor:
-    return torch.cat([column, column.new_full((num_rows - len(column), *column.shape[1:]), -1)])
+    padding = -1 if column.dtype.is_signed else 0
+    return torch.cat([column, column.new_full((num_rows - len(column), *column.shape[1:]), padding)])
 
 
 class _Replay(torch.autograd.Function):

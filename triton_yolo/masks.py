@@ -7,7 +7,7 @@ from torch import Tensor
 from . import _checks, _ops
 from ._precision import widened, working
 from ._rows import is_matched
-from ._signatures import MaskLoss, wider
+from ._signatures import ImageSize, MaskLoss, wider
 from .targets import Targets
 
 _LONGEST_SIDE = 2**16 - 1
@@ -85,7 +85,7 @@ def mask_loss(
 
 def term_of_rows(
     pred_masks: Tensor, prototypes: Tensor, target_row: Tensor, targets: Targets, masks: Tensor, scale: Tensor,
-    imgsz: tuple[float, float], *, overlap_mask: bool,
+    imgsz: ImageSize, *, overlap_mask: bool,
 ) -> Tensor:  # fmt: skip
     """The sum over positives, times ``scale`` (), of checked predictions and an assignment that only has rows which count."""
     num_masks = pred_masks.shape[0] if overlap_mask else targets.labels.shape[0]
@@ -108,5 +108,5 @@ def term_of_rows(
 def numbers_in_images(image_index: Tensor) -> Tensor:
     """The place (N,) of every row among those of its image, from 1."""
     ordered, order = image_index.sort(stable=True)
-    places = torch.arange(1, len(order) + 1, device=order.device) - torch.searchsorted(ordered, ordered)
+    places = torch.arange(1, order.shape[0] + 1, device=order.device) - torch.searchsorted(ordered, ordered)
     return places.gather(0, order.argsort())

@@ -61,8 +61,7 @@ class Targets(NamedTuple):
             TypeError: ``rows`` is not a float tensor.
         """
         _checks.rows("rows", rows)
-        height, width = _checks.image_size("imgsz", imgsz)
-        return cls(*_ops.unpack_rows(UnpackRows(rows.detach(), width, height)))
+        return cls(*_ops.unpack_rows(UnpackRows(rows.detach(), _checks.image_size("imgsz", imgsz))))
 
     @classmethod
     def from_padded(cls, labels: Tensor, boxes: Tensor, mask: Tensor | None = None, box_format: str = "xyxy") -> "Targets":

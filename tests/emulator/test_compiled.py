@@ -23,15 +23,10 @@ def test_small_step(target):
     for name, want in expected.items():
         error = (found[name].double() - want.double()).abs().max()
         assert error <= TOLERANCE[torch.float32] * want.double().abs().max(), name
-
-
-def test_order_of_programs_changes_no_bit():
-    results = []
-    for seed in range(2):
-        with emulated("cuda:90", seed=seed), ty.backend("triton"):
-            results.append(small_step.run(CPU))
-    for name, first in results[0].items():
-        assert all(other[name].equal(first) for other in results[1:]), name
+    if has_tasks:
+        with emulated(target, seed=1), ty.backend("triton"):
+            again = small_step.run(CPU)
+        assert all(again[name].equal(first) for name, first in found.items()), "the order of programs changes bits"
 
 
 def test_instructions_are_counted(monkeypatch, capsys):

@@ -115,7 +115,8 @@ def test_yolo11_is_the_sum_of_its_parts(module, layout, dtype, form):
 @pytest.mark.parametrize(("form", "layout", "dtype"), FORMS)
 def test_yolox_is_the_sum_of_its_parts(module, layout, dtype, form):
     case = make_yolox_case(1, dtype=dtype, layout=layout)
-    x = x_criterion(x_assign(case, "box_and_center" if form == "raw" else "center"), iou_loss="giou", use_l1=form == "raw")
+    candidates = "box_and_center" if (form, layout) == ("raw", "first") else "center"  # takes ten times as long
+    x = x_criterion(x_assign(case, candidates), iou_loss="giou", use_l1=form == "raw")
     if form == "raw":
         size = torch.tensor([128.0, 144.0]).repeat(2)
         x = x._replace(targets=[torch.cat([case.image_index[:, None], case.labels[:, None], case.gt_xywh / size], 1)])

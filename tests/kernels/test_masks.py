@@ -32,7 +32,7 @@ def make_case(dtype: torch.dtype, *, channels: int = 5, layout: str = "first", o
     number, scale = torch.tensor([1, 2, 1, 2, 3, 3]), torch.tensor(1 / 16, dtype=working)
     return of.MaskLoss(
         laid_out(coefficients.to(dtype), layout), channels_last(prototypes.to(dtype), layout), row, boxes.to(working), masks,
-        number, scale, (44.0, 84.0), overlap_mask, True,
+        number, scale, of.ImageSize((44, 84)), overlap_mask, True,
     )  # fmt: skip
 
 

@@ -107,9 +107,9 @@ def test_unpack_rows(dtype):
     rows = torch.randn(200, 8)[:, :7]
     rows[:, :2] = (8 * rows[:, :2]).round()
     for laid in (rows.to(dtype), rows.to(dtype).T.contiguous().T):
-        want = eager.unpack_rows(of.UnpackRows(laid, 96.0, 64.0))
+        want = eager.unpack_rows(of.UnpackRows(laid, of.ImageSize((64, 96))))
         assert want.boxes_xywh.shape == (200, 5)
-        assert_same(kernels.unpack_rows(of.UnpackRows(laid, 96.0, 64.0)), want, tolerance=0)
+        assert_same(kernels.unpack_rows(of.UnpackRows(laid, of.ImageSize((64, 96)))), want, tolerance=0)
 
 
 @pytest.mark.parametrize("reg_max", [1, 5])

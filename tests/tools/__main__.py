@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.systems import SYSTEMS
 
-from . import instructions, launches, parity, small_step, tables, traffic
+from . import instructions, launches, parity, small_step, tables, times, traffic
 
 
 def main() -> None:
@@ -28,6 +28,13 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--imgsz", type=int, default=640)
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
     add.set_defaults(run=instructions.run)
+    add = commands.add_parser("times", help="what every kernel takes on a CUDA device, as a CUDA graph")
+    add.add_argument("--systems", nargs="+", choices=SYSTEMS, help="only these criteria")
+    add.add_argument("--dtype", choices=launches.DTYPES, default="bfloat16")
+    add.add_argument("--batch-size", type=int, default=64)
+    add.add_argument("--imgsz", type=int, default=640)
+    add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
+    add.set_defaults(run=times.run)
     add = commands.add_parser("small-step", help="every operation once, for tools that watch memory")
     add.set_defaults(run=lambda _: small_step.main())
     _add_parity(commands.add_parser("parity", help="train with a real trainer, stock and patched, and compare every step"))

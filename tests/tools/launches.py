@@ -64,7 +64,7 @@ def _prob_iou(dtype: torch.dtype, layout: str, *, floor: float) -> of.ProbIoU:
 
 
 def _unpack_rows(dtype: torch.dtype, layout: str) -> of.UnpackRows:
-    return of.UnpackRows(_empty(ROWS, 6, dtype=dtype), 640.0, 640.0)
+    return of.UnpackRows(_empty(ROWS, 6, dtype=dtype), of.ImageSize((640, 640)))
 
 
 def _align_metric(dtype: torch.dtype, layout: str) -> of.AlignMetric:
@@ -162,7 +162,7 @@ def _mask_loss(dtype: torch.dtype, layout: str, *, overlap_mask: bool = True, wa
     rows = _empty(BATCH, ANCHORS, dtype=torch.int32), _empty(ROWS, 4), masks, _empty(ROWS, dtype=torch.int64)
     protos = _empty(BATCH, 32, 160, 160, dtype=dtype)
     return of.MaskLoss(
-        _preds(dtype, layout, 32), protos, *rows, _empty(), (640.0, 640.0), overlap_mask, wants_grad
+        _preds(dtype, layout, 32), protos, *rows, _empty(), of.ImageSize((640, 640)), overlap_mask, wants_grad
     )  # fmt: skip
 
 

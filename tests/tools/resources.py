@@ -35,7 +35,7 @@ class Resources:
     """What one kernel takes in one specialisation.
 
     Bytes of spills are per thread, of shared memory per program, of code those of the whole binary; loads and stores are the
-    widest from global memory, in bits.
+    widest that are asked of global memory, in bits.
     """
 
     operator: str
@@ -171,26 +171,31 @@ def _usage(compiled: Any, target: str) -> tuple[int, int, int, int]:
         asm = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm).group(1))
         spill = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm).group(1))
-        return registers, spill, _widest(r"(?:global|buffer)_load_(\w+)", asm), _widest(r"(?:global|buffer)_store_(\w+)", asm)
+        return registers, spill, _widest_of_amd("load", asm), _widest_of_amd("store", asm)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm[_binary(target)])
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spills = re.search(r"\b(STL|LDL)\b", sass) is not None
-    spill = int(re.search(r"STACK:(\d+)", usage).group(1)) if spills else 0
-    return registers, spill, _widest(r"\bLDG([.\w]*)", sass), _widest(r"\bSTG([.\w]*)", sass)
+        stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+        # To disassemble takes half a second, as long as compilation does: only where a stack may hold what was spilled.
+        spill = stack if stack and re.search(r"\b(STL|LDL)\b", _cuobjdump("-sass", file.name)) else 0
+    registers, ptx = int(re.search(r"REG:(\d+)", usage).group(1)), compiled.asm["ptx"]
+    return registers, spill, _widest_of_ptx("ld", ptx), _widest_of_ptx("st", ptx)
 
 
-def _widest(pattern: str, assembly: str) -> int:
+def _widest_of_ptx(name: str, ptx: str) -> int:
+    found = re.findall(rf"\b{name}\.global[.:\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    return max((int(number or 1) * int(bits) for number, bits in found), default=0)
+
+
+def _widest_of_amd(name: str, assembly: str) -> int:
     found = [0]
-    for suffix in re.findall(pattern, assembly):
-        wide = re.search(r"(?<![A-Z])(32|64|128)\b|dwordx(\d)|(b128|b96|b64|b32|b16)", suffix)
+    for suffix in re.findall(rf"(?:global|buffer)_{name}_(\w+)", assembly):
+        wide = re.search(r"dwordx(\d)|b(128|96|64|32|16)\b", suffix)
         if wide is None:
-            found.append(16 if re.search(r"U?S?16|short", suffix) else 8 if re.search(r"[US]8|byte", suffix) else 32)
+            found.append(16 if "short" in suffix else 8 if "byte" in suffix else 32)
         else:
-            found.append(32 * int(wide[2]) if wide[2] else int(wide[1] or wide[3][1:]))
+            found.append(32 * int(wide[1]) if wide[1] else int(wide[2]))
     return max(found)
 
 

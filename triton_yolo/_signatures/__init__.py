@@ -8,6 +8,7 @@ that. An output ``grad_x`` belongs to input ``x``.
 from .common import (
     BY_ROW,
     GroundTruth,
+    ImageSize,
     Levels,
     SimOTA,
     TaskAligned,
@@ -91,6 +92,7 @@ __all__ = [
     "GradDistScores",
     "GradPreds",
     "GroundTruth",
+    "ImageSize",
     "KeypointLoss",
     "KeypointLossOutputs",
     "Levels",

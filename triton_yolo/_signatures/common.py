@@ -11,6 +11,17 @@ BY_ROW = ("rows", "targets", "gt_labels", "gt_boxes", "gt_keypoints", "gt_sizes"
 """Inputs with one entry a ground-truth row, of which every batch has another number."""
 
 
+class ImageSize(NamedTuple):
+    """Height and width of an image, each a whole number of some pixels: a compiled graph takes any number."""
+
+    sides: tuple[int, ...]
+    units: tuple[float, ...] = (1.0, 1.0)
+
+    @property
+    def pixels(self) -> tuple[float, float]:
+        return self.sides[0] * self.units[0], self.sides[1] * self.units[1]
+
+
 class Levels(NamedTuple):
     """Levels of a feature pyramid: sizes (h0, w0, h1, w1, ...) in cells, and the stride of each in pixels."""
 
@@ -18,9 +29,13 @@ class Levels(NamedTuple):
     strides: tuple[float, ...]
 
     @property
+    def imgsz(self) -> ImageSize:
+        return ImageSize(self.feat_shapes[:2], self.strides[:1] * 2)
+
+    @property
     def image_size(self) -> tuple[float, float]:
         """Height and width of the image in pixels."""
-        return self.feat_shapes[0] * self.strides[0], self.feat_shapes[1] * self.strides[0]
+        return self.imgsz.pixels
 
 
 class TaskAligned(NamedTuple):
@@ -55,11 +70,10 @@ class GroundTruth(NamedTuple):
 
 
 class UnpackRows(NamedTuple):
-    """Rows (N, 6) in the YOLO convention, or (N, 7) with an angle; the size of the image in pixels."""
+    """Rows (N, 6) in the YOLO convention, or (N, 7) with an angle."""
 
     rows: Tensor
-    width: float
-    height: float
+    imgsz: ImageSize
 
     def allocate(self) -> GroundTruth:
         return new_ground_truth([self.rows], working_dtype(self.rows.dtype))

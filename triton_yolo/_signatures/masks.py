@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .common import held_gradient, wider
+from .common import ImageSize, held_gradient, wider
 
 
 class MaskLossOutputs(NamedTuple):
@@ -29,7 +29,7 @@ class MaskLoss(NamedTuple):
     masks: Tensor
     mask_number: Tensor
     scale: Tensor
-    imgsz: tuple[float, ...]
+    imgsz: ImageSize
     overlap_mask: bool
     wants_grad: bool
 
@@ -41,5 +41,5 @@ class MaskLoss(NamedTuple):
     @property
     def pixels_a_px(self) -> tuple[float, float]:
         """Pixels of a mask in one of the image, along x and y."""
-        height, width = self.prototypes.shape[2:]
-        return width / self.imgsz[1], height / self.imgsz[0]
+        (height, width), (image_height, image_width) = self.prototypes.shape[2:], self.imgsz.pixels
+        return width / image_width, height / image_height

@@ -10,14 +10,16 @@ _BLOCK = 1 << 18  # elements
 _PART = 1 << 14  # elements that are gathered: such copies are held, and leave gaps in the heap
 
 
-def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, A, C) into pieces of about ``_BLOCK`` elements."""
-    batch_size, num_anchors, num_classes = x.shape
-    images = max(1, _BLOCK // max(1, num_anchors * num_classes))
-    anchors = max(1, min(num_anchors, _BLOCK // max(1, num_classes)))
+def blocks(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut (B, A, C) into pieces of about ``_BLOCK`` elements, each of which lies in one stretch, in either layout."""
+    batch_size, *sizes = x.shape
+    images = max(1, _BLOCK // max(1, sizes[0] * sizes[1]))
+    axis = 0 if x.stride(1) > x.stride(2) else 1
+    number = max(1, _BLOCK // max(1, sizes[1 - axis]))
     for b in range(0, batch_size, images):
-        for a in range(0, num_anchors, anchors):
-            yield slice(b, b + images), slice(a, a + anchors)
+        for start in range(0, sizes[axis], number):
+            part, whole = slice(start, start + number), slice(None)
+            yield slice(b, b + images), *((part, whole) if axis == 0 else (whole, part))
 
 
 def row_parts(rows: Tensor, width: int) -> Iterator[slice]:
@@ -27,13 +29,11 @@ def row_parts(rows: Tensor, width: int) -> Iterator[slice]:
         yield slice(start, start + number)
 
 
-def gathered(x: Tensor, *index: Tensor) -> Tensor:
-    """The same as ``x[index]``, of one index a dimension, in a third of the time."""
-    if x.numel() == 0:
-        return x[index]
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    offsets = sum(i * stride for i, stride in zip(index, x.stride(), strict=True))
-    return x.as_strided((span,), (1,)).index_select(0, offsets)  # type: ignore[arg-type]
+def flattened(x: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Lay (B, A, C) out flat as it is, with the step between neighbours in A, and where ``x[first, 0, last]`` lie."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    by_first, step, by_last = x.stride()
+    return x.as_strided((span,), (1,)), step, first * by_first + last * by_last
 
 
 def untouched_zeros_like(x: Tensor) -> Tensor:

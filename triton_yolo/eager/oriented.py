@@ -10,6 +10,7 @@ and the offset (u, v) of the centres by that sum is a sum of squares too, (acros
 the determinant. So nothing cancels where boxes are long or nearly equal, as it does in terms of x and y.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,35 @@ from .._precision import working
 from .._signatures import GradBoxes, Overlaps, ProbIoU, ProbIoUBackward
 
 
-class _Pair(NamedTuple):
-    """Deviations of both boxes, the turn from b to a, and the offset from b to a in the image's direction and both frames."""
+class _Gaussian(NamedTuple):
+    """Centre, deviations along and across the axes, and the angle of a box, with cosine and sine."""
 
-    along_a: Tensor
-    across_a: Tensor
-    along_b: Tensor
-    across_b: Tensor
+    x: Tensor
+    y: Tensor
+    along: Tensor
+    across: Tensor
+    angle: Tensor
     cos: Tensor
     sin: Tensor
-    cos_b: Tensor
-    sin_b: Tensor
+
+    def frame(self, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of a vector along and across."""
+        return (dx * self.cos).addcmul_(dy, self.sin), (dy * self.cos).addcmul_(dx, self.sin, value=-1)
+
+
+def _gaussian(boxes: Iterable[Tensor], floor: float) -> _Gaussian:
+    x, y, width, height, angle = boxes
+    along, across = ((side.square() / 12 + floor).sqrt() for side in (width, height))
+    return _Gaussian(x, y, along, across, angle, angle.cos(), angle.sin())
+
+
+class _Pair(NamedTuple):
+    """Both boxes, cosine and sine of the turn from b to a, and the offset from b to a in both frames."""
+
+    a: _Gaussian
+    b: _Gaussian
+    cos: Tensor
+    sin: Tensor
     u_a: Tensor
     v_a: Tensor
     u_b: Tensor
@@ -37,36 +56,38 @@ class _Pair(NamedTuple):
 
     def differences(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of products of deviations: of either box, and of one along and the other across it or along it."""
-        of_boxes = self.along_a * self.across_a - self.along_b * self.across_b
-        crossed = self.along_a * self.across_b - self.across_a * self.along_b
-        return of_boxes, crossed, self.along_a * self.along_b - self.across_a * self.across_b
+        a, b = self.a, self.b
+        return (
+            a.along * a.across - b.along * b.across,
+            a.along * b.across - a.across * b.along,
+            a.along * b.along - a.across * b.across,
+        )
 
     def measures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Excess, areas, and the squared offset by the sum of covariances times its determinant."""
-        of_boxes, crossed, aligned = self.differences()
-        excess = of_boxes.square() + (crossed * self.cos).square() + (aligned * self.sin).square()
-        areas = 4 * self.along_a * self.across_a * self.along_b * self.across_b
-        apart_a = (self.across_a * self.u_a).square() + (self.along_a * self.v_a).square()
-        apart_b = (self.across_b * self.u_b).square() + (self.along_b * self.v_b).square()
-        return excess, areas, apart_a + apart_b
+        a, b, (of_boxes, crossed, aligned) = self.a, self.b, self.differences()
+        excess = _sum_of_squares(of_boxes, crossed * self.cos, aligned * self.sin)
+        areas = 4 * a.along * a.across * b.along * b.across
+        apart = _sum_of_squares(a.across * self.u_a, a.along * self.v_a, b.across * self.u_b, b.along * self.v_b)
+        return excess, areas, apart
 
 
-def _pair(a: Tensor, b: Tensor, floor: float) -> _Pair:
-    ax, ay, aw, ah, a_angle = working(a).unbind(-1)
-    bx, by, bw, bh, b_angle = working(b).unbind(-1)
-    along_a, across_a, along_b, across_b = ((side.square() / 12 + floor).sqrt() for side in (aw, ah, bw, bh))
-    turn = a_angle - b_angle
-    cos, sin, cos_b, sin_b = turn.cos(), turn.sin(), b_angle.cos(), b_angle.sin()
-    dx, dy = ax - bx, ay - by
-    u_b, v_b = dx * cos_b + dy * sin_b, dy * cos_b - dx * sin_b
-    u_a, v_a = u_b * cos + v_b * sin, v_b * cos - u_b * sin
-    return _Pair(along_a, across_a, along_b, across_b, cos, sin, cos_b, sin_b, u_a, v_a, u_b, v_b)
+def _sum_of_squares(x: Tensor, *others: Tensor) -> Tensor:
+    result = x.square()
+    for other in others:
+        result.addcmul_(other, other)
+    return result
+
+
+def _pair(a: _Gaussian, b: _Gaussian) -> _Pair:
+    turn, dx, dy = a.angle - b.angle, a.x - b.x, a.y - b.y
+    return _Pair(a, b, turn.cos(), turn.sin(), *a.frame(dx, dy), *b.frame(dx, dy))
 
 
 def _distance(excess: Tensor, areas: Tensor, apart: Tensor, eps: float) -> Tensor:
     """Bhattacharyya distance, not yet between its bounds."""
-    shape = torch.log1p((excess - eps) / (areas + eps) + eps)
-    return apart / (excess + areas + eps) / 4 + shape / 2
+    shape = ((excess - eps) / (areas + eps)).add_(eps).log1p_()
+    return (apart / (excess + areas).add_(eps)).div_(4).add_(shape, alpha=0.5)
 
 
 def _hellinger(distance: Tensor, eps: float) -> Tensor:
@@ -75,12 +96,16 @@ def _hellinger(distance: Tensor, eps: float) -> Tensor:
 
 def prob_overlap(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
     """ProbIoU of boxes (..., 5)."""
-    return 1 - _hellinger(_distance(*_pair(a, b, floor).measures(), eps).clamp(eps, 100), eps)
+    return _overlap(_gaussian(working(a).unbind(-1), floor), _gaussian(working(b).unbind(-1), floor), eps)
+
+
+def _overlap(a: _Gaussian, b: _Gaussian, eps: float) -> Tensor:
+    return 1 - _hellinger(_distance(*_pair(a, b).measures(), eps).clamp(eps, 100), eps)
 
 
 def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
     """Derivative of ProbIoU by ``a``: (..., 5). It is symmetric, so the derivative by ``b`` is that of (b, a)."""
-    x = _pair(a, b, floor)
+    x = _pair(*(_gaussian(working(boxes).unbind(-1), floor) for boxes in (a, b)))
     excess, areas, apart = x.measures()
     distance = _distance(excess, areas, apart, eps)
     is_bounded = (distance < eps) | (distance > 100)
@@ -93,33 +118,33 @@ def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> T
     d_excess = d_determinant + d_shape
     d_areas = d_determinant - d_shape * ((excess - eps) / whole)
 
-    of_boxes, crossed, aligned = x.differences()
+    own, other, (of_boxes, crossed, aligned) = x.a, x.b, x.differences()
     crossed, aligned = crossed * x.cos.square(), aligned * x.sin.square()
     d_along = (
-        2 * d_excess * (of_boxes * x.across_a + crossed * x.across_b + aligned * x.along_b)
-        + 4 * d_areas * x.across_a * x.along_b * x.across_b
-        + 2 * d_apart * x.along_a * x.v_a.square()
+        2 * d_excess * (of_boxes * own.across + crossed * other.across + aligned * other.along)
+        + 4 * d_areas * own.across * other.along * other.across
+        + 2 * d_apart * own.along * x.v_a.square()
     )
     d_across = (
-        2 * d_excess * (of_boxes * x.along_a - crossed * x.along_b - aligned * x.across_b)
-        + 4 * d_areas * x.along_a * x.along_b * x.across_b
-        + 2 * d_apart * x.across_a * x.u_a.square()
+        2 * d_excess * (of_boxes * own.along - crossed * other.along - aligned * other.across)
+        + 4 * d_areas * own.along * other.along * other.across
+        + 2 * d_apart * own.across * x.u_a.square()
     )
-    d_turn = 2 * d_excess * x.sin * x.cos * (x.along_a.square() - x.across_a.square()) * (
-        x.along_b.square() - x.across_b.square()
-    ) + 2 * d_apart * x.u_a * x.v_a * (x.across_a.square() - x.along_a.square())
+    d_turn = 2 * d_excess * x.sin * x.cos * (own.along.square() - own.across.square()) * (
+        other.along.square() - other.across.square()
+    ) + 2 * d_apart * x.u_a * x.v_a * (own.across.square() - own.along.square())
 
-    pull_u, pull_v = x.across_a.square() * x.u_a, x.along_a.square() * x.v_a
+    pull_u, pull_v = own.across.square() * x.u_a, own.along.square() * x.v_a
     pull_u, pull_v = (
-        x.across_b.square() * x.u_b + pull_u * x.cos - pull_v * x.sin,
-        x.along_b.square() * x.v_b + pull_u * x.sin + pull_v * x.cos,
+        other.across.square() * x.u_b + pull_u * x.cos - pull_v * x.sin,
+        other.along.square() * x.v_b + pull_u * x.sin + pull_v * x.cos,
     )
-    d_x = 2 * d_apart * (pull_u * x.cos_b - pull_v * x.sin_b)
-    d_y = 2 * d_apart * (pull_u * x.sin_b + pull_v * x.cos_b)
+    d_x = 2 * d_apart * (pull_u * other.cos - pull_v * other.sin)
+    d_y = 2 * d_apart * (pull_u * other.sin + pull_v * other.cos)
     _, _, width, height, _ = working(a).unbind(-1)
     d_width, d_height = (
         torch.where(deviation == 0, 0, d * side / (12 * deviation))
-        for d, side, deviation in ((d_along, width, x.along_a), (d_across, height, x.across_a))
+        for d, side, deviation in ((d_along, width, own.along), (d_across, height, own.across))
     )
     return torch.stack([d_x, d_y, d_width, d_height, d_turn], -1)
 
@@ -144,11 +169,38 @@ def upright_bounds(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return centre - reach, centre + reach
 
 
-def is_inside_oriented(points: Tensor, boxes: Tensor, eps: float) -> Tensor:
-    """Whether points (2, P) lie inside boxes (5, P) or on an edge; ``eps`` has no part."""
-    dx, dy = points - boxes[:2]
-    cos, sin = boxes[4].cos(), boxes[4].sin()
-    return ((dx * cos + dy * sin).abs() <= boxes[2] / 2) & ((dy * cos - dx * sin).abs() <= boxes[3] / 2)
+def gaussians(boxes: Tensor) -> Tensor:
+    """What an overlap is made of, of boxes (5, n): (7, n)."""
+    return torch.stack(_gaussian(boxes, 0.0))
+
+
+def gaussians_with_sides(boxes: Tensor, widened: Tensor) -> Tensor:
+    """The same, and half of both sides of the boxes as they are widened, all of boxes (n, 5): (9, n)."""
+    return torch.cat([gaussians(boxes.T), widened[:, 2:4].T / 2])
+
+
+def gaussian_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """ProbIoU (P,) of ``gaussians_with_sides`` (9, P) and ``gaussians`` (7, P)."""
+    return _overlap(_Gaussian(*a[:7]), _Gaussian(*b), 1e-7)
+
+
+def span_oriented(columns: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where on the x axis boxes, given by ``gaussians_with_sides``, begin and end at heights (n,), and a hair more."""
+    box, half_width, half_height = _Gaussian(*columns[:7]), columns[7], columns[8]
+    dy, hair = y - box.y, 1e-5 * (half_width + half_height + box.x.abs() + box.y.abs())
+    ends = []
+    for along, across, half in ((box.cos, box.sin, half_width), (-box.sin, box.cos, half_height)):
+        # |x along + dy across| <= half; where ``along`` is nothing, a hair over it is longer than the box.
+        along = torch.where(along.abs() < 1e-9, 1e-9, along)
+        ends.append((-dy * across / along, (half + hair) / along.abs()))
+    (a, reach_a), (b, reach_b) = ends
+    return box.x + torch.maximum(a - reach_a, b - reach_b), box.x + torch.minimum(a + reach_a, b + reach_b)
+
+
+def is_inside_oriented(points: Tensor, columns: Tensor, eps: float) -> Tensor:
+    """Whether points (2, P) lie inside boxes or on an edge, by ``gaussians_with_sides``; ``eps`` has no part."""
+    u, v = _Gaussian(*columns[:7]).frame(*(points - columns[:2]))
+    return (u.abs() <= columns[7]) & (v.abs() <= columns[8])
 
 
 def prob_iou(x: ProbIoU) -> Overlaps:

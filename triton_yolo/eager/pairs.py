@@ -1,6 +1,6 @@
 """Pairs of a ground-truth row and an anchor, found without looking at every anchor of every row."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -10,6 +10,9 @@ from .._precision import working_dtype
 from .._rows import is_valid
 from .._signatures import GroundTruth, Levels
 from ..anchors import make_anchors
+
+Span = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Where on the x axis boxes, by their places (m,), begin and end at heights (m,)."""
 
 _PART = 1 << 18  # pairs that are held at once: 15 MiB
 
@@ -42,34 +45,46 @@ def by_images(rows: Tensor, image_index: Tensor, num_pairs: Tensor, batch_size: 
 
 def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For every segment its members: (segment, position in the segment) of ``counts.sum()`` members."""
-    segment = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    segment = torch.repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
-    return segment, torch.arange(len(segment), device=counts.device) - starts[segment]
+    return segment, torch.arange(len(segment), device=counts.device) - starts.index_select(0, segment)
 
 
-def grid_pairs(low: Tensor, high: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+def grid_pairs(low: Tensor, high: Tensor, levels: Levels, span: Span | None = None) -> tuple[Tensor, Tensor]:
     """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
 
-    The rectangles are (n, 2), or (n, L, 2) if each level has its own.
-    A superset, tight to a thousandth of a cell: the caller's exact test drops hardly anything.
+    The rectangles are (n, 2), or (n, L, 2) if each level has its own; ``span`` tells how much of a rectangle's width a box
+    takes at a height. A superset, tight to a thousandth of a cell: the caller's exact test drops hardly anything.
     """
+    num_levels = len(levels.strides)
     sizes = torch.tensor(levels.feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)
     stride = torch.tensor(levels.strides, device=low.device, dtype=low.dtype)
     level_start = sizes.prod(-1).cumsum(0) - sizes.prod(-1)
-    limit = sizes.to(low.dtype)
     if low.dim() == 2:
         low, high = low[:, None], high[:, None]
-    zero = torch.zeros_like(limit)
-    first = (low / stride[:, None] - 0.501).ceil().clamp(zero, limit).long()  # (n, L, 2)
-    last = ((high / stride[:, None] - 0.499).floor() + 1).clamp(zero, limit).long()
-    width, height = (last - first).clamp(min=0).unbind(-1)
+    first, number = _cells_between(low, high, stride[:, None], sizes)  # (n, L, 2)
     # Rectangles to rows of cells, rows of cells to cells: two expansions are cheaper than a division for every cell.
-    rectangle, y = expand(height.flatten())
-    level_width = sizes[:, 0].expand(len(low), -1).flatten()
-    first_anchor = (level_start + first[..., 1] * sizes[:, 0] + first[..., 0]).flatten()
-    strip, x = expand(width.flatten()[rectangle])
-    anchors = (first_anchor[rectangle] + y * level_width[rectangle])[strip] + x
-    return torch.div(rectangle, len(levels.strides), rounding_mode="floor")[strip], anchors
+    rectangle, y = expand(number[..., 1].flatten())
+    nth = torch.div(rectangle, num_levels, rounding_mode="floor")
+    level = rectangle - nth * num_levels
+    first, number = first.flatten(0, 1)[rectangle], number[..., 0].flatten()[rectangle]
+    first_x, y = first[:, 0], first[:, 1] + y
+    if span is not None:
+        ends = span(nth, (y + 0.5) * stride[level])
+        first_x, number = _cells_between(*ends, stride[level], sizes[level, 0])
+    # Cells of one strip after another count on, so that a cell is its place among all and what its strip adds to it.
+    ahead = level_start[level] + y * sizes[level, 0] + first_x - (number.cumsum(0) - number)
+    strip = torch.repeat_interleave(number)
+    anchors = ahead.index_select(0, strip).add_(torch.arange(len(strip), device=strip.device))
+    return nth.index_select(0, strip), anchors
+
+
+def _cells_between(low: Tensor, high: Tensor, stride: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the cells below ``limit`` whose centres lie between, and their number."""
+    zero = torch.zeros_like(limit, dtype=low.dtype)
+    first = (low / stride - 0.501).ceil().clamp(zero, limit.to(low.dtype)).long()
+    last = ((high / stride - 0.499).floor() + 1).clamp(zero, limit.to(low.dtype)).long()
+    return first, (last - first).clamp(min=0)
 
 
 def point_pairs(low: Tensor, high: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from .._signatures import GroundTruth, Levels, UnpackRows, new_ground_truth
 
 def unpack_rows(x: UnpackRows) -> GroundTruth:
     image_index, labels, *box = working(x.rows).unbind(-1)
-    xywh = torch.stack([box[0] * x.width, box[1] * x.height, box[2] * x.width, box[3] * x.height, *box[4:]], -1)
+    height, width = x.imgsz.pixels
+    xywh = torch.stack([box[0] * width, box[1] * height, box[2] * width, box[3] * height, *box[4:]], -1)
     centre, half = xywh[:, :2], xywh[:, 2:4] / 2
     image, label = image_index.long(), labels.long()
     image = image.where((image == image_index) & (label == labels), -1)  # a row without whole numbers is padding
@@ -19,7 +20,6 @@ def unpack_rows(x: UnpackRows) -> GroundTruth:
 def ground_truth(targets: list[Tensor], levels: Levels, dtype: torch.dtype) -> GroundTruth:
     """Targets as operations take them, boxes in this type. A copy: what an operation puts out must not be what it was given."""
     if len(targets) == 1:
-        height, width = levels.image_size
-        return unpack_rows(UnpackRows(targets[0].to(dtype), width, height))
+        return unpack_rows(UnpackRows(targets[0].to(dtype), levels.imgsz))
     copies = new_ground_truth(targets, dtype)
     return GroundTruth(*[copy.copy_(x) for copy, x in zip(copies, targets, strict=True)])

@@ -18,7 +18,16 @@ from .._signatures import (
     TaskAlignedAssignment,
 )
 from .boxes import overlap
-from .oriented import is_inside_oriented, prob_overlap, upright_bounds, widen_oriented
+from .memory import flattened
+from .oriented import (
+    gaussian_overlap,
+    gaussians,
+    gaussians_with_sides,
+    is_inside_oriented,
+    span_oriented,
+    upright_bounds,
+    widen_oriented,
+)
 from .pairs import point_pairs, valid_rows
 
 _BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
@@ -47,27 +56,81 @@ class Geometry(NamedTuple):
     widen: Callable[[Tensor, float], Tensor]
     bounds: Callable[[Tensor], tuple[Tensor, Tensor]]
     """Rectangles, of boxes (n, 4 or 5), that have all points strictly inside that may be in the boxes."""
+    of_truth: Callable[[Tensor, Tensor], Tensor]
+    """What pairs need of each ground truth, in columns: (k, n) of boxes (n, 4 or 5) and of the same boxes widened."""
+    of_prediction: Callable[[Tensor], Tensor]
+    """What they need of each prediction: (k, n) of boxes (4 or 5, n)."""
+    span: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    """Where on the x axis ground truths (k, n) begin and end at heights (n,), if that depends on the height."""
     is_inside: Callable[[Tensor, Tensor, float], Tensor]
+    """Whether points (2, P) are inside ground truths (k, P)."""
     overlap: Callable[[Tensor, Tensor], Tensor]
+    """Of ground truths (k, P) and predictions (k, P)."""
 
 
 AXIS_ALIGNED = Geometry(
-    widen, lambda boxes: (boxes[:, :2], boxes[:, 2:]), is_inside, lambda gt, pred: overlap(gt, pred, "ciou", 1e-7)
-)
+    widen, lambda boxes: (boxes[:, :2], boxes[:, 2:]), lambda boxes, widened: torch.cat([boxes.T, widened.T]),
+    lambda boxes: boxes, None, lambda points, gt, eps: is_inside(points, gt[4:], eps),
+    lambda gt, pred: overlap(gt[:4].T, pred.T, "ciou", 1e-7),
+)  # fmt: skip
 ORIENTED = Geometry(
-    widen_oriented, upright_bounds, is_inside_oriented, lambda gt, pred: prob_overlap(gt, pred, 1e-7, 0.0)
+    widen_oriented, upright_bounds, gaussians_with_sides, gaussians, span_oriented, is_inside_oriented, gaussian_overlap
 )  # fmt: skip
 
 
-def pair_metric(
-    scores: Tensor, boxes: Tensor, gt_boxes: Tensor, alpha: float, beta: float, geometry: Geometry = AXIS_ALIGNED
-) -> tuple[Tensor, Tensor]:
-    """Metric and overlap (P,) of pairs with class scores (P,), predicted boxes (4 or 5, P) and true boxes."""
-    parts = zip(gt_boxes.split(_BLOCK, 1), boxes.split(_BLOCK, 1), strict=True)
-    overlaps = torch.cat([geometry.overlap(gt.T, pred.T) for gt, pred in parts])
-    overlaps = torch.where(overlaps > 0, overlaps, 0)
-    metric = power(scores, alpha) * power(overlaps, beta)
-    return torch.where(metric > 0, metric, 0), overlaps
+Finder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From rectangles (n, 2) to (n, 2) around boxes, and what pairs need of these, to (nth, anchors): all inside, and few more."""
+
+
+class Pairs(NamedTuple):
+    """Pairs (P,) of a row and a cell, which is an anchor of an image, with their metric and overlap."""
+
+    rows: Tensor
+    cells: Tensor
+    metric: Tensor
+    overlaps: Tensor
+
+
+class Predictions(NamedTuple):
+    """What every anchor predicts, and how pairs of it and a ground truth are found and measured."""
+
+    scores: Tensor
+    """Logits, or probabilities, of classes (B, A, C)."""
+    are_logits: bool
+    boxes: Tensor
+    """What pairs need of them: (k, B * A)."""
+    points: Tensor
+    """Of anchors: (2, A)."""
+    geometry: Geometry
+    rule: TaskAligned
+
+    def pairs(self, rows: Tensor, gt: GroundTruth, find: Finder) -> Pairs:
+        """Pair these rows with the anchors that ``find`` gives; those outside the boxes have metric 0, overlap -1."""
+        geometry, rule = self.geometry, self.rule
+        boxes = (gt.boxes_xywh if geometry is ORIENTED else gt.boxes_xyxy)[rows]
+        widened = geometry.widen(boxes, rule.min_box_side)
+        truths = geometry.of_truth(boxes, widened)
+        nth, anchors = find(*geometry.bounds(widened), truths)
+        cells = (gt.image_index[rows] * self.points.shape[1]).index_select(0, nth).add_(anchors)
+        scores, step, first = flattened(self.scores, gt.image_index[rows], gt.labels[rows])
+        metric, overlaps = truths.new_empty(2, len(nth))
+        for start in range(0, len(nth), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            own, at = nth[block], anchors[block]
+            score = working(scores.index_select(0, first.index_select(0, own).add_(at, alpha=step)))
+            truth, pred = truths.index_select(1, own), self.boxes.index_select(1, cells[block])
+            inside = geometry.is_inside(self.points.index_select(1, at), truth, rule.eps)
+            overlap = geometry.overlap(truth, pred)
+            overlap = torch.where(overlap > 0, overlap, 0)
+            value = pair_metric(score.sigmoid() if self.are_logits else score, overlap, rule)
+            overlaps[block] = torch.where(inside, overlap, -1)
+            metric[block] = torch.where(inside & (value > 0), value, 0)
+        return Pairs(rows.index_select(0, nth), cells, metric, overlaps)
+
+
+def pair_metric(scores: Tensor, overlaps: Tensor, rule: TaskAligned) -> Tensor:
+    """Metric (P,) of pairs with class scores (P,) and overlaps."""
+    return power(scores, rule.alpha) * power(overlaps, rule.beta)
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
@@ -76,14 +139,15 @@ def power(x: Tensor, exponent: float) -> Tensor:
 
 
 def topk_per_row(metric: Tensor, rows: Tensor, topk: int) -> Tensor:
-    """Indices of the ``topk`` highest positive metrics of every row; of equal ones the earlier pair. Rows are in order."""
-    kept = (metric > 0).nonzero().squeeze(1)
-    # Bits of positive floats order as the floats do, and integers sort stably in linear time.
-    bits = metric[kept].view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
-    survivors = _reaches_topk(bits, rows[kept], topk).nonzero().squeeze(1)
-    kept, bits = kept[survivors], bits[survivors]
+    """Indices of the ``topk`` highest positive metrics of every row; of equal ones the earlier pair. Rows are in order.
+
+    No metric is negative or NaN.
+    """
+    # Bits of floats that are not negative order as the floats do, and integers sort stably in linear time.
+    bits = metric.view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
+    kept = ((bits > 0) & _reaches_topk(bits, rows, topk)).nonzero().squeeze(1)
+    bits, rows = bits[kept], rows[kept]
     by_metric = (torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices
-    rows = rows[kept]
     by_row = by_metric[rows[by_metric].sort(stable=True).indices]
     rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
     return kept[by_row[rank < topk]]
@@ -96,7 +160,7 @@ def _reaches_topk(bits: Tensor, rows: Tensor, topk: int) -> Tensor:
     level = num_levels - 1 - (bits >> shift)
     count = torch.bincount(rows * num_levels + level, minlength=num_rows * num_levels).view(num_rows, num_levels)
     last_level = (count.cumsum(1) < topk).sum(1)
-    return level <= last_level[rows]
+    return level <= last_level.index_select(0, rows)
 
 
 def match(
@@ -113,12 +177,13 @@ def match(
 
     num_claims = torch.zeros(num_cells, dtype=torch.int32, device=rows.device)
     num_claims.index_add_(0, cells[claims], torch.ones_like(claims, dtype=torch.int32))
-    contested = (num_claims > 1)[cells].nonzero().squeeze(1)
+    contested = (num_claims > 1).index_select(0, cells).nonzero().squeeze(1)
     best = overlaps.new_zeros(num_cells).scatter_reduce_(0, cells[contested], overlaps[contested], "amax")
     contested = contested[overlaps[contested] == best[cells[contested]]]
     target_row.scatter_reduce_(0, cells[contested], rows[contested].int(), "amin", include_self=False)
 
-    positives = (target_row[cells] == rows).nonzero().squeeze(1)
+    positives = torch.cat([claims[num_claims[cells[claims]] == 1], contested])
+    positives = positives[target_row[cells[positives]] == rows[positives]].sort().values
     if rule.topk2 is not None:
         target_row[cells[positives]] = -1
         positives = positives[topk_per_row(metric[positives], rows[positives], rule.topk2)]
@@ -130,31 +195,15 @@ def match(
     target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + rule.eps)
 
 
-class _PointPairs(NamedTuple):
-    """Every candidate pair (P,) of a row and a cell, with its metric and overlap."""
-
-    rows: Tensor
-    cells: Tensor
-    metric: Tensor
-    overlaps: Tensor
-
-
-def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned) -> _PointPairs:
+def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned) -> Pairs:
     """Pairs of anchors at arbitrary points in pixels."""
-    batch_size, num_anchors, num_classes = scores.shape
+    batch_size, _, num_classes = scores.shape
     scores, boxes, points = working(scores), working(boxes), working(points)
     geometry = ORIENTED if boxes.shape[2] == 5 else AXIS_ALIGNED
     gt = GroundTruth(*[x.to(boxes.dtype) if x.is_floating_point() else x for x in targets])
-    gt_boxes = gt.boxes_xywh if geometry is ORIENTED else gt.boxes_xyxy
-    row_ids = valid_rows(gt, batch_size, num_classes)
-    widened = geometry.widen(gt_boxes[row_ids], rule.min_box_side)
-    nth, anchors = point_pairs(*geometry.bounds(widened), points)
-    kept = geometry.is_inside(points[anchors].T, widened[nth].T, rule.eps)
-    rows, anchors = row_ids[nth[kept]], anchors[kept]
-    images = gt.image_index[rows]
-    pair_scores = scores[images, anchors, gt.labels[rows]]
-    metric, overlaps = pair_metric(pair_scores, boxes[images, anchors].T, gt_boxes[rows].T, rule.alpha, rule.beta, geometry)
-    return _PointPairs(rows, images * num_anchors + anchors, metric, overlaps)
+    boxes = geometry.of_prediction(boxes.flatten(0, 1).T)
+    preds = Predictions(scores, False, boxes, points.T.contiguous(), geometry, rule)
+    return preds.pairs(valid_rows(gt, batch_size, num_classes), gt, lambda low, high, _: point_pairs(low, high, points))
 
 
 def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
@@ -172,7 +221,7 @@ def align_metric(x: AlignMetric) -> Metrics:
     batch_size, num_anchors, _ = x.scores.shape
     metric, overlaps = pairs.metric.new_zeros(2, batch_size * x.num_slots, num_anchors).unbind(0)
     anchors = pairs.cells % num_anchors
-    metric[pairs.rows, anchors], overlaps[pairs.rows, anchors] = pairs.metric, pairs.overlaps
+    metric[pairs.rows, anchors], overlaps[pairs.rows, anchors] = pairs.metric, pairs.overlaps.clamp(min=0)
     shape = (batch_size, x.num_slots, num_anchors)
     return Metrics(metric.view(shape), overlaps.view(shape).clone())
 

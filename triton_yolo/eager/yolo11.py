@@ -23,10 +23,10 @@ from .._signatures import (
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
-from .memory import blocks, gathered, untouched_zeros_like
+from .memory import blocks, untouched_zeros_like
 from .pairs import anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
-from .task_aligned import AXIS_ALIGNED, Geometry, match, pair_metric
+from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
 
@@ -62,23 +62,19 @@ def assign(
     shape = (batch_size, num_anchors)
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
-    gt_boxes, rule = gt.boxes_xyxy if len(boxes) == 4 else gt.boxes_xywh, x.assigner
+    gt_boxes = gt.boxes_xyxy if len(boxes) == 4 else gt.boxes_xywh
+    preds = Predictions(x.pred_scores, True, geometry.of_prediction(boxes), points_px, geometry, x.assigner)
     low, high = geometry.bounds(gt_boxes)
     # About so many anchors lie in a box; no more than there are, however large it is.
     num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
-    for row_ids in by_images(valid, gt.image_index, num_pairs, batch_size):
-        widened = geometry.widen(gt_boxes[row_ids], rule.min_box_side)
-        nth, anchors = grid_pairs(*geometry.bounds(widened), x.levels)
-        at, around = points_px.index_select(1, anchors), widened.T.contiguous().index_select(1, nth)  # faster than [:, ...]
-        kept = geometry.is_inside(at, around, rule.eps).nonzero().squeeze(1)
-        del at, around
-        rows, anchors = row_ids.index_select(0, nth.index_select(0, kept)), anchors.index_select(0, kept)
-        images = gt.image_index.index_select(0, rows)
-        cells = images * num_anchors + anchors
-        scores = working(gathered(x.pred_scores, images, anchors, gt.labels[rows])).sigmoid()
-        pair_boxes, true_boxes = boxes.index_select(1, cells), gt_boxes.T.contiguous().index_select(1, rows)
-        metric, overlaps = pair_metric(scores, pair_boxes, true_boxes, rule.alpha, rule.beta, geometry)
-        match(target_row, target_score, rows, cells, metric, overlaps, len(gt.labels), rule)
+
+    def find(low: Tensor, high: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
+        span = geometry.span
+        return grid_pairs(low, high, x.levels, span and (lambda nth, y: span(truths.index_select(1, nth), y)))
+
+    for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
+        pairs = preds.pairs(rows, gt, find)
+        match(target_row, target_score, *pairs, len(gt.labels), x.assigner)
     # A logit that is not finite shows in the loss even where no formula reads it.
     score_sum = target_score.sum()
     for source in sources:
@@ -116,7 +112,7 @@ def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutput
     per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
-        per_class += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
+        per_class[block[2]] += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
         normaliser = normaliser.where(is_finite(logits), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
     cls = _weighted(per_class, x.class_weights).sum()
@@ -148,7 +144,7 @@ def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...
     for block in blocks(x.pred_scores):
         logits = x.pred_scores[block]
         # slope * sigmoid(logits) in one pass
-        args = slope.expand_as(logits), working(logits), 1, _LINEAR_FROM
+        args = slope[block[2]].expand_as(logits), working(logits), 1, _LINEAR_FROM
         if logits.dtype == slope.dtype:
             torch.ops.aten.softplus_backward.grad_input(*args, grad_input=grad_scores[block])
         else:

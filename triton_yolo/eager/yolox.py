@@ -97,7 +97,7 @@ def _gradient(x: YOLOXLoss | YOLOXLossBackward, pos: "_Positives", scale: Tensor
         return GradPreds(torch.full_like(preds, torch.nan))
     result = untouched_zeros_like(preds)
     for block in blocks(preds[..., 4:5]):
-        result[..., 4][block] = working(preds[..., 4][block]).sigmoid().mul_(scale)
+        result[..., 4:5][block] = working(preds[..., 4:5][block]).sigmoid().mul_(scale)
 
     overlaps = overlap(pos.boxes, pos.gt_boxes, x.iou_loss, 1e-16)[:, None]
     slope = -2 * overlaps if is_iou else -share(overlaps.abs() < 1, overlaps.abs() == 1)

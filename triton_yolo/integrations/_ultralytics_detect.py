@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ._ultralytics_version import modules, subject
 ASSIGNER_INPUTS = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bboxes", "mask_gt")
 KEEPS_STOCK = "_triton_yolo_keeps_stock"
 """Attribute of a criterion: why."""
+BY_ROW = ("batch_idx", "cls", "bboxes")
 _EPS = 1e-9  # of the assigner; the criterion has it built in
 MEMBERS = {
     "bce": (BCE,),
@@ -37,6 +39,7 @@ class Adapter(NamedTuple):
         inputs: of predictions and batch, as ours takes them.
         terms: of our output, in the order of the stock one's names; one without a name is 0.
         objection: why the stock computation stays for some predictions.
+        columns: what a stock criterion of ours reads of a batch, by name: with one row a box, and as large for every batch.
     """
 
     members: Mapping[str, tuple[str, ...]]
@@ -46,6 +49,7 @@ class Adapter(NamedTuple):
     inputs: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, ...]]
     terms: tuple[str, ...]
     objection: Callable[[Mapping[str, Any]], str | None] = lambda preds: None
+    columns: Callable[[Any], tuple[tuple[str, ...], tuple[str, ...]]] = lambda stock: (BY_ROW, ())
 
 
 def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_loss: Any) -> dict[str, bool]:
@@ -93,6 +97,16 @@ DETECTION = Adapter(
 )  # fmt: skip
 _COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
 """By the class of a criterion."""
+_OBJECTED: WeakSet[Any] = WeakSet()
+"""Criteria whose predictions had an objection."""
+
+
+class Constants(NamedTuple):
+    """What a step with a criterion of ours depends on beside the numbers in tensors: names of its inputs, see ``Adapter``."""
+
+    by_row: tuple[str, ...]
+    by_image: tuple[str, ...]
+    settings: tuple[Hashable, ...]
 
 
 def criterion_loss(owner: Any, adapter: Adapter) -> Any:
@@ -103,7 +117,9 @@ def criterion_loss(owner: Any, adapter: Adapter) -> Any:
     @functools.wraps(stock)
     def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            difference = _difference(self, computation) or adapter.objection(preds)
+            difference = _difference(self, computation)
+            if not difference and (difference := adapter.objection(preds)):
+                _OBJECTED.add(self)
             if difference:
                 say_what_stays("ultralytics", type(self).__name__, difference)
                 return stock(self, preds, batch)
@@ -127,17 +143,20 @@ def _difference(criterion: Any, computation: Stock) -> str | None:
     return vars(criterion).get(KEEPS_STOCK) or computation.difference(criterion)
 
 
-def constants(criterion: Any, device: torch.device) -> Hashable | None:
-    """What a loss of ours reads of Ultralytics' criterion, with one branch or two; None if any of it is not ours."""
-    losses = modules()[1]
+def constants(criterion: Any, device: torch.device) -> Constants | None:
+    """Those of Ultralytics' criterion, with one branch or two of one kind; None if any of it is not ours."""
     try:
-        is_branched = type(criterion) is getattr(losses, "E2ELoss", None)
+        is_branched = type(criterion) is getattr(modules()[1], "E2ELoss", None)
         branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
-        computation, adapter = _COMPUTATIONS[losses.v8DetectionLoss]
-        if not all(type(x) is losses.v8DetectionLoss and _difference(x, computation) is None for x in branches):
+        kind = type(branches[0])
+        if kind not in _COMPUTATIONS:
             return None
+        computation, adapter = _COMPUTATIONS[kind]
+        for branch in branches:
+            if type(branch) is not kind or branch in _OBJECTED or _difference(branch, computation):
+                return None
         weights = [value for value in vars(criterion).values() if isinstance(value, float)]
-        return *[_criterion(branch, adapter, device) for branch in branches], *weights
+        return Constants(*adapter.columns(branches[0]), (*[_criterion(x, adapter, device) for x in branches], *weights))
     except AttributeError:
         return None  # the loss itself says what is wrong
 

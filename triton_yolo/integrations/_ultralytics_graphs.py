@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -10,23 +10,22 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..graphs import GraphedStep
+from ._ultralytics_detect import Constants
 
-_COLUMNS = ("batch_idx", "cls", "bboxes")
-
-Constants = Callable[[Any, Any], Hashable | None]
+Pick = Callable[[Any, Any], Constants | None]
 
 
 class Steps:
     """The graphs of the training that is going on.
 
     Args:
-        constants: takes a model's criterion and a device; what the loss reads there that is no input and no tensor of the
-            model, or None if the criterion is none of ours.
+        constants: takes a model's criterion and a device; what a step depends on there, or None if the criterion is none of
+            ours.
     """
 
-    def __init__(self, constants: Constants) -> None:
+    def __init__(self, constants: Pick) -> None:
         self._constants = constants
-        self._of: dict[nn.Module, GraphedStep] = {}
+        self._of: dict[nn.Module, GraphedStep | None] = {}
         self._is_training = False
 
     def trainer_train(self, stock: Any) -> Any:
@@ -42,7 +41,7 @@ class Steps:
                 return stock(trainer)
             finally:
                 self._is_training = False
-                for step in self._of.values():
+                for step in filter(None, self._of.values()):
                     step.release()
                 self._of.clear()
 
@@ -53,20 +52,26 @@ class Steps:
 
         @functools.wraps(stock)
         def loss(model: nn.Module, batch: Mapping[str, Any], preds: Any = None) -> Any:
-            criterion = getattr(model, "criterion", None)
-            is_ours = self._is_training and preds is None and model.training and criterion is not None
-            if not is_ours or dist.is_initialized() or self._constants(criterion, batch["img"].device) is None:
+            if not self._is_training or preds is not None or not model.training or dist.is_initialized():
                 return stock(model, batch, preds)
-            step, images = self._of.get(model), batch["img"]
-            if step is None:
-                step = self._of[model] = self._make(model, stock)
-            return step(images, {name: batch[name].to(images.device) for name in _COLUMNS})
+            if model not in self._of:  # the first step makes the criterion, and shows what keeps the stock computation
+                self._of[model] = None
+                return stock(model, batch)
+            device = batch["img"].device
+            constants = self._constants(getattr(model, "criterion", None), device)
+            if constants is None:
+                return stock(model, batch)
+            step = self._of[model] = self._of[model] or self._make(model, stock)
+            images, targets = (
+                {name: batch[name].to(device) for name in names} for names in (("img", *constants.by_image), constants.by_row)
+            )
+            return step(images, targets)
 
         return loss
 
     def _make(self, model: nn.Module, stock: Any) -> GraphedStep:
-        def forward(images: Tensor, columns: Mapping[str, Tensor]) -> Any:
-            return stock(model, {"img": images, **columns})
+        def forward(images: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Any:
+            return stock(model, {**images, **targets})
 
         device = next(model.parameters()).device
         return GraphedStep(forward, model, constants=lambda: self._constants(model.criterion, device))

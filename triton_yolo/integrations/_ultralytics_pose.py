@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..losses import YOLO11PoseLoss
 from ._stock import BCE
-from ._ultralytics_detect import MEMBERS, Adapter, inputs_of, options_of, settings
+from ._ultralytics_detect import BY_ROW, MEMBERS, Adapter, inputs_of, options_of, settings
 
 _MEMBERS = {**MEMBERS, "keypoint_loss": ("ultralytics.utils.loss.KeypointLoss",), "bce_pose": (BCE,)}
 
@@ -34,4 +34,7 @@ def _inputs(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Any,
     return *parts, shapes, rows, batch["keypoints"].to(rows.device, rows.dtype)
 
 
-POSE = Adapter(_MEMBERS, _settings, _make, _options, _inputs, ("box", "pose", "kobj", "cls", "dfl"))
+POSE = Adapter(
+    _MEMBERS, _settings, _make, _options, _inputs, ("box", "pose", "kobj", "cls", "dfl"),
+    columns=lambda stock: ((*BY_ROW, "keypoints"), ()),
+)  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..losses import YOLO11SegmentationLoss
-from ._ultralytics_detect import MEMBERS, Adapter, inputs_of, options_of, settings
+from ._ultralytics_detect import BY_ROW, MEMBERS, Adapter, inputs_of, options_of, settings
 
 
 def _options(stock: Any) -> dict[str, Any]:
@@ -22,6 +22,17 @@ def _objection(preds: Mapping[str, Any]) -> str | None:
     return None if isinstance(preds["proto"], Tensor) else "its prototypes have a semantic part"
 
 
+def _columns(stock: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (BY_ROW, ("masks",)) if stock.overlap else ((*BY_ROW, "masks"), ())
+
+
 SEGMENTATION = Adapter(
-    MEMBERS, settings, YOLO11SegmentationLoss, _options, _inputs, ("box", "mask", "cls", "dfl", ""), _objection
+    MEMBERS,
+    settings,
+    YOLO11SegmentationLoss,
+    _options,
+    _inputs,
+    ("box", "mask", "cls", "dfl", ""),
+    _objection,
+    _columns,
 )

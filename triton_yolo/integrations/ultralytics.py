@@ -41,7 +41,7 @@ def patch(*, cuda_graph: bool = False) -> None:
     that they use. A criterion returns a loss of shape (1,), the sum of the terms of the stock one, and the same named items.
 
     Args:
-        cuda_graph: replay the training steps of detectors as CUDA graphs, forward pass, loss and backward (see
+        cuda_graph: replay the training steps as CUDA graphs, forward pass, loss and backward, whatever the task (see
             ``triton_yolo.graphs``). Other steps run as they are: of validation, of ``multi_scale``, ``compile`` and DDP, with a
             criterion that keeps its stock computation, the last, smaller batch of an epoch, and the first of all.
 

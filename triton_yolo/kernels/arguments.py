@@ -28,11 +28,17 @@ class Tensor2(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a head puts out, or its gradient: distances (B, A, 4R), angles (B, A, 1) of oriented boxes, logits (B, A, C)."""
+    """What a head puts out, or its gradient: distances (B, A, 4R), angles (B, A, 1) of oriented boxes, logits (B, A, C).
 
-    dist: Tensor3
-    angle: Tensor3 | None
-    scores: Tensor3
+    Each is a ``Tensor3`` or None. Kernels ask that of a part: Triton 3.6 cannot tell whether a tuple with a None in it is None.
+    """
+
+    dist: Any
+    angle: Any
+    scores: Any
+
+
+NO_HEAD = Head(None, None, None)
 
 
 class Grid(NamedTuple):

@@ -98,7 +98,8 @@ def _ten_largest(
     kept, left_out = _largest_by_place(source, truth, start, stop, A, PARTS, DTYPE, BLOCK_P, PLACES, DEPTH)
     place, slot = tl.arange(0, PLACES)[None, :], tl.arange(0, SLOTS)[None, :]
     largest = bits_of(tl.zeros((truth.row.shape[0], SLOTS), DTYPE))
-    for nth in tl.static_range(MAX_DYNAMIC_K):
+    top = tl.max(largest, 1)[:, None]
+    for nth in range(MAX_DYNAMIC_K):
         top = tl.max(kept[0], 1)[:, None]
         largest = tl.where(slot == nth, top, largest)
         is_top = place == tl.min(tl.where(kept[0] == top, place, PLACES), 1)[:, None]

@@ -55,7 +55,7 @@ class _UnpackPlan(Plan):
     def launch(self, run: Run) -> None:
         rows = Rows(*map(run.address, run.out))
         grid = cdiv(run.num_rows, self.block), 1, 1
-        self.unpack(run.stream, grid, rows, targets_of(run.address, [run.x.rows]), run.x.height, run.x.width, run.num_rows)
+        self.unpack(run.stream, grid, rows, targets_of(run.address, [run.x.rows]), *run.x.imgsz.pixels, run.num_rows)
 
 
 def unpack_rows(x: UnpackRows) -> GroundTruth:

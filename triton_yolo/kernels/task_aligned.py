@@ -82,7 +82,7 @@ def _yolo11_prepare_kernel(
     right, poison = _poisoned_distance(dist, image, offs_a, mask_a, 2, poison, R, RP, DTYPE)
     bottom, poison = _poisoned_distance(dist, image, offs_a, mask_a, 3, poison, R, RP, DTYPE)
     x, y, stride = cell_centres(offs_a, grid, STRIDES, DTYPE)
-    if angles is None:
+    if angles.preds is None:
         box = Box((x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride)
         store_anchor_boxes(boxes, image, offs_a, mask_a, box)
     else:

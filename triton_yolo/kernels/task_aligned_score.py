@@ -76,19 +76,10 @@ def _owned_pairs(nth, owned, boxes, scores, grid, RULE: tl.constexpr, CLAIMS: tl
 
 
 @triton.jit
-def _best_owned(
-    limit, owned, boxes, scores, grid, RULE: tl.constexpr, CLAIMS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """List [g, KP] of the K highest metrics among what rows own."""
-    best, best_order = empty_list(owned.length.shape[0], K, KP, RULE.DTYPE)
-    start = 0
-    while start < limit:
-        pairs = _owned_pairs(start + tl.arange(0, BLOCK_P)[None, :], owned, boxes, scores, grid, RULE, CLAIMS)
-        key, order = ordered(pairs.metric, pairs.anchor)
-        best, best_order = keep_best(best, best_order, tl.where(pairs.metric > 0, key, none(key)), order)
-        start += BLOCK_P
-    return best, best_order
+def _keep_best_pairs(best, best_order, pairs):
+    """Merge pairs into the lists [g, KP] of the highest metrics."""
+    key, order = ordered(pairs.metric, pairs.anchor)
+    return keep_best(best, best_order, tl.where(pairs.metric > 0, key, none(key)), order)
 
 
 class Largest(NamedTuple):
@@ -136,12 +127,16 @@ def _task_aligned_score_kernel(
     length, num_contested = walk_length(truth, wide, grid, RULE), list_length(state.contested, truth)
     owned = Owned(truth, wide, length, num_contested, claims_ptr, state, order_ptr)
     limit = CLAIMS + tl.max(tl.minimum(length, num_contested))
-    best, best_order = empty_list(BLOCK_G, K, KP, RULE.DTYPE)
-    if K > 0:
-        best, best_order = _best_owned(limit, owned, boxes, scores, grid, RULE, CLAIMS, K, KP, BLOCK_P)
-
     nth = tl.arange(0, BLOCK_P)[None, :]
     pairs = _owned_pairs(nth, owned, boxes, scores, grid, RULE, CLAIMS)
+    best, best_order = empty_list(BLOCK_G, K, KP, RULE.DTYPE)
+    if K > 0:
+        best, best_order = _keep_best_pairs(best, best_order, pairs)
+        start = BLOCK_P
+        while start < limit:
+            others = _owned_pairs(start + nth, owned, boxes, scores, grid, RULE, CLAIMS)
+            best, best_order = _keep_best_pairs(best, best_order, others)
+            start += BLOCK_P
     stays = _stays(pairs, best, best_order, K)
     largest = _largest(pairs, stays)
     start = BLOCK_P

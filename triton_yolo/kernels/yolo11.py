@@ -75,7 +75,7 @@ def _yolo11_positives_kernel(
             box = tl.sum(tl.where(at.mask, (1 - ciou) * at.score, 0.0))
             hits = tl.sum(tl.where(at.mask, logit * weight * at.score, 0.0))
             dfl = tl.sum(tl.where(at.mask, side_losses(preds.dist, at, side, sides, R, DTYPE) * (at.score / 4), 0.0))
-        if grads is not None:
+        if grads.dist is not None:
             scale = loss_scale(upstream, DTYPE)
             d_x1, d_y1, d_x2, d_y2 = overlap_derivative(x1, y1, x2, y2, gt.x1, gt.y1, gt.x2, gt.y2, "ciou", 1e-7)
             d_distance = of_side(side, d_x1, d_y1, -d_x2, -d_y2) * (scalar(box_gain, DTYPE) * at.score * scale)
@@ -116,7 +116,7 @@ def _yolo11_total_kernel(
     is NaN already, all programs together make every gradient NaN.
     """
     normaliser = tl.load(normaliser_ptr).to(DTYPE)
-    if grads is not None:
+    if grads.dist is not None:
         num_broken = (normaliser != normaliser).to(tl.int64)
         fill(grads.dist.ptr, float("nan"), num_broken * counts.dist, tl.program_id(0), tl.num_programs(0), BLOCK)
         if HAS_ANGLE:

@@ -86,7 +86,7 @@ def _yolo11_obb_positives_kernel(
             hits = tl.sum(tl.where(at.mask, logit * weight * at.score, 0.0))
             dfl = tl.sum(tl.where(at.mask, side_losses(preds.dist, at, side, sides, R, DTYPE) * (at.score / 4), 0.0))
             angle = tl.sum(tl.where(at.mask, double_sin * double_sin * roundness * at.score, 0.0))
-        if grads is not None:
+        if grads.dist is not None:
             scale = loss_scale(upstream, DTYPE)
             left, top, right, bottom, d_angle = _oriented_gradient(pred, gt, offset_x, offset_y)
             box_weight, dfl_weight = scalar(box_gain, DTYPE) * at.score * scale, scalar(dfl_gain, DTYPE) / 4 * at.score * scale

@@ -111,10 +111,10 @@ class YOLO11SegmentationLoss(Criterion):
         _checks.tensor("pred_masks", pred_masks, (batch_size, num_anchors, "M"), like=pred_scores)
         _checks.tensor("prototypes", prototypes, (batch_size, pred_masks.shape[2], "h", "w"), like=pred_scores)
         pred_dist, pred_scores, pred_masks, prototypes = widened(pred_dist, pred_scores, pred_masks, prototypes)
-        height, width = _checks.levels(feat_shapes, self.detection.strides, num_anchors).image_size
+        size = _checks.levels(feat_shapes, self.detection.strides, num_anchors).imgsz
         rows = rows_of(targets, pred_scores)
         if len(rows) == 1:
-            rows = list(_ops.unpack_rows(UnpackRows(rows[0].to(working_dtype(pred_scores.dtype)), width, height)))
+            rows = list(_ops.unpack_rows(UnpackRows(rows[0].to(working_dtype(pred_scores.dtype)), size)))
         gt = Targets._make(rows)
         out, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, gt)
         with torch.no_grad():
@@ -124,7 +124,6 @@ class YOLO11SegmentationLoss(Criterion):
             num_images = batch_size if images is None else images
             # What is not a number anywhere is one nowhere.
             scale = (self.mask_gain * num_images / num_fg).masked_fill(out.loss.isnan(), torch.nan)
-        size = height, width
         mask = term_of_rows(pred_masks, prototypes, row, gt, masks, scale, size, overlap_mask=self.overlap_mask)
         with torch.no_grad():
             one = torch.ones_like(mask).masked_fill(mask.isnan(), torch.nan)

@@ -15,7 +15,7 @@ from ..._signatures import (
     YOLO11Assign,
     YOLO11OBBAssign,
 )
-from ..arguments import Anchors, Grid, Head, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
+from ..arguments import NO_HEAD, Anchors, Grid, Head, Points, Rows, State, Tensor3, compute_type, points_of, targets_of, tensor3
 from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
 from ..fill import Fill
@@ -71,9 +71,11 @@ class _Matching:
             Launch(_task_aligned_contest_kernel, IS_TIE_BREAK=is_tie_break, **tiles)
             for is_tie_break in ((False, True) if self.is_wide else (False,))
         ]
+        # With a list of the best beside it, two anchors a thread spill.
+        score_p = min(block_p, 32) if assigner.topk2 and not INTERPRETED else block_p
         self.score = Launch(
             _task_aligned_score_kernel, IS_FINAL=is_final, CLAIMS=self.num_claims,
-            **list_sizes(assigner.topk2 or 0, num_anchors), **tiles,
+            **list_sizes(assigner.topk2 or 0, num_anchors), **{**tiles, "BLOCK_P": score_p},
         )  # fmt: skip
         self.launches = self.claim, *((self.merge, *self.contests, self.score) if N else ())
 
@@ -199,13 +201,13 @@ class YOLO11Assigning:
         self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
 
     def __call__(
-        self, run: Run, preds: Head, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows, grads: Head | None = None
+        self, run: Run, preds: Head, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows, grads: Head = NO_HEAD
     ) -> State:
         """Launch them; ``grads`` are zeroed on the way, but for class logits."""
         stream, buffers, grid = run.stream, run.buffers, self.grid
         # One coordinate after another: a warp reads neighbours of each at once.
         boxes = new(Tensor3, (buffers.boxes, self.box_size * grid.A, 1, grid.A))
-        angles = None if preds.angle is None else new(Angles, (preds.angle, None if grads is None else grads.angle))
+        angles = new(Angles, (preds.angle, grads.angle))
         result, state = new(Result, (row, score, buffers.row_sum, buffers.row_count)), state_of(run, row)
         batch_size, targets = self.programs[1], targets_of(run.address, run.x.targets)
         num_rows = run.num_rows if self.num_poisons else 0
@@ -214,8 +216,8 @@ class YOLO11Assigning:
                 stream, self.programs, boxes, result, state, buffers.poison, preds.dist, angles, rows, targets, grid,
                 *self.size, num_rows, batch_size,
             )  # fmt: skip
-        if num_rows or grads is not None:
-            zeros = None if grads is None else new(Fill, (grads.dist.ptr, run.out.grad_pred_dist.numel()))
+        if num_rows or grads.dist is not None:
+            zeros = None if grads.dist is None else new(Fill, (grads.dist.ptr, run.out.grad_pred_dist.numel()))
             self.matching(run, result, state, boxes, preds.scores, None, rows, grid, zeros)
         self.sum(stream, (1, 1, 1), sums, num_fg, result, buffers.poison, num_rows, batch_size, self.num_poisons)
         return state

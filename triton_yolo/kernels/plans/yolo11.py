@@ -21,7 +21,7 @@ from ..._signatures import (
     YOLO11OBBOutputs,
     YOLO11Outputs,
 )
-from ..arguments import Grid, Head, Rows, compute_type, tensor3
+from ..arguments import NO_HEAD, Grid, Head, Rows, compute_type, tensor3
 from ..classes import Upstream, _yolo11_class_kernel, class_layout, class_sizes
 from ..launch import INTERPRETED, Buffers, Launch, Plan, RoomyLaunch, Run, Workspace, cdiv, new, run
 from ..positives import Claims, Matched, slot_sizes
@@ -75,7 +75,7 @@ class _Criterion:
         return num_rows * self.num_claims if self.num_claims else self.num_cells
 
     def __call__(
-        self, run: Run, grads: Head | None, grad: Any, poison: Any, preds: Head, matched: Matched, claims: Claims | None,
+        self, run: Run, grads: Head, grad: Any, poison: Any, preds: Head, matched: Matched, claims: Claims | None,
         normaliser: Any,
     ) -> int:  # fmt: skip
         """Launch them, and return the number of partial sums."""
@@ -86,13 +86,12 @@ class _Criterion:
         dense, partial = (run.buffers.dense, run.buffers.partial) if self.fixed else (None, None)
         if self.num_cells:
             self.classes(
-                run.stream, self.class_grid, dense, None if grads is None else grads.scores, poison, upstream,
+                run.stream, self.class_grid, dense, grads.scores, poison, upstream,
                 preds.scores, weights, x.gains[1], *self.per_image,
             )  # fmt: skip
             for place, launch in self.fills.items():
-                part: Any = grads[place]  # type: ignore[index]
                 count = self.counts[place]
-                launch(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), part.ptr, upstream, count)
+                launch(run.stream, (cdiv(count, FILL_BLOCK), 1, 1), grads[place].ptr, upstream, count)
             if num_slots:
                 self.positives(
                     run.stream, (num_partial, 1, 1), partial, grads, upstream, preds, matched, claims, weights, self.grid,
@@ -100,21 +99,21 @@ class _Criterion:
                 )  # fmt: skip
         return num_partial
 
-    def add_up(self, run: Run, grads: Head | None, normaliser: Any, loss: Loss, num_partial: int) -> None:
-        programs = 1 if grads is None or INTERPRETED else 8, 1, 1
+    def add_up(self, run: Run, grads: Head, normaliser: Any, loss: Loss, num_partial: int) -> None:
+        programs = 1 if grads.dist is None or INTERPRETED else 8, 1, 1
         self.total(
             run.stream, programs, loss, grads, self.counts, run.buffers.dense, run.buffers.partial, normaliser,
             *self.total_gains, self.num_dense, num_partial,
         )  # fmt: skip
 
 
-def heads(run: Run, is_oriented: bool, has_grad: bool) -> tuple[Head, Head | None]:
+def heads(run: Run, is_oriented: bool, has_grad: bool) -> tuple[Head, Head]:
     """Predictions and, if wanted, their gradients."""
     x, out, address = run.x, run.out, run.address
     angle = tensor3(address, x.pred_angle) if is_oriented else None
     preds = new(Head, (tensor3(address, x.pred_dist), angle, tensor3(address, x.pred_scores)))
     if not has_grad:
-        return preds, None
+        return preds, NO_HEAD
     angle = tensor3(address, out.grad_pred_angle) if is_oriented else None
     return preds, new(Head, (tensor3(address, out.grad_pred_dist), angle, tensor3(address, out.grad_pred_scores)))
 
@@ -143,9 +142,9 @@ class _LossPlan(Plan):
 
     def launch(self, run: Run) -> None:
         normaliser = run.address(run.x.normaliser)
-        preds, _ = heads(run, self.is_oriented, False)
-        num_partial = self.criterion(run, None, None, None, preds, matched(run), None, normaliser)
-        self.criterion.add_up(run, None, normaliser, new(Loss, map(run.address, run.out)), num_partial)
+        preds, grads = heads(run, self.is_oriented, False)
+        num_partial = self.criterion(run, grads, None, None, preds, matched(run), None, normaliser)
+        self.criterion.add_up(run, grads, normaliser, new(Loss, map(run.address, run.out)), num_partial)
 
 
 class _GradientPlan(Plan):
@@ -194,7 +193,7 @@ class _CriterionPlan(Plan):
         order = buffers.order if self.assign.matching.is_wide else None
         preds, grads = heads(run, self.is_oriented, self.has_grad)
         poison = normaliser if self.has_grad else None
-        zeros = grads if self.fills else None
+        zeros = grads if self.fills else NO_HEAD
         state = self.assign(run, preds, row, score, normaliser, address(out.num_fg), rows, zeros)
         matched = new(Matched, (row, score, buffers.label, boxes[self.is_oriented]))
         claims = None if self.wants_row else new(Claims, (buffers.claims, buffers.image, state, order))
