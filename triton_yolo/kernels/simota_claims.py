@@ -112,15 +112,16 @@ def _ten_largest(
 
 @triton.jit
 def _list_ious(
-    ious_ptr, members, rows, part, grid, N, PART_P: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+    ious_ptr, members, rows, part, step, grid, N, PART_P: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Leave the ten largest IoUs of BLOCK_G rows in one part of the members."""
+    """Leave the ten largest IoUs of BLOCK_G rows in every ``step``-th part of the members."""
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     image = tl.load(rows.image_ptr + offs_g, mask=offs_g < N, other=-1)
-    start = part * PART_P
-    if start < tl.max(tl.load(members.anchors.count_ptr + image, mask=image >= 0, other=0)):
+    limit = tl.cdiv(tl.max(tl.load(members.anchors.count_ptr + image, mask=image >= 0, other=0)), PART_P)
+    while part < limit:
         truth = load_rows(rows, offs_g, N, DTYPE)
+        start = part * PART_P
         stop = tl.minimum(list_length(members.anchors, truth), start + PART_P)
         largest, is_exact = _ten_largest(members, truth, start, stop, grid.A, 0, DTYPE, BLOCK_P, PLACES, _FEW)
         if tl.min(is_exact.to(tl.int32)) == 0:
@@ -130,14 +131,15 @@ def _list_ious(
         slot = tl.arange(0, SLOTS)[None, :]
         at = (truth.row.to(tl.int64) * PARTS + part) * MAX_DYNAMIC_K + slot
         tl.store(ious_ptr + at, largest, mask=(truth.row < N) & (slot < MAX_DYNAMIC_K))
+        part += step
 
 
 @triton.jit
 def _list_costs(
-    lists, region, members, preds, rows, part, grid, N, PARTS: tl.constexpr, RULE: tl.constexpr, BLOCK_G: tl.constexpr,
+    lists, region, members, preds, rows, part, step, grid, N, PARTS: tl.constexpr, RULE: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Leave the ten cheapest of one part of the members, for those of BLOCK_G rows that may need others than their own."""
+    """Leave the ten cheapest of every ``step``-th part of the members, for rows that may need others than their own."""
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     sure = tl.zeros((BLOCK_G,), tl.int32)
     if RULE.SPAN > 0:
@@ -145,7 +147,7 @@ def _list_costs(
     if tl.min(sure) < MAX_DYNAMIC_K:
         truth, centre = load_truth(rows, N, BLOCK_G, RULE.DTYPE)
         length = tl.where(sure[:, None] < MAX_DYNAMIC_K, list_length(members.anchors, truth), 0)
-        if part * BLOCK_P < tl.max(length):
+        while part * BLOCK_P < tl.max(length):
             nth = part * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
             mask = nth < length
             anchor = load_listed(members.anchors, truth.image, nth, mask, grid.A)
@@ -153,20 +155,25 @@ def _list_costs(
             key, order = ordered(-costs_anywhere(members, preds, truth, centre, anchor, mask, box, grid, RULE), anchor)
             best, best_order = best_of(tl.where(mask, key, none(key)), order, MAX_DYNAMIC_K, _LIST, RULE.DTYPE)
             store_part(lists, truth.row, length > 0, part, best, best_order, PARTS, MAX_DYNAMIC_K, _LIST)
+            part += step
 
 
-@triton.jit(do_not_specialize=["N", "iou_parts"])
+@triton.jit(do_not_specialize=["N", "iou_programs"])
 def _simota_claim_kernel(
-    ious_ptr, lists, region, members, preds, rows, grid, N, iou_parts, RULE: tl.constexpr, SPLIT: tl.constexpr,
+    ious_ptr, lists, region, members, preds, rows, grid, N, iou_programs, RULE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """A program looks through one part of the members for the largest IoUs of BLOCK_G rows or, behind, for the lowest costs."""
+    """A program looks through parts of the members for the largest IoUs of BLOCK_G rows or, behind, for the lowest costs."""
     part = tl.program_id(1)
-    if part < iou_parts:
-        _list_ious(ious_ptr, members, rows, part, grid, N, SPLIT.IOU_P, SPLIT.IOU_PARTS, RULE.DTYPE, BLOCK_G, BLOCK_P, PLACES)
+    if part < iou_programs:
+        _list_ious(
+            ious_ptr, members, rows, part, iou_programs, grid, N, SPLIT.IOU_P, SPLIT.IOU_PARTS, RULE.DTYPE, BLOCK_G, BLOCK_P,
+            PLACES,
+        )  # fmt: skip
     else:
-        part -= iou_parts
-        _list_costs(lists, region, members, preds, rows, part, grid, N, SPLIT.COST_PARTS, RULE, BLOCK_G, SPLIT.COST_P)
+        step = tl.num_programs(1) - iou_programs
+        part -= iou_programs
+        _list_costs(lists, region, members, preds, rows, part, step, grid, N, SPLIT.COST_PARTS, RULE, BLOCK_G, SPLIT.COST_P)
 
 
 @triton.jit

@@ -129,12 +129,12 @@ def _background_kernel(result, state, rows, targets, A, N, B, PACK: tl.constexpr
 
 
 @triton.jit
-def _fill_by_last(zeros, part, PARTS: tl.constexpr, FILLING: tl.constexpr):
+def _fill_by_last(zeros, part, parts):
     """Have the last parts of all rows fill memory: few rows have so many."""
-    first: tl.constexpr = PARTS - FILLING
-    if part >= first:
-        nth = (part - first) * tl.num_programs(0) + tl.program_id(0)
-        fill(zeros.ptr, 0.0, zeros.size, nth, FILLING * tl.num_programs(0), 4096)
+    filling = tl.minimum(parts, 4)
+    if part >= parts - filling:
+        nth = (part - (parts - filling)) * tl.num_programs(0) + tl.program_id(0)
+        fill(zeros.ptr, 0.0, zeros.size, nth, filling * tl.num_programs(0), 4096)
 
 
 @triton.jit
@@ -152,13 +152,13 @@ def _task_aligned_claim_kernel(
     lists, zeros, boxes, scores, points, rows, grid, N, RULE: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     BLOCK_G: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program finds the K highest metrics in one part of the walks of BLOCK_G rows, every PARTS-th tile of BLOCK_P anchors.
+    """A program finds the K highest metrics in one of at most PARTS parts of the walks of BLOCK_G rows.
 
-    All together fill ``zeros``, if there are any.
+    Each part has every so-manieth tile of BLOCK_P anchors. All together fill ``zeros``, if there are any.
     """
-    part = tl.program_id(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     if zeros is not None:
-        _fill_by_last(zeros, part, PARTS, min(PARTS, 4))
+        _fill_by_last(zeros, part, parts)
     start = part * BLOCK_P
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
@@ -169,19 +169,19 @@ def _task_aligned_claim_kernel(
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         key, order = _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE)
         best, best_order = best_of(key, order, K, KP, RULE.DTYPE)
-        nth += PARTS * BLOCK_P
-        start += PARTS * BLOCK_P
+        nth += parts * BLOCK_P
+        start += parts * BLOCK_P
         while start < limit:
             key, order = _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE)
             best, best_order = keep_best(best, best_order, key, order)
-            nth += PARTS * BLOCK_P
-            start += PARTS * BLOCK_P
+            nth += parts * BLOCK_P
+            start += parts * BLOCK_P
         store_part(lists, truth.row, truth.row < N, part, best, best_order, PARTS, K, KP)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "parts"])
 def _task_aligned_merge_kernel(
-    claims_ptr, lists, state, order_ptr, rows, grid, N, RULE: tl.constexpr, PARTS: tl.constexpr, PART_P: tl.constexpr,
+    claims_ptr, lists, state, order_ptr, rows, grid, N, parts, RULE: tl.constexpr, PARTS: tl.constexpr, PART_P: tl.constexpr,
     PART_K: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program merges the lists of the parts of BLOCK_G rows, and claims the anchors of the K highest metrics.
@@ -190,7 +190,7 @@ def _task_aligned_merge_kernel(
     """
     truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
     length = walk_length(truth, candidate_area(truth.box, RULE), grid, RULE)
-    num_parts = tl.minimum(tl.cdiv(length, PART_P), PARTS)
+    num_parts = tl.minimum(tl.cdiv(length, PART_P), parts)
     best, best_order = merge_parts(lists, truth.row, num_parts, PARTS, PART_K, K, KP, RULE.DTYPE, BLOCK_P)
     anchor, is_claim = index_of(best_order), is_taken(best, K, KP)
     place = tl.arange(0, KP)[None, :]

@@ -17,6 +17,7 @@ from ..simota_cost import Product
 
 _MOST_CELLS = 128  # of a centre region that one program looks at
 _IOU_TILES, _IOU_P, _COST_P = 5, 192, 256  # parts of the members: five tiles for their IoUs, one for their costs
+_IOU_PROGRAMS, _COST_PROGRAMS = 4, 2  # a row: an H200 starts some 1,500 programs a us, and 42 a row took 53 us at B=64
 ONE = 1, 1, 1
 
 
@@ -46,7 +47,7 @@ class Matching:
         span, cells = region_sizes(assigner.radius, len(strides)) if strides else (0, 32)
         is_grid = strides is not None
         self.rule = rule = Rule(num_classes, assigner.radius, has_box, is_grid, strides or (1.0,), span, cells, kind)
-        walks = has_box or span == 0
+        self.walks = walks = has_box or span == 0
         self.parts = (span > 0) + (1 if INTERPRETED else cdiv(num_anchors, cells)) * walks
         self.most_a_row = num_anchors if walks else len(rule.STRIDES) * span**2  # members because of one row
 
@@ -114,9 +115,11 @@ class Matching:
             programs = cdiv(num_rows, self.member_rows), self.parts, 1
             self.member(stream, programs, members, state, region, preds, rows, grid, num_rows)
             most = min(grid.A, num_rows * self.most_a_row)
-            iou_parts, cost_parts = cdiv(most, self.split.IOU_P), cdiv(most, self.split.COST_P)
-            programs = row_programs, iou_parts + cost_parts, 1
-            self.claim(stream, programs, b.ious, lists, region, members, preds, rows, grid, num_rows, iou_parts)
+            iou_programs, cost_programs = cdiv(most, self.split.IOU_P), cdiv(most, self.split.COST_P)
+            if not self.walks:  # members are few, though nobody knows how few, and costs beside the region's hardly ever wanted
+                iou_programs, cost_programs = min(iou_programs, _IOU_PROGRAMS), min(cost_programs, _COST_PROGRAMS)
+            programs = row_programs, iou_programs + cost_programs, 1
+            self.claim(stream, programs, b.ious, lists, region, members, preds, rows, grid, num_rows, iou_programs)
             programs = row_programs, 1, 1
             self.merge(stream, programs, b.ious, lists, members, state, claims, region, tally, rows, grid, num_rows)
         pairs = objectness, tally, members, state, claims, preds, rows, grid, num_rows, row_programs

@@ -40,6 +40,9 @@ from ..topk import list_sizes
 _FILLING_ROWS = 1 if INTERPRETED else 64
 """For so many there are programs where memory is filled: a few would take long."""
 
+_PROGRAMS, _LEAST_PARTS = 8192, 4
+"""Of all rows, and of one: an H200 starts some 1,500 programs a us, and most of these have nothing to do."""
+
 
 class _Matching:
     """The launches that match rows with anchors which are background yet.
@@ -63,6 +66,8 @@ class _Matching:
         of_part = part_sizes(assigner.topk, num_anchors, split)
         self.split_g, self.num_parts, self.part_claims = split["BLOCK_G"], split["PARTS"], of_part["K"]
         self.num_claims = claimed["K"]
+        # A part of twice as many anchors has as many of the best.
+        self.least_parts = min(_LEAST_PARTS if self.part_claims == self.num_claims else self.num_parts, self.num_parts)
         self.claim = Launch(_task_aligned_claim_kernel, RULE=rule, **of_part, **split)
         self.merge = Launch(
             _task_aligned_merge_kernel, PART_K=self.part_claims, **merged, **{**tiles, "BLOCK_P": max(block_p, 128)}
@@ -100,12 +105,14 @@ class _Matching:
         """Launch them; ``zeros`` are filled on the way."""
         stream, num_rows, buffers = run.stream, run.num_rows, run.buffers
         least = 0 if zeros is None else _FILLING_ROWS
-        programs = cdiv(max(num_rows, least), self.split_g), self.num_parts, 1
+        row_programs = cdiv(max(num_rows, least), self.split_g)
+        parts = min(max(_PROGRAMS // row_programs, self.least_parts), self.num_parts)
+        programs = row_programs, parts, 1
         lists, order = new(Lists, (buffers.keys, buffers.orders)), buffers.order if self.is_wide else None
         self.claim(stream, programs, lists, zeros, boxes, scores, points, rows, grid, num_rows)
         if num_rows:
             programs = cdiv(num_rows, self.block_g), 1, 1
-            self.merge(stream, programs, buffers.claims, lists, state, order, rows, grid, num_rows)
+            self.merge(stream, programs, buffers.claims, lists, state, order, rows, grid, num_rows, parts)
             for contest in self.contests:
                 contest(stream, programs, state, order, boxes, points, rows, grid, num_rows)
             self.score(stream, programs, result, state, order, buffers.claims, boxes, scores, rows, grid, num_rows)
