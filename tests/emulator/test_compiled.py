@@ -30,7 +30,8 @@ def test_small_step(target):
 
 
 def test_instructions_are_counted(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tools", "instructions", "--imgsz", "96", "--batch-size", "1", "--data", ""])
+    options = ["--systems", "yolo11", "yolox", "--imgsz", "96", "--batch-size", "1", "--data", ""]
+    monkeypatch.setattr("sys.argv", ["tools", "instructions", *options])
     tools.main()
     out = capsys.readouterr().out
     assert out.count("_claim_kernel |") == out.count("| all |") == 2
