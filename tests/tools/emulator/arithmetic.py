@@ -152,7 +152,7 @@ OPERATIONS: dict[tuple[str, ...], Operation] = {
     ("rem",): _remainder, ("fma",): _fused, ("mad", "lo"): lambda a, b, c: a * b + c,
     ("mul", "wide"): lambda a, b: _wide(a) * _wide(b), ("mad", "wide"): lambda a, b, c: _wide(a) * _wide(b) + c,
     ("min",): _extremum(np.fmin, np.bitwise_or), ("max",): _extremum(np.fmax, np.bitwise_and),
-    ("abs",): np.abs, ("neg",): np.negative,
+    ("max", "relu"): lambda a, b: np.maximum(np.maximum(a, b), 0), ("abs",): np.abs, ("neg",): np.negative,
     ("and",): np.bitwise_and, ("or",): np.bitwise_or, ("xor",): np.bitwise_xor, ("not",): np.invert,
     ("shl",): _shift_left, ("shr",): _shift_right, ("bfe",): _extract_bits, ("prmt",): _permute,
     ("popc",): np.bitwise_count, ("selp",): lambda a, b, choice: np.where(choice, a, b),

@@ -109,8 +109,8 @@ def _address(operand: str) -> Read:
 
 def _operation(name: str, modifiers: list[str], operands: tuple[str, ...], guard: Any) -> Step:
     kind = modifiers[-1]
-    operation = OPERATIONS.get((name, *(m for m in modifiers[:-1] if m in ("lo", "wide", "hi"))))
-    if operation is None or set(modifiers[:-1]) - {"lo", "hi", "wide", "rn", "ftz", "approx", "full", "b32"}:
+    operation = OPERATIONS.get((name, *(m for m in modifiers[:-1] if m in ("lo", "wide", "hi", "relu"))))
+    if operation is None or set(modifiers[:-1]) - {"lo", "hi", "wide", "relu", "rn", "ftz", "approx", "full", "b32"}:
         raise EmulationError(f"unknown instruction {'.'.join((name, *modifiers))}")
     if kind == "f32x2":
         operation = in_pairs(operation)
