@@ -14,16 +14,16 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("target", ["cuda:75", "cuda:80", "cuda:90", "cuda:120"])
 def test_small_step(target):
-    has_tasks = target == "cuda:90"  # which take long to compile
+    is_whole = target == "cuda:90"  # what else there is takes long to compile
     with ty.backend("eager"):
-        expected = small_step.run(CPU, has_tasks=has_tasks)
+        expected = small_step.run(CPU, is_whole=is_whole)
     with emulated(target) as launches, ty.backend("triton"):
-        found = small_step.run(CPU, has_tasks=has_tasks)
+        found = small_step.run(CPU, is_whole=is_whole)
     assert len({launch.kernel for launch in launches}) >= 20
     for name, want in expected.items():
         error = (found[name].double() - want.double()).abs().max()
         assert error <= TOLERANCE[torch.float32] * want.double().abs().max(), name
-    if has_tasks:
+    if is_whole:
         with emulated(target, seed=1), ty.backend("triton"):
             again = small_step.run(CPU)
         assert all(again[name].equal(first) for name, first in found.items()), "the order of programs changes bits"

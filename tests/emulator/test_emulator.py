@@ -176,6 +176,7 @@ def test_integers():
     assert operations["prmt",](u32(0x80), u32(0), u32(0x8888)).tolist() == [0xFFFFFFFF]
     assert operations["mul", "hi"](np.array([2**63], np.uint64), np.array([6], np.uint64)).tolist() == [3]
     assert operations["mul", "hi"](np.array([-7], np.int32), np.array([2**30], np.int32)).tolist() == [-2]
+    assert operations["max", "relu"](np.array([-7, -7], np.int32), np.array([-2, 2], np.int32)).tolist() == [0, 2]
     assert operations["div",](np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-3, -3]
     assert operations["div",](u32(7, 2**32 - 1, 5), u32(2, 1, 0)).tolist() == [3, 2**32 - 1, 2**32 - 1]
     assert operations["rem",](np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-1, 1]

@@ -1,5 +1,7 @@
 """Every operation once, forward and backward, on a small case: for tools that watch memory, such as ``compute-sanitizer``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,20 +14,27 @@ def main() -> None:
         print(name, result.double().sum().item())
 
 
-def run(device: torch.device, *, has_tasks: bool = True) -> dict[str, Tensor]:
-    """The result of every operation, and what of it goes back to the predictions; those of other tasks' losses too."""
+def run(device: torch.device, *, is_whole: bool = True) -> dict[str, Tensor]:
+    """The result of every operation, and what of it goes back to the predictions.
+
+    If that is not to be the whole, other tasks' losses and other forms of the criteria are left out.
+    """
     case = make_case("lognormal", batch_size=2, imgsz=96, num_classes=40)  # tiles have fewer
     rows = case.rows.to(device)
     yolo11 = [x.to(device).transpose(1, 2).requires_grad_() for x in yolo11_preds(case)]
     yolox = [yolox_preds(case).to(device).requires_grad_()]
     found: dict[str, Tensor] = {}
-    for name, criterion, preds in (
-        ("YOLO11Loss", ty.YOLO11Loss(40, strides=STRIDES), yolo11),
+    criteria: list[tuple[str, Any, list[Tensor]]] = [
         ("YOLO11Loss, topk2", ty.YOLO11Loss(40, strides=STRIDES, topk2=1, min_box_side=16), yolo11),
-        ("YOLO11Loss, weights", ty.YOLO11Loss(40, strides=STRIDES, class_weights=torch.arange(40.0)), yolo11),
         ("YOLOXLoss, L1", ty.YOLOXLoss(40, strides=STRIDES, use_l1=True), yolox),
-        ("YOLOXLoss, box, GIoU", ty.YOLOXLoss(40, strides=STRIDES, candidates="box_and_center", iou_loss="giou"), yolox),
-    ):
+    ]
+    if is_whole:
+        criteria += [
+            ("YOLO11Loss", ty.YOLO11Loss(40, strides=STRIDES), yolo11),
+            ("YOLO11Loss, weights", ty.YOLO11Loss(40, strides=STRIDES, class_weights=torch.arange(40.0)), yolo11),
+            ("YOLOXLoss, box, GIoU", ty.YOLOXLoss(40, strides=STRIDES, candidates="box_and_center", iou_loss="giou"), yolox),
+        ]
+    for name, criterion, preds in criteria:
         out = criterion.to(device)(*preds, case.feat_shapes, rows)
         found[name], found[f"{name}, positives"] = out.loss.detach(), out.num_fg
         for i, grad in enumerate(torch.autograd.grad(out.loss, preds)):
@@ -57,7 +66,7 @@ def run(device: torch.device, *, has_tasks: bool = True) -> dict[str, Tensor]:
     pred_oriented = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], boxes[..., :1] / 8], 2)
     rotated = ty.RotatedTaskAlignedAssigner(10, 40)
     found["rotated"] = rotated(scores.sigmoid(), pred_oriented, points_px, labels, gt_oriented, padded[2])[3]
-    if has_tasks:
+    if is_whole:
         found |= of_oriented_boxes(case, rows, yolo11) | of_keypoints(case, rows, yolo11[0].detach()) | of_masks(case, gt)
     found["SimOTA"] = ty.SimOTAAssigner(40)(scores, scores.amax(-1), boxes, points_px, strides, *padded).fg_mask
     return found

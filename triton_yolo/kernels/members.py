@@ -189,10 +189,13 @@ def _enlist(members, state, truth, anchor, mask, A):
     word = tl.where(mask, truth.image * ((A + 31) // 32) + anchor // 32, 0)
     bit = tl.full(anchor.shape, 1, tl.int32) << (anchor % 32)
     is_new = mask & ((tl.atomic_or(members.words_ptr + word, bit, mask=mask, sem="relaxed") & bit) == 0)
-    number = is_new.to(tl.int32)
     image = tl.where(truth.is_gt, truth.image, 0)
-    first = tl.atomic_add(members.anchors.count_ptr + image, tl.sum(number, 1)[:, None], mask=truth.is_gt, sem="relaxed")
-    place = first + tl.cumsum(number, 1) - number
+    # The last cell adds for all. A number a row has another layout, to which Triton 3.7 and 3.8 take all cells: in one thread.
+    number = tl.cumsum(is_new.to(tl.int32), 1)
+    is_last = truth.is_gt & (tl.arange(0, anchor.shape[1]) == anchor.shape[1] - 1)[None, :]
+    ptr = members.anchors.count_ptr + tl.where(is_last, image, 0)
+    first = tl.atomic_add(ptr, number, mask=is_last, sem="relaxed")
+    place = tl.sum(tl.where(is_last, first, 0), 1)[:, None] + number - 1
     tl.store(members.anchors.ptr + image * A + place, anchor, mask=is_new)
     tl.store(state.row_ptr + image * A + anchor, tl.full(anchor.shape, -1, tl.int32), mask=is_new)
     return is_new, image * 4 * A + place
