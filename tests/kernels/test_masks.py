@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from tests.compare import assert_same
 from tests.kernels.cases import laid_out
 from triton_yolo import _signatures as of
 from triton_yolo import eager, kernels
+from triton_yolo.kernels.plans import masks as plans
 
 HEIGHT, WIDTH = 11, 21
 
@@ -68,6 +70,19 @@ def test_tile_sizes_leave_no_trace():
     """But for the order of a sum."""
     x = make_case(torch.float64, channels=3)
     assert_same(kernels.mask_loss(x), eager.mask_loss(x), tolerance=1e-13)
+
+
+def test_offsets_of_an_image_have_as_many_bits_as_they_take():
+    last = torch.empty(4, 32769, 1, 1, device="meta").expand(4, 32769, 256, 256)
+    for size, kind in ((32768, tl.int32), (32769, tl.int64)):
+        assert plans._offset_type(torch.empty(2, 3), last[:, :size].as_strided((4, size, 256, 256), (0, 65536, 256, 1))) == kind
+
+
+@pytest.mark.usefixtures("meter")
+def test_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(plans, "_offset_type", lambda *tensors: tl.int64)
+    x = make_case(torch.float32, channels=6)
+    assert_same(kernels.mask_loss(x), eager.mask_loss(x))
 
 
 @pytest.mark.usefixtures("meter")

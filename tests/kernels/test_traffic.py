@@ -16,7 +16,7 @@ DESIGN = {
     "yolo11 float32": Figures(9, 1, 1.12, 48),
     "yolox": Figures(8, 1, 0.55, 48),
     "yolo11-obb": Figures(9, 2, 1.2, 48),
-    "yolo11-seg": Figures(16, 2, 1.5, 120),  # a positive reads the prototypes in its box by itself; 24 bytes a pixel of sums
+    "yolo11-seg": Figures(18, 2, 1.35, 440),  # sums of groups: 128 bytes a pixel, but 9 MB at most whatever the batch
     "yolo11-pose": Figures(13, 2, 1.2, 48),
 }
 

@@ -76,15 +76,24 @@ class FusedLaunch(Launch):
 class RoomyLaunch(Launch):
     """A kernel that may take all registers. Where nobody says so, ptxas may spill a value to keep to 48 or 72 of them."""
 
+    _most = 255  # registers a thread
+
     def _limits(self) -> dict[str, int]:
         is_compiled = isinstance(self._kernel, triton.JITFunction)
-        return {"maxnreg": 255} if is_compiled and triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
+        is_cuda = is_compiled and triton.runtime.driver.active.get_current_target().backend == "cuda"
+        return {"maxnreg": self._most} if is_cuda else {}
 
 
 class RoomyFusedLaunch(RoomyLaunch):
     """Both."""
 
     _is_fused = True
+
+
+class TightFusedLaunch(RoomyFusedLaunch):
+    """The same with 128 registers, for ptxas loads all factors of a product of matrices at once where it has room for them."""
+
+    _most = 128
 
 
 def _bound(compiled: Any, constants: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...]] | None:

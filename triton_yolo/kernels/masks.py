@@ -1,9 +1,12 @@
 """The mask term of instance segmentation: cross entropy of positives' masks inside their targets' boxes, and its gradients.
 
-Logits are worked out where they are needed, a tile of pixels at a time, and kept nowhere. Positives of an image are listed in
-the order of their anchors. The gradient of coefficients is a sum over the pixels of one positive: programs share all tiles of
-all positives evenly, and of a box that falls to several the parts are added up in their order. That of prototypes is one over
-the positives that cover a pixel, and belongs to one program. Nothing depends on the order of programs.
+Logits are worked out where they are needed, of a group of positives in a tile of pixels at a time, and kept nowhere. The
+gradient of coefficients is a sum over the pixels of a box: programs share all tiles of all groups evenly, and of a group that
+falls to several the parts are added up in their order. That of prototypes is one over the positives that cover a pixel, and
+belongs to one program. Nothing depends on the order of programs.
+
+Sums over channels, pixels and positives are products of matrices in the type that all is computed in. What does not count is 0
+in their factors, so that no NaN beside a box gets into them.
 """
 
 from typing import Any, NamedTuple
@@ -11,22 +14,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .boxes import cross_entropy_with_logits, rounded, scalar, sigmoid
+from .boxes import cross_entropy_with_logits, rounded, sigmoid_of, split_sigmoid
 from .fill import fill
 from .launch import INTERPRETED
+from .mask_groups import GROUP, load_group, unpack_pixels
 from .reduce import total
-from .rows import load_row_boxes
 
 
-def pixel_sizes(num_channels: int, num_pixels: int, numbers: int) -> dict[str, int]:
-    """Channels and pixels of a tile of so many ``numbers``, and warps.
-
-    More numbers a thread would take more than 128 registers: addresses are as many, and twice as long.
-    """
-    channels = triton.next_power_of_2(num_channels)
+def pixel_sizes(num_channels: int, num_pixels: int, numbers: int, num_warps: int) -> dict[str, int]:
+    """Channels and pixels of a tile of so many ``numbers``, and warps."""
+    channels = max(triton.next_power_of_2(num_channels), 16)
     if INTERPRETED:
         numbers = min(channels * triton.next_power_of_2(num_pixels), 2**18)
-    return {"CHANNELS": channels, "PIXELS": max(numbers // channels, 16), "num_warps": 4}
+    return {"CHANNELS": channels, "PIXELS": max(numbers // channels, 16), "num_warps": num_warps}
 
 
 class Tensor4(NamedTuple):
@@ -39,60 +39,13 @@ class Tensor4(NamedTuple):
     column: int
 
 
-class Truth(NamedTuple):
-    """Boxes (N, 4) of rows in pixels of the image; masks (B, h, w) with the number (N,) of every row, or (N, h, w)."""
-
-    box_ptr: Any
-    mask_ptr: Any
-    mask_image: int
-    mask_row: int
-    mask_column: int
-    number_ptr: Any
-
-
-class Positives(NamedTuple):
-    """Of every image the anchors (B, A) of positives whose boxes have pixels, in order, of which there are ``count`` (B,).
-
-    ``pixels`` (B, A) int64 are x1, y1, x2, y2 with 16 bits each, ``weight`` (B, A) is 1 over the area of the box. Before the
-    tiles of its pixels come ``first`` (B, A) int64 of others, and all have ``tiles`` (B,) int64.
-    """
-
-    anchor_ptr: Any
-    count_ptr: Any
-    pixels_ptr: Any
-    weight_ptr: Any
-    first_ptr: Any
-    tiles_ptr: Any
-
-
 class Parts(NamedTuple):
-    """Sums (B, programs, 2, CHANNELS) over pixels, of the positive that a program goes on with and of the one that it leaves to
-    the next: its place (B, programs) in the list, -1 for none.
+    """Sums (B, programs, 2, GROUP, CHANNELS) over pixels, of the group that a program goes on with and of the one that it
+    leaves to the next: its place (B, programs) in the list, -1 for none.
     """
 
     sum_ptr: Any
     nth_ptr: Any
-
-
-class Sizes(NamedTuple):
-    """Anchors, channels; height and width of a mask."""
-
-    A: int
-    M: int
-    height: int
-    width: int
-
-
-class Positive(NamedTuple):
-    """Anchor, row, weight, and pixels; the last of either axis is not in the box any more."""
-
-    anchor: Any
-    row: Any
-    weight: Any
-    x1: Any
-    y1: Any
-    x2: Any
-    y2: Any
 
 
 class Tile(NamedTuple):
@@ -107,68 +60,66 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _edge(value, pixels_a_px, size, DTYPE: tl.constexpr):
-    """The first pixel [n] that is not below an edge of a box, inside an axis of ``size``."""
-    return tl.minimum(tl.maximum(tl.ceil(value * scalar(pixels_a_px, DTYPE)), 0.0), size.to(DTYPE)).to(tl.int64)
+def _coefficient_places(coefficients, image, group, CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+    """Addresses [GROUP, CHANNELS] of the coefficients of a group."""
+    place = group.anchor.to(OFFSET)[:, None] * coefficients.anchor
+    place += tl.arange(0, CHANNELS).to(OFFSET)[None, :] * coefficients.channel
+    return coefficients.ptr + image * coefficients.image + place
 
 
 @triton.jit
-def _unpack(pixels):
-    """x1, y1, x2, y2 [...] of packed pixels."""
-    x1, y1 = (pixels & 0xFFFF).to(tl.int32), ((pixels >> 16) & 0xFFFF).to(tl.int32)
-    return x1, y1, ((pixels >> 32) & 0xFFFF).to(tl.int32), ((pixels >> 48) & 0xFFFF).to(tl.int32)
+def _load_coefficients(coefficients, image, group, M, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    mask = group.exists[:, None] & (tl.arange(0, CHANNELS)[None, :] < M)
+    return tl.load(_coefficient_places(coefficients, image, group, CHANNELS, OFFSET), mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _load_positive(positives, row_ptr, image, nth, A):
-    slot = image * A + nth
-    anchor = tl.load(positives.anchor_ptr + slot)
-    x1, y1, x2, y2 = _unpack(tl.load(positives.pixels_ptr + slot))
-    return Positive(anchor, tl.load(row_ptr + image * A + anchor), tl.load(positives.weight_ptr + slot), x1, y1, x2, y2)
-
-
-@triton.jit
-def _load_coefficients(coefficients, image, anchor, M, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
-    """Coefficients [CHANNELS] of an anchor."""
-    m = tl.arange(0, CHANNELS)
-    ptr = coefficients.ptr + image * coefficients.image + anchor.to(tl.int64) * coefficients.anchor
-    return tl.load(ptr + m.to(tl.int64) * coefficients.channel, mask=m < M, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _prototype_places(prototypes, image, tile, CHANNELS: tl.constexpr):
+def _prototype_places(prototypes, image, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
     """Addresses [CHANNELS, n] of the prototypes at pixels."""
-    m = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
-    place = tile.y.to(tl.int64) * prototypes.row + tile.x.to(tl.int64) * prototypes.column
-    return prototypes.ptr + image * prototypes.image + m * prototypes.channel + place[None, :]
+    place = tile.y.to(OFFSET) * prototypes.row + tile.x.to(OFFSET) * prototypes.column
+    channel = tl.arange(0, CHANNELS).to(OFFSET)[:, None] * prototypes.channel
+    return prototypes.ptr + image * prototypes.image + (channel + place[None, :])
 
 
 @triton.jit
-def _load_prototypes(prototypes, image, tile, M, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
+def _load_prototypes(prototypes, image, tile, M, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     mask = tile.mask[None, :] & (tl.arange(0, CHANNELS)[:, None] < M)
-    return tl.load(_prototype_places(prototypes, image, tile, CHANNELS), mask=mask, other=0.0).to(DTYPE)
+    return tl.load(_prototype_places(prototypes, image, tile, CHANNELS, OFFSET), mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _load_mask(truth, image, row, tile, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
+def _load_mask(truth, image, row, tile, OVERLAP: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """What the pixels of a tile hold: numbers of rows, or a mask."""
     of = image if OVERLAP else row.to(tl.int64)
-    place = tile.y.to(tl.int64) * truth.mask_row + tile.x.to(tl.int64) * truth.mask_column
+    place = tile.y.to(OFFSET) * truth.mask_row + tile.x.to(OFFSET) * truth.mask_column
     return tl.load(truth.mask_ptr + of * truth.mask_image + place, mask=tile.mask, other=0).to(DTYPE)
 
 
 @triton.jit
-def _target(truth, held, row, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
-    """The mask [n] of a row, from what the pixels hold."""
+def _target(held, number, OVERLAP: tl.constexpr, DTYPE: tl.constexpr):
+    """The mask [1, n] of a row, from what the pixels hold."""
     target = held
     if OVERLAP:
-        target = tl.where(held == tl.load(truth.number_ptr + row).to(DTYPE), 1.0, 0.0).to(DTYPE)
-    return target
+        target = tl.where(held == number.to(DTYPE), 1.0, 0.0).to(DTYPE)
+    return target[None, :]
+
+
+@triton.jit
+def _add_product(total, a, b):
+    """A sum of products of matrices, without tensor cores of fewer digits."""
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def _error(logit, target, counts, DTYPE: tl.constexpr):
+    """The slope of the cross entropy, 0 where it does not count."""
+    is_up, e = split_sigmoid(logit)
+    return tl.where(counts, sigmoid_of(is_up, e, DTYPE) - target, 0.0)
 
 
 @triton.jit
 def _last_begun(first_ptr, count, tile):
-    """The last of ``count`` positives that begins with ``tile`` or before."""
+    """The last of ``count`` groups that begins with ``tile`` or before."""
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
@@ -179,97 +130,74 @@ def _last_begun(first_ptr, count, tile):
 
 
 @triton.jit
-def _store_slope(grad, slope, scale_ptr, image, positive, mask, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
-    """The gradient [CHANNELS] of a positive's coefficients, from the sum over its pixels."""
-    m = tl.arange(0, CHANNELS).to(tl.int64)
-    ptr = grad.ptr + image * grad.image + positive.anchor.to(tl.int64) * grad.anchor + m * grad.channel
-    slope = slope * (positive.weight * tl.load(scale_ptr).to(DTYPE))
+def _programs(tiles, num_programs):
+    """How many of so many programs share the tiles of an image. Few tiles are not worth a part, which others add up."""
+    return tl.maximum(tl.minimum(tiles // 4, num_programs), 1)
+
+
+@triton.jit
+def _part_places(CHANNELS: tl.constexpr):
+    return tl.arange(0, GROUP)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+
+
+@triton.jit
+def _store_slope(
+    grad, slope, scale_ptr, image, group, is_whole, M, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The gradient [GROUP, CHANNELS] of a group's coefficients, from sums over all pixels."""
+    slope = slope * (group.weight * tl.load(scale_ptr).to(DTYPE))
+    mask = is_whole & group.exists[:, None] & (tl.arange(0, CHANNELS)[None, :] < M)
+    ptr = _coefficient_places(grad, image, group, CHANNELS, OFFSET)
     tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
 
 
 # ---- kernels
 
 
-@triton.jit(do_not_specialize=["count"])
-def _mask_list_kernel(
-    positives, grad_ptr, poison_ptr, row_ptr, truth, sizes, along_x: tl.float64, along_y: tl.float64, B, count,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """One program an image lists its positives, which have tiles of PIXELS pixels.
-
-    All together fill the gradient of coefficients, if there is one.
-    """
-    image = tl.program_id(0).to(tl.int64)
-    if image == 0:
-        tl.store(poison_ptr, tl.zeros((), DTYPE))
-    if image < B:
-        listed, start, tiles = 0, 0, tl.zeros((), tl.int64)
-        while start < sizes.A:
-            anchor = start + tl.arange(0, BLOCK)
-            row = tl.load(row_ptr + image * sizes.A + anchor, mask=anchor < sizes.A, other=-1)
-            box = load_row_boxes(truth.box_ptr, 4, 1, tl.where(row >= 0, row, 0), row >= 0, DTYPE)
-            x1, x2 = _edge(box.x1, along_x, sizes.width, DTYPE), _edge(box.x2, along_x, sizes.width, DTYPE)
-            y1, y2 = _edge(box.y1, along_y, sizes.height, DTYPE), _edge(box.y2, along_y, sizes.height, DTYPE)
-            area = (box.x2 - box.x1) * scalar(along_x, DTYPE) * ((box.y2 - box.y1) * scalar(along_y, DTYPE))
-            has_pixels = (row >= 0) & (x1 < x2) & (y1 < y2)
-            number = has_pixels.to(tl.int32)
-            slot = image * sizes.A + listed + tl.cumsum(number, 0) - number
-            tl.store(positives.anchor_ptr + slot, anchor, mask=has_pixels)
-            tl.store(positives.pixels_ptr + slot, x1 | (y1 << 16) | (x2 << 32) | (y2 << 48), mask=has_pixels)
-            tl.store(positives.weight_ptr + slot, 1 / area, mask=has_pixels)
-            of_box = tl.where(has_pixels, tl.cdiv((x2 - x1) * (y2 - y1), PIXELS), 0)
-            tl.store(positives.first_ptr + slot, tiles + tl.cumsum(of_box, 0) - of_box, mask=has_pixels)
-            tiles += tl.sum(of_box, 0)
-            listed += tl.sum(number, 0)
-            start += BLOCK
-        tl.store(positives.count_ptr + image, listed)
-        tl.store(positives.tiles_ptr + image, tiles)
-    if grad_ptr is not None:
-        fill(grad_ptr, 0.0, count, tl.program_id(0), tl.num_programs(0), BLOCK)
-
-
 @triton.jit
 def _mask_positive_kernel(
-    partial_ptr, poison_ptr, grad, parts, coefficients, prototypes, positives, row_ptr, truth, scale_ptr, sizes,
-    OVERLAP: tl.constexpr, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    partial_ptr, poison_ptr, grad, parts, coefficients, prototypes, groups, truth, scale_ptr, sizes, OVERLAP: tl.constexpr,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes its share of the tiles of an image's positives, as many as others.
+    """A program takes its share of the tiles of an image's groups, as many as others.
 
     It writes their loss to ``partial`` (programs,), the gradient of coefficients whose tiles it all has, and ``parts``.
     """
-    image, part, m = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, CHANNELS)
+    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot = tl.program_id(1) * tl.num_programs(0) + part
-    tiles, count = tl.load(positives.tiles_ptr + image), tl.load(positives.count_ptr + image)
-    programs = tl.maximum(tl.minimum(tiles, tl.num_programs(0)), 1)  # which have a tile
+    tiles, count = tl.load(groups.tiles_ptr + image), tl.load(groups.count_ptr + image)
+    programs = _programs(tiles, tl.num_programs(0))  # which have a tile
     tile_nth, end = tiles * part // programs, tl.minimum(tiles * (part + 1) // programs, tiles)
-    nth = _last_begun(positives.first_ptr + image * sizes.A, count, tile_nth)
-    loss, left = tl.zeros((PIXELS,), DTYPE), -1
+    nth = _last_begun(groups.first_ptr + image * sizes.A, count, tile_nth)
+    loss, left = tl.zeros((GROUP, PIXELS), DTYPE), -1
     while tile_nth < end:
-        positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
-        coefficient = _load_coefficients(coefficients, image, positive.anchor, sizes.M, CHANNELS, DTYPE)
-        slope = tl.zeros((CHANNELS, PIXELS), DTYPE)
-        width, first = positive.x2 - positive.x1, tl.load(positives.first_ptr + image * sizes.A + nth)
-        size, begin = width * (positive.y2 - positive.y1), ((tile_nth - first) * PIXELS).to(tl.int32)
+        group = load_group(groups, image, nth, sizes.A)
+        number = tl.load(truth.number_ptr + group.row)
+        coefficient = _load_coefficients(coefficients, image, group, sizes.M, CHANNELS, OFFSET, DTYPE)
+        slope = tl.zeros((GROUP, CHANNELS), DTYPE)
+        width, first = group.x2 - group.x1, tl.load(groups.first_ptr + image * sizes.A + nth)
+        size, begin = width * (group.y2 - group.y1), ((tile_nth - first) * PIXELS).to(tl.int32)
         start, stop = begin, tl.minimum((end - first) * PIXELS, size).to(tl.int32)
         while start < stop:
             pixel = start + tl.arange(0, PIXELS)
             y = pixel // width
-            tile = Tile(pixel < size, positive.x1 + pixel - y * width, positive.y1 + y)
-            prototype = _load_prototypes(prototypes, image, tile, sizes.M, CHANNELS, DTYPE)
-            logit = tl.sum(prototype * coefficient[:, None], 0)
-            held = _load_mask(truth, image, positive.row, tile, OVERLAP, DTYPE)
-            target = _target(truth, held, positive.row, OVERLAP, DTYPE)
-            loss += tl.where(tile.mask, cross_entropy_with_logits(logit, target), 0.0) * positive.weight
+            tile = Tile(pixel < size, group.x1 + pixel - y * width, group.y1 + y)
+            prototype = _load_prototypes(prototypes, image, tile, sizes.M, CHANNELS, OFFSET, DTYPE)
+            held = _load_mask(truth, image, group.row, tile, OVERLAP, OFFSET, DTYPE)
+            target, counts = _target(held, number, OVERLAP, DTYPE), group.exists[:, None] & tile.mask[None, :]
+            factor = tl.where(start >= 0, coefficient, 0.0)  # always; but in no registers from tile to tile
+            logit = _add_product(tl.zeros((GROUP, PIXELS), DTYPE), factor, prototype)
+            loss += tl.where(counts, cross_entropy_with_logits(logit, target), 0.0) * group.weight
             if grad is not None:
-                slope += prototype * tl.where(tile.mask, sigmoid(logit) - target, 0.0)[None, :]
+                slope = _add_product(slope, _error(logit, target, counts, DTYPE), tl.trans(prototype))
             start += PIXELS
         if grad is not None:
-            slope, is_whole = tl.sum(slope, 1), (begin == 0) & (stop == size)
-            _store_slope(grad, slope, scale_ptr, image, positive, is_whole & (m < sizes.M), CHANNELS, DTYPE)
-            is_left = (begin == 0) & (stop < size)
+            is_whole, is_left = (begin == 0) & (stop == size), (begin == 0) & (stop < size)
+            _store_slope(grad, slope, scale_ptr, image, group, is_whole, sizes.M, CHANNELS, OFFSET, DTYPE)
             left = tl.where(is_left, nth, left)
-            ptr = parts.sum_ptr + (2 * slot + is_left.to(tl.int32)).to(tl.int64) * CHANNELS
-            tl.store(ptr + m, slope, mask=(m >= 0) & (is_whole == 0))
+            ptr = parts.sum_ptr + (2 * slot + is_left.to(tl.int32)).to(tl.int64) * (GROUP * CHANNELS)
+            place = _part_places(CHANNELS)
+            tl.store(ptr + place, slope, mask=(place >= 0) & (is_whole == 0))
         tile_nth = first + tl.cdiv(size, PIXELS)
         nth += 1
     if grad is not None:
@@ -281,34 +209,36 @@ def _mask_positive_kernel(
 
 @triton.jit
 def _mask_merge_kernel(
-    grad, parts, positives, row_ptr, scale_ptr, sizes, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr
-):
-    """A program adds up what others have of the positive that it left to them, and writes the gradient of its coefficients."""
-    image, part, m = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, CHANNELS)
-    ptr = parts.sum_ptr + (image * tl.num_programs(0) + part) * 2 * CHANNELS + m
+    grad, parts, groups, scale_ptr, sizes,
+    DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """A program adds up what others have of the group that it left to them, and writes the gradient of its coefficients."""
+    SUM: tl.constexpr = GROUP * CHANNELS
+    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     nth = tl.load(parts.nth_ptr + image * tl.num_programs(0) + part)
     if nth >= 0:
-        positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
-        size = (positive.x2 - positive.x1) * (positive.y2 - positive.y1)
-        end = tl.load(positives.first_ptr + image * sizes.A + nth) + tl.cdiv(size, PIXELS)
-        tiles = tl.load(positives.tiles_ptr + image)
-        programs = tl.minimum(tiles, tl.num_programs(0))
-        slope = tl.load(ptr + CHANNELS)
+        group = load_group(groups, image, nth, sizes.A)
+        size = (group.x2 - group.x1) * (group.y2 - group.y1)
+        end = tl.load(groups.first_ptr + image * sizes.A + nth) + tl.cdiv(size, PIXELS)
+        tiles = tl.load(groups.tiles_ptr + image)
+        programs = _programs(tiles, tl.num_programs(0))
+        ptr = parts.sum_ptr + (image * tl.num_programs(0) + part) * (2 * SUM) + _part_places(CHANNELS)
+        slope = tl.load(ptr + SUM)
         part += 1
         while tiles * part // programs < end:
-            ptr += 2 * CHANNELS
+            ptr += 2 * SUM
             slope += tl.load(ptr)
             part += 1
-        _store_slope(grad, slope, scale_ptr, image, positive, m < sizes.M, CHANNELS, DTYPE)
+        _store_slope(grad, slope, scale_ptr, image, group, nth >= 0, sizes.M, CHANNELS, OFFSET, DTYPE)
 
 
 @triton.jit
 def _mask_prototype_kernel(
-    grad, coefficients, prototypes, positives, row_ptr, truth, scale_ptr, poison_ptr, sizes,
-    OVERLAP: tl.constexpr, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr,
-    LISTED: tl.constexpr,
+    grad, coefficients, prototypes, groups, truth, scale_ptr, poison_ptr, sizes,
+    OVERLAP: tl.constexpr, DTYPE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    COLUMNS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of an image, looks for the positives that cover some of it, LISTED at once, and takes one by one.
+    """A program owns a tile of an image, looks for the groups that cover some of it, LISTED at once, and takes one by one.
 
     It writes the prototypes' gradient of its tile.
     """
@@ -318,32 +248,35 @@ def _mask_prototype_kernel(
     top = tl.program_id(0) // across * (PIXELS // COLUMNS)
     x, y = left + n % COLUMNS, top + n // COLUMNS
     tile = Tile((x < sizes.width) & (y < sizes.height), x, y)
-    prototype = _load_prototypes(prototypes, image, tile, sizes.M, CHANNELS, DTYPE)
+    prototype = _load_prototypes(prototypes, image, tile, sizes.M, CHANNELS, OFFSET, DTYPE)
     held = tl.zeros((PIXELS,), DTYPE)
     if OVERLAP:
-        held = _load_mask(truth, image, 0, tile, OVERLAP, DTYPE)
+        held = _load_mask(truth, image, 0, tile, OVERLAP, OFFSET, DTYPE)
     slope = tl.zeros((CHANNELS, PIXELS), DTYPE)
-    count, start = tl.load(positives.count_ptr + image), 0
+    count, start = tl.load(groups.count_ptr + image), 0
     while start < count:
         listed = start + tl.arange(0, LISTED)
-        pixels = tl.load(positives.pixels_ptr + image * sizes.A + listed, mask=listed < count, other=0)
-        x1, y1, x2, y2 = _unpack(pixels)
+        pixels = tl.load(groups.pixels_ptr + image * sizes.A + listed, mask=listed < count, other=0)
+        x1, y1, x2, y2 = unpack_pixels(pixels)
         is_here = (x1 < left + COLUMNS) & (x2 > left) & (y1 < top + PIXELS // COLUMNS) & (y2 > top)
         nth = tl.min(tl.where(is_here, listed, count), 0)
         while nth < count:
-            positive = _load_positive(positives, row_ptr, image, nth, sizes.A)
-            inside = (x >= positive.x1) & (x < positive.x2) & (y >= positive.y1) & (y < positive.y2)
-            coefficient = _load_coefficients(coefficients, image, positive.anchor, sizes.M, CHANNELS, DTYPE)
-            logit = tl.sum(prototype * coefficient[:, None], 0)
+            group = load_group(groups, image, nth, sizes.A)
+            number = tl.load(truth.number_ptr + group.row)
+            inside = (x >= group.x1) & (x < group.x2) & (y >= group.y1) & (y < group.y2)
+            coefficient = _load_coefficients(coefficients, image, group, sizes.M, CHANNELS, OFFSET, DTYPE)
             if not OVERLAP:
-                held = _load_mask(truth, image, positive.row, Tile(inside, x, y), OVERLAP, DTYPE)
-            error = sigmoid(logit) - _target(truth, held, positive.row, OVERLAP, DTYPE)
-            slope += coefficient[:, None] * tl.where(inside, error * positive.weight, 0.0)[None, :]
+                held = _load_mask(truth, image, group.row, Tile(inside, x, y), OVERLAP, OFFSET, DTYPE)
+            target, counts = _target(held, number, OVERLAP, DTYPE), group.exists[:, None] & inside[None, :]
+            logit = _add_product(tl.zeros((GROUP, PIXELS), DTYPE), coefficient, prototype)
+            error = _error(logit, target, counts, DTYPE) * group.weight
+            slope = _add_product(slope, tl.trans(coefficient), error)
             nth = tl.min(tl.where(is_here & (listed > nth), listed, count), 0)
         start += LISTED
     slope = slope * (tl.load(scale_ptr).to(DTYPE) + tl.load(poison_ptr))
     mask = tile.mask[None, :] & (tl.arange(0, CHANNELS)[:, None] < sizes.M)
-    tl.store(_prototype_places(grad, image, tile, CHANNELS), rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
+    ptr = _prototype_places(grad, image, tile, CHANNELS, OFFSET)
+    tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["programs", "count"])
