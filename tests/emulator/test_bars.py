@@ -70,7 +70,7 @@ def test_few_instructions_an_image(whole_image, system, bar):
 
 
 def test_few_instructions_a_logit(whole_image):
-    assert 32 * issued(whole_image["yolo11"])["_yolo11_class_kernel"] <= 19.5 * 80 * 8400
+    assert 32 * issued(whole_image["yolo11"])["_yolo11_class_kernel"] <= 18.8 * 80 * 8400
 
 
 @pytest.mark.parametrize(("system", "most"), [("yolo11", 9), ("yolox", 8)])
@@ -100,7 +100,7 @@ def test_programs_of_masks():
     assert sum(issued(launches).values()) <= 400_000, issued(launches)
 
 
-@pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.4 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
+@pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.41 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
 def test_two_images_of_coco(system, bar):
     """Shares of what commit c59763f issued."""
     if not has_coco(DATA):
