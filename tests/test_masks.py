@@ -222,6 +222,20 @@ def test_rows_are_numbered_in_their_images():
     assert ty.mask_loss(**{**args, "masks": masks}).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_mask_of_bytes_holds_no_number_above_255():
+    boxes = torch.tensor([[0.0, 0, 32, 32]] * 257, device=DEVICE)
+    targets = ty.Targets.from_list([{"boxes": boxes, "labels": torch.zeros(257, device=DEVICE)}])
+    for number, target in ((256, 0), (0, 1)):  # pixels of 1 are those of the first row, and none of the 257th's
+        args = one_positive(
+            targets=targets, target_row=torch.tensor([[-1, number, -1, -1]], device=DEVICE),
+            masks=torch.ones(1, 8, 8, dtype=torch.uint8, device=DEVICE),
+        )  # fmt: skip
+        assert ty.mask_loss(**args).item() == pytest.approx(math.log(1 + math.exp(2)) - 2 * target, rel=1e-6)
+        gt = ref.MaskTargets(targets.image_index, boxes, args["masks"], True)
+        expected = ref.mask_loss(args["pred_masks"], args["prototypes"], args["target_row"], gt, imgsz=(32, 32))
+        assert ty.mask_loss(**args).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
