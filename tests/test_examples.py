@@ -398,6 +398,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run(tmp_path, "--resume", "--loss", "yolox")
     assert "--loss cannot change in a resumed run: it was yolo11" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"--resume: the run learned \('0', .*, the data has \('disc', 'ring'\)"):
+        run(tmp_path, "--resume", "--data", str(write_coco(tmp_path)))
+    (tmp_path / "run" / "last.pt").write_text("cut short")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--resume")
+    assert "last.pt was not saved by examples/train.py" in capsys.readouterr().err
 
 
 def test_no_epoch_leaves_the_first_weights(tmp_path: Path) -> None:
@@ -410,10 +416,26 @@ def test_no_epoch_leaves_the_first_weights(tmp_path: Path) -> None:
         assert (weights == load_model(tmp_path / "run" / "last.pt")[0].state_dict()[name]).all(), name
 
 
-@pytest.mark.parametrize("option", [("--epochs", "-1"), ("--steps", "-1"), ("--batch", "0"), ("--imgsz", "100")])
-def test_options_out_of_range_are_refused(option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "epochs=-1",
+        "steps=-1",
+        "batch=0",
+        "imgsz=100",
+        "imgsz=0",
+        "scenes=0",
+        "reg-max=0",
+        "lr=-1",
+        "lr=nan",
+        "workers=-1",
+        "seed=-1",
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        example.parse(list(option))
+        example.parse([f"--{option}"])
+    assert f"--{option.partition('=')[0]} must be" in capsys.readouterr().err
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
