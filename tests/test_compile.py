@@ -214,6 +214,32 @@ def test_export_with_any_batch_size(system, strict, requires_grad):
     torch.testing.assert_close(exported(rows, *preds).loss, criterion(*preds, shapes, rows).loss)
 
 
+@pytest.mark.parametrize("task", ["pose", "masks", "loss_of"])
+def test_export_of_other_tasks_with_any_batch_size(task):
+    """Not strict: there ``len`` makes a constant of a size."""
+    detection, dist, scores, shapes, rows = small_yolo11()
+    pose = ty.YOLO11PoseLoss(3, strides=(8, 16), reg_max=8)
+    gt, normaliser = ty.Targets.from_yolo(rows, 32), torch.ones((), device=DEVICE)
+
+    def call(dist, scores, other):
+        row = torch.full_like(scores[..., 0], -1, dtype=torch.int32)
+        if task == "pose":
+            return pose(dist, scores, other, shapes, rows, rows[:, None, 2:5])
+        if task == "masks":
+            prototypes = other.transpose(1, 2).unflatten(2, (4, 5))
+            return ty.mask_loss(other, prototypes, row, gt, prototypes[:, 0], imgsz=32)
+        return detection.loss_of(dist, scores, shapes, gt, row, scores[..., 0], normaliser)
+
+    class Loss(torch.nn.Module):
+        def forward(self, *preds: torch.Tensor):
+            return call(*preds)
+
+    preds = dist, scores, torch.randn(2, 20, 3, device=DEVICE)
+    exported = torch.export.export(Loss(), preds, dynamic_shapes=(({0: Dim("B", min=2, max=64)},) * 3,)).module()
+    preds = [torch.cat([x, x[:1]]) for x in preds]
+    torch.testing.assert_close(exported(*preds), Loss()(*preds))
+
+
 @pytest.mark.parametrize("name", ["TaskAlignedAssigner", "SimOTAAssigner", "decode_dfl", "from_padded"])
 def test_strict_export_of_functions_with_any_batch_size(name):
     function, make = FUNCTIONS[name]

@@ -27,5 +27,5 @@ def is_matched(target_row: Tensor, image_index: Tensor, labels: Tensor, num_clas
     """Whether the rows (B, A) of anchors are rows (N,) of their image and with a class."""
     image_index = image_index.where((labels >= 0) & (labels < num_classes), -1)
     image_index = F.pad(image_index, (0, 1), value=-1)  # what is no row is the last
-    images = torch.arange(len(target_row), device=target_row.device).unsqueeze(1)
+    images = torch.arange(target_row.shape[0], device=target_row.device).unsqueeze(1)
     return image_index[target_row.long().clamp(-1, labels.shape[0])] == images

@@ -106,7 +106,7 @@ class TaskAlignedCriterion(Criterion):
     ) -> Computed:  # fmt: skip
         """Compute the loss of an assignment that another assigner made."""
         given, levels = self._checked(preds, feat_shapes)
-        pred_dist, batch_size, dtype = given[0], len(given[0]), working_dtype(given[0].dtype)
+        pred_dist, batch_size, dtype = given[0], given[0].shape[0], working_dtype(given[0].dtype)
         _checks.ground_truth(targets, Targets._fields, pred_dist, self._box_size)
         _checks.target_row("target_row", target_row, pred_dist)
         _checks.tensor("target_score", target_score, pred_dist.shape[:2], like=pred_dist)

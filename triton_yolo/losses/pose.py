@@ -121,7 +121,7 @@ class YOLO11PoseLoss(Criterion):
         if sizes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")
         _checks.keypoint_places("keypoints", keypoints, isinstance(targets, Tensor))
-        counts = counts_of(found.num_fg, found.loss, len(pred_dist), self._ranks)
+        counts = counts_of(found.num_fg, found.loss, pred_dist.shape[0], self._ranks)
         wants_grad = torch.is_grad_enabled() and (found.loss.requires_grad or pred_keypoints.requires_grad)
         x = KeypointLoss(
             pred_keypoints, found.loss, row, *counts, keypoints.detach(), sizes, isinstance(targets, Tensor), levels, sigmas,
