@@ -399,6 +399,7 @@ CHANGES = {
     "a weight is another parameter of that memory": lambda x: setattr(
         x.model.head, "weight", nn.Parameter(x.model.head.weight.data)
     ),
+    "a module without parameters is another": lambda x: setattr(x.model, "drop", nn.Dropout(0.0)),
     "a buffer is another tensor": lambda x: setattr(x.model.norm, "running_mean", torch.zeros(8)),
     "gains": lambda x: setattr(x.criterion, "gains", (1.0, 2.0, 3.0)),
     "class weights are another tensor": lambda x: setattr(x.criterion, "class_weights", torch.tensor([0.5, 1.0, 3.0])),

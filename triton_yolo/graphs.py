@@ -33,9 +33,9 @@ class GraphedStep:
     with images that want a gradient, and with shapes that come too seldom (the last batch of an epoch). Targets are padded to
     128, 256, 512, ... rows, as many as the largest batch of this shape needed. What has no row a box goes with the images.
 
-    A step is recorded again after a change of what is no input: parameters or buffers that became other tensors, ``training``
-    or ``requires_grad`` of any, autocast, an attribute of one of this package's criteria, ``constants``. What changes in place
-    needs no recording: weights, the buffers of the model, class weights, ``use_l1``.
+    A step is recorded again after a change of what is no input: modules, parameters or buffers that became others,
+    ``training`` or ``requires_grad`` of any, autocast, an attribute of one of this package's criteria, ``constants``. What
+    changes in place needs no recording: weights, the buffers of the model, class weights, ``use_l1``.
 
     A step that cannot be recorded says why in one warning, and all steps run as they are from then on. Reasons are a
     synchronisation of host and device in ``forward``; a parameter that is in none of the ``modules``; a module on another
@@ -156,6 +156,7 @@ class GraphedStep:
         for module in modules:  # which grows; ``modules()`` takes several times as long
             modules += [child for child in module._modules.values() if child is not None]
         state = (
+            modules,
             [module.training for module in modules],
             [
                 (id(p), p.data_ptr(), p.requires_grad)
