@@ -137,7 +137,8 @@ def target_row(case: Case, **options: Any) -> Tensor:
     """The row (B, A) of ground truth that our detector's criterion gives to every anchor, -1 for background."""
     with ty.backend("eager"):
         call = SYSTEMS["yolo11"].call(case, torch.float32, **options)
-        return call.criterion._with_rows(*(x.detach() for x in call.leaves), call.feat_shapes, *call.truth)[1]
+        preds = {name: x.detach() for name, x in zip(("pred_dist", "pred_scores"), call.leaves, strict=True)}
+        return call.criterion._with_rows(*call.criterion._checked(preds, call.feat_shapes), *call.truth)[1]
 
 
 SYSTEMS = {

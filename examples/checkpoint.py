@@ -1,6 +1,7 @@
 """What a run keeps in its folder: ``last.pt``, from which it resumes, and ``best.pt``, the weights of the highest mAP."""
 
 import argparse
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ class Run:
         self.parts = parts
         if self.options.resume:
             content = read(self.options.output / "last.pt")
+            if content["classes"] != self.classes:
+                raise SystemExit(f"--resume: the run learned {content['classes']}, the data has {self.classes}")
             for name, part in parts.items():
                 part.load_state_dict(content[name])
             self.curves, self.scores = content["curves"], content["scores"]
@@ -77,7 +80,14 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What ``write`` saved of a run."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if "imgsz" not in content["options"]:
+            raise KeyError("imgsz")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} was not saved by examples/train.py") from error
+    return content
 
 
 def load_model(file: str | Path, device: torch.device | str = "cpu") -> tuple[Detector, tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """What ``--data`` names: a Pascal VOC folder, a YOLO data.yaml or a COCO json, read with ``supervision``."""
 
 import json
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -115,7 +116,8 @@ def read_voc(folder: Path, seed: int) -> tuple[sv.DetectionDataset, sv.Detection
     lists = [folder / "ImageSets" / "Main" / f"{part}.txt" for part in ("train", "val")]
     if not all(names.is_file() for names in lists):
         return whole.split(0.8, random_state=seed)
-    train, val = (subset(whole, set(names.read_text().split())) for names in lists)
+    stems = [set(names.read_text().split()) for names in lists]
+    train, val = (subset(whole, lambda path, part=part: path.stem in part) for part in stems)
     return train, val
 
 
@@ -126,8 +128,8 @@ def check_xml(file: Path) -> None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def subset(whole: sv.DetectionDataset, stems: Collection[str]) -> sv.DetectionDataset:
-    paths = [path for path in whole.image_paths if Path(path).stem in stems]
+def subset(whole: sv.DetectionDataset, is_kept: Callable[[Path], bool]) -> sv.DetectionDataset:
+    paths = [path for path in whole.image_paths if is_kept(Path(path))]
     return sv.DetectionDataset(whole.classes, paths, {path: whole.annotations[path] for path in paths})
 
 
@@ -141,8 +143,7 @@ def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionD
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:  # it knows the line
         raise ValueError(f"{file}: {error}") from None
-    if missing := [name for name in ("names", "train") if not content.get(name)]:
-        raise ValueError(f"{file} has no {' and no '.join(missing)}")
+    check_yaml(content, file)
     places = [file.parent / (content.get("path") or ""), file.parent]
 
     def part(entries: str | list[str]) -> sv.DetectionDataset:
@@ -157,9 +158,24 @@ def read_yolo(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionD
             raise ValueError(f"{file}: no labels of {', '.join(entries)}; those of images/x.jpg belong in labels/x.txt")
         return sv.DetectionDataset(datasets[0].classes, sorted(annotations), annotations)
 
-    if content.get("val", content["train"]) == content["train"]:
-        return part(content["train"]).split(0.8, random_state=seed)
-    return part(content["train"]), part(content["val"])
+    train, val = content["train"], content.get("val") or content["train"]
+    return part(train).split(0.8, random_state=seed) if val == train else (part(train), part(val))
+
+
+def check_yaml(content: Any, file: Path) -> None:
+    """Raise if this does not say which classes there are, and where images."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} has no names and no train: it is no mapping")
+    if missing := [name for name in ("names", "train") if not content.get(name)]:
+        raise ValueError(f"{file} has no {' and no '.join(missing)}")
+    names = content["names"]
+    is_numbered = isinstance(names, dict) and set(map(str, names)) == set(map(str, range(len(names))))
+    if not (is_numbered or isinstance(names, list)):
+        raise ValueError(f"{file}: names must be a list, or a mapping from 0, 1, ... to a name each, got {names}")
+    for name in ("train", "val", "path"):
+        entries = content.get(name) or []
+        if not all(isinstance(entry, str) for entry in (entries if isinstance(entries, list) else [entries])):
+            raise ValueError(f"{file}: {name} must be a path{'' if name == 'path' else ' or a list of them'}, got {entries}")
 
 
 def find(name: str, places: list[Path], named_in: str) -> Path:
@@ -172,9 +188,12 @@ def find(name: str, places: list[Path], named_in: str) -> Path:
 
 def list_images(path: Path, places: list[Path]) -> Iterator[Path]:
     if path.suffix == ".txt":
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if line.strip():
-                yield find(line.strip(), [path.parent, *places], f"{path}, line {number}")
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if name := line.strip():
+                image = find(name, [path.parent, *places], f"{path}, line {number}")
+                if image.suffix.lower() not in SUFFIXES:
+                    raise ValueError(f"{path}, line {number}: {name} is no image: {' '.join(sorted(SUFFIXES))}")
+                yield image
     else:
         yield from (image for image in path.rglob("*") if image.suffix.lower() in SUFFIXES)
 
@@ -182,10 +201,9 @@ def list_images(path: Path, places: list[Path]) -> Iterator[Path]:
 def read_yolo_folder(folder: Path, kept: Collection[Path], file: Path, num_classes: int) -> sv.DetectionDataset:
     """Those of the ``kept`` images that are in ``folder``, with their labels."""
     labels = label_folder(folder)
-    stems = {path.stem for path in kept if path.parent == folder}
-    for stem in sorted(stems):
+    for stem in sorted({path.stem for path in kept if path.parent == folder}):
         check_labels(labels / f"{stem}.txt", num_classes)
-    return subset(sv.DetectionDataset.from_yolo(str(folder), str(labels), str(file)), stems)
+    return subset(sv.DetectionDataset.from_yolo(str(folder), str(labels), str(file)), kept.__contains__)
 
 
 def label_folder(images: Path) -> Path:
@@ -218,7 +236,7 @@ def fault_of(words: list[str], num_classes: int, limit: float = 1.5) -> str:
         return "has fewer than five numbers"
     if label not in range(num_classes):
         return f"is of none of the classes 0 to {num_classes - 1}"
-    return "looks like pixels" if max(sides[:4]) > limit else ""
+    return "looks like pixels" if max(map(abs, sides[:4])) > limit else ""
 
 
 def read_coco(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionDataset]:
@@ -240,14 +258,37 @@ def read_coco(file: Path, seed: int) -> tuple[sv.DetectionDataset, sv.DetectionD
     return sv.DetectionDataset.from_coco(str(images), str(file)).split(0.8, random_state=seed)
 
 
+COCO_FIELDS = {
+    "images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}  # fmt: skip
+
+
 def check_coco(content: Any, file: Path) -> None:
     """Raise if this is no ground truth, or boxes of no category or in no pixels."""
     content = content if isinstance(content, dict) else {}
     if missing := [name for name in ("images", "annotations", "categories") if not content.get(name)]:
         raise ValueError(f"{file} has no {' and no '.join(missing)}: it is no COCO json of ground truth")
-    known = {category["id"] for category in content["categories"]}
-    for box in content["annotations"]:
-        if box["category_id"] not in known:
-            raise ValueError(f"{file}: annotation {box['id']} is of category {box['category_id']}, which is not listed")
+    for part, fields in COCO_FIELDS.items():
+        for place, entry in enumerate(content[part]):
+            if missing := [field for field in fields if not isinstance(entry, dict) or field not in entry]:
+                raise ValueError(f"{file}: {part}[{place}] has no {' and no '.join(missing)}")
+    images, categories = ([entry["id"] for entry in content[part]] for part in ("images", "categories"))
+    for part, ids in (("images", images), ("categories", categories)):
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{file}: two of the {part} have the same id")
+    known = {"image": set(images), "category": set(categories)}
+    for place, box in enumerate(content["annotations"]):
+        name = f"{file}: annotation {box.get('id', place)}"
+        for kind, ids in known.items():
+            if box[f"{kind}_id"] not in ids:
+                raise ValueError(f"{name} is of {kind} {box[f'{kind}_id']!r}, which is not listed")
+        if not is_box(box["bbox"]):
+            raise ValueError(f"{name} has a bbox that is not four finite numbers: {box['bbox']}")
     if all(max(box["bbox"]) <= 1 for box in content["annotations"]):
         raise ValueError(f"{file}: boxes look like shares (0-1) of the image's sides; COCO's bbox is x y w h in pixels")
+
+
+def is_box(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == 4
+    return is_list and all(isinstance(number, int | float) and math.isfinite(number) for number in value)

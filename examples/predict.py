@@ -11,7 +11,6 @@ With ``examples/`` on Python's path, the same in a program of your own:
 """
 
 import argparse
-import pickle
 from pathlib import Path
 
 import cv2
@@ -41,8 +40,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--weights: {options.weights} does not exist; `make train` writes runs/train/best.pt")
     try:
         trained = read(options.weights)["options"]["imgsz"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError):
-        parser.error(f"--weights: {options.weights} was not saved by examples/train.py")
+    except ValueError as error:
+        parser.error(f"--weights: {error}")
     options.imgsz = trained if options.imgsz is None else options.imgsz
     if options.imgsz % 32 or options.imgsz < 1:
         parser.error("--imgsz must be positive and divisible by 32")

@@ -68,15 +68,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.resume:
         options = parse_resumed(parser, argv, options.output / "last.pt")
-    options.imgsz = options.imgsz or (160 if options.data is None else 320)
+    if options.imgsz is None:
+        options.imgsz = 160 if options.data is None else 320
     if options.epochs is None:
         options.epochs = 16 if options.data is None else 30
-    if options.imgsz % 32 or options.imgsz < 0:
+    if options.imgsz % 32 or options.imgsz < 1:
         parser.error("--imgsz must be positive and divisible by 32")
-    if options.epochs < 0 or (options.steps or 0) < 0:
-        parser.error("--epochs and --steps must be at least 0")
-    if options.batch < 1 or options.validate_every < 1:
-        parser.error("--batch and --validate-every must be at least 1")
+    for name, least in LEAST.items():
+        if (getattr(options, name) or 0) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= options.lr < math.inf:
+        parser.error("--lr must be finite and at least 0")
     if options.batch % num_ranks():
         parser.error("--batch must be divisible by the number of processes")
     if num_ranks() > 1 and options.loss.startswith("reference"):
@@ -86,6 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+LEAST = {"batch": 1, "scenes": 1, "reg_max": 1, "validate_every": 1, "epochs": 0, "steps": 0, "seed": 0, "workers": 0}
 FIXED = ("loss", "reg_max", "batch", "scenes", "double")  # so that a step of a resumed run is what it was
 
 
@@ -93,7 +96,10 @@ def parse_resumed(parser: argparse.ArgumentParser, argv: list[str] | None, file:
     """The options of the run that ``file`` is of, where ``argv`` gives no others."""
     if not file.is_file():
         parser.error(f"nothing to resume: {file} does not exist")
-    saved = read(file)["options"]
+    try:
+        saved = read(file)["options"]
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
     parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "output", "device", "steps")})
     options = parser.parse_args(argv)
     for name in FIXED:

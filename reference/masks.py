@@ -27,7 +27,7 @@ def masks_of_rows(targets: MaskTargets) -> Tensor:
     places = [image_index[: row + 1].count(image) for row, image in enumerate(image_index)]
     shape = targets.masks.shape[1:]
     found = [
-        targets.masks[image] == place if 0 <= image < len(targets.masks) else targets.masks.new_zeros(shape)
+        targets.masks[image].double() == place if 0 <= image < len(targets.masks) else targets.masks.new_zeros(shape)
         for image, place in zip(image_index, places, strict=True)
     ]
     return torch.stack(found) if found else targets.masks.new_zeros(0, *shape)

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -230,6 +231,24 @@ def test_images_may_be_listed(tmp_path: Path) -> None:
         read_detections(tmp_path / "data.yaml")
 
 
+def test_only_listed_images_are_read(tmp_path: Path) -> None:
+    """Not one of the same name in another format; the list may begin with a byte order mark, and name images alone."""
+    file = write_listed(tmp_path)
+    shutil.copy(tmp_path / "images/train/0.png", tmp_path / "images/train/0.jpg")
+    (tmp_path / "images" / "3.txt").write_text("./train/0.png\n", encoding="utf-8-sig")
+    train, _ = read_detections(file)
+    assert [Path(path).name for path in train.image_paths] == ["0.png"]
+    (tmp_path / "images" / "3.txt").write_text("./train/0.png\n./train\n")
+    with pytest.raises(ValueError, match=r"3\.txt, line 2: \./train is no image"):
+        read_detections(file)
+
+
+def test_an_empty_val_is_none(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path)
+    file.write_text("names: [disc, ring]\ntrain: images/train\nval:\n")
+    assert [len(part) for part in read_detections(file)] == [4, 1]
+
+
 def test_an_export_may_lead_one_folder_too_high(tmp_path: Path) -> None:
     file = write_yolo(tmp_path)
     file.write_text("names: [disc, ring]\ntrain: ../images/train\nval: ../images/val\n")
@@ -255,6 +274,7 @@ def test_a_folder_named_like_images_keeps_its_name(tmp_path: Path) -> None:
         ("1 0.5 0.5 0.2", "has fewer than five numbers"),
         ("disc 0.5 0.5 0.2 0.2", "is not made of numbers"),
         ("2 0.5 0.5 0.2 0.2", "is of none of the classes 0 to 1"),
+        ("1 -34 0.5 0.2 0.2", "looks like pixels"),
     ],
 )
 def test_a_line_that_is_no_label_is_refused(line: str, fault: str, tmp_path: Path) -> None:
@@ -272,6 +292,11 @@ def test_a_line_that_is_no_label_is_refused(line: str, fault: str, tmp_path: Pat
         ("names: [disc, ring]\ntrain: images/test\n", r"data\.yaml: images/test is in none of"),
         ("names: [disc, ring]\ntrain: labels/train\n", r"data\.yaml: no images in labels/train"),
         ("names: [disc, ring]\ntrain: unlabelled\n", r"data\.yaml: no labels of unlabelled"),
+        ("- disc\n- ring\n", "has no names and no train: it is no mapping"),
+        ("names: {1: disc, 2: ring}\ntrain: images/train\n", r"names must be a list, or a mapping from 0, 1, \.\.\. to a name"),
+        ("names: 2\ntrain: images/train\n", "names must be a list"),
+        ("names: [disc, ring]\ntrain: images/train\nval: 3\n", "val must be a path or a list of them, got 3"),
+        ("names: [disc, ring]\npath: 3\ntrain: images/train\n", "path must be a path, got 3"),
     ],
 )
 def test_a_data_yaml_that_leads_nowhere_is_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -290,12 +315,18 @@ def drop_an_image(folder: Path) -> None:
     (folder / "images" / "3.png").unlink()
 
 
-def change_boxes(folder: Path, **values: Any) -> None:
+def change(part: str, folder: Path, **values: Any) -> None:
+    """Set fields of all entries; those of None are dropped."""
     file = folder / "annotations.json"
     content = json.loads(file.read_text())
-    for box in content["annotations"]:
-        box.update(values)
+    for entry in content[part]:
+        entry.update(values)
+        for name in [name for name, value in values.items() if value is None]:
+            del entry[name]
     file.write_text(json.dumps(content))
+
+
+change_boxes = partial(change, "annotations")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +335,11 @@ def change_boxes(folder: Path, **values: Any) -> None:
         (drop_an_image, r"1 of 5 images are missing, the first is 3\.png; looked in .*images"),
         (partial(change_boxes, bbox=[0.1, 0.2, 0.5, 0.5]), "boxes look like shares"),
         (partial(change_boxes, category_id=7), "annotation 1 is of category 7, which is not listed"),
+        (partial(change_boxes, image_id="1"), "annotation 1 is of image '1', which is not listed"),
+        (partial(change_boxes, bbox=None), r"annotations\[0\] has no bbox"),
+        (partial(change_boxes, bbox=[1, 2, 3]), r"annotation 1 has a bbox that is not four finite numbers: \[1, 2, 3\]"),
+        (partial(change, "images", id=1), "two of the images have the same id"),
+        (partial(change, "categories", name=None, id=None), r"categories\[0\] has no id and no name"),
         (lambda folder: (folder / "annotations.json").write_text("[]"), "has no images and no annotations and no categories"),
         (lambda folder: (folder / "annotations.json").write_text("{\n"), "Expecting .*: line 2"),
     ],
@@ -362,6 +398,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run(tmp_path, "--resume", "--loss", "yolox")
     assert "--loss cannot change in a resumed run: it was yolo11" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"--resume: the run learned \('0', .*, the data has \('disc', 'ring'\)"):
+        run(tmp_path, "--resume", "--data", str(write_coco(tmp_path)))
+    (tmp_path / "run" / "last.pt").write_text("cut short")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--resume")
+    assert "last.pt was not saved by examples/train.py" in capsys.readouterr().err
 
 
 def test_no_epoch_leaves_the_first_weights(tmp_path: Path) -> None:
@@ -374,10 +416,26 @@ def test_no_epoch_leaves_the_first_weights(tmp_path: Path) -> None:
         assert (weights == load_model(tmp_path / "run" / "last.pt")[0].state_dict()[name]).all(), name
 
 
-@pytest.mark.parametrize("option", [("--epochs", "-1"), ("--steps", "-1"), ("--batch", "0"), ("--imgsz", "100")])
-def test_options_out_of_range_are_refused(option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "epochs=-1",
+        "steps=-1",
+        "batch=0",
+        "imgsz=100",
+        "imgsz=0",
+        "scenes=0",
+        "reg-max=0",
+        "lr=-1",
+        "lr=nan",
+        "workers=-1",
+        "seed=-1",
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        example.parse(list(option))
+        example.parse([f"--{option}"])
+    assert f"--{option.partition('=')[0]} must be" in capsys.readouterr().err
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def test_loss_of_a_given_assignment_of_oriented_boxes():
         ty.YOLO11OBBLoss(3, strides=(8,)).loss_of(*preds, SHAPES, ty.Targets.from_yolo(rows[:, :6], 16), *assignment)
 
 
+@pytest.mark.parametrize("targets", [torch.ones(4, 6, device=DEVICE), list(given_assignment()[1][3]), None])
+def test_loss_of_targets_of_another_form(targets):
+    criterion, args = given_assignment()
+    with pytest.raises(TypeError, match=r"targets must be triton_yolo\.Targets, which from_yolo makes of rows, got"):
+        criterion.loss_of(*args[:3], targets, *args[4:])
+
+
 @ON_CPU
 @pytest.mark.parametrize("row", [2, 1000, 2**32, 1], ids=["after the last", "far after it", "beyond int32", "of another image"])
 def test_loss_of_a_row_that_is_not_there(row):

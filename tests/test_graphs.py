@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -395,6 +396,9 @@ CHANGES = {
     "batch norm in eval": lambda x: x.model.norm.eval(),
     "a weight is in other memory": lambda x: setattr(x.model.head.weight, "data", x.model.head.weight.data.clone()),
     "a weight is another parameter": lambda x: setattr(x.model.head, "weight", nn.Parameter(x.model.head.weight.data * 2)),
+    "a weight is another parameter of that memory": lambda x: setattr(
+        x.model.head, "weight", nn.Parameter(x.model.head.weight.data)
+    ),
     "a buffer is another tensor": lambda x: setattr(x.model.norm, "running_mean", torch.zeros(8)),
     "gains": lambda x: setattr(x.criterion, "gains", (1.0, 2.0, 3.0)),
     "class weights are another tensor": lambda x: setattr(x.criterion, "class_weights", torch.tensor([0.5, 1.0, 3.0])),
@@ -413,6 +417,19 @@ def test_what_changes_is_recorded_again(yolo11, change):
     assert Recorder.num_graphs == 4
     assert len(yolo11.step._recordings) == 1
     assert_step_is_right(yolo11)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "values"),
+    [("pose", "sigmas", ([0.2] * 5, [0.3] * 5)), ("masks", "mask_gain", (np.float32(2), np.float32(3)))],
+)
+def test_settings_of_other_types_are_recorded_again(task, name, values):
+    setup = Setup(task)
+    with recorded(setup.model, setup.criterion):
+        for number, value in enumerate(values, 1):
+            setattr(setup.criterion, name, value)
+            setup.replay()
+            assert Recorder.num_graphs == 2 * number
 
 
 @pytest.mark.parametrize(

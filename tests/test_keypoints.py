@@ -200,6 +200,7 @@ def test_one_graph():
         ({"gt_boxes": torch.zeros(1, 4)}, ValueError, r"gt_boxes must have shape \(2, 4\)"),
         ({"sigmas": [0.1]}, ValueError, "sigmas must be one for each of 2 keypoints, got 1"),
         ({"sigmas": [0.1, 0.0]}, ValueError, "sigmas must be finite and positive"),
+        ({"sigmas": 0.1}, TypeError, "sigmas must be a sequence, got 0.1"),
         ({"pose_gain": -1.0}, ValueError, "pose_gain must be finite and not negative"),
         ({"feat_shapes": [(2, 3)]}, ValueError, "feat_shapes must have as many cells"),
     ],

@@ -222,6 +222,20 @@ def test_rows_are_numbered_in_their_images():
     assert ty.mask_loss(**{**args, "masks": masks}).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_mask_of_bytes_holds_no_number_above_255():
+    boxes = torch.tensor([[0.0, 0, 32, 32]] * 257, device=DEVICE)
+    targets = ty.Targets.from_list([{"boxes": boxes, "labels": torch.zeros(257, device=DEVICE)}])
+    for number, target in ((256, 0), (0, 1)):  # pixels of 1 are those of the first row, and none of the 257th's
+        args = one_positive(
+            targets=targets, target_row=torch.tensor([[-1, number, -1, -1]], device=DEVICE),
+            masks=torch.ones(1, 8, 8, dtype=torch.uint8, device=DEVICE),
+        )  # fmt: skip
+        assert ty.mask_loss(**args).item() == pytest.approx(math.log(1 + math.exp(2)) - 2 * target, rel=1e-6)
+        gt = ref.MaskTargets(targets.image_index, boxes, args["masks"], True)
+        expected = ref.mask_loss(args["pred_masks"], args["prototypes"], args["target_row"], gt, imgsz=(32, 32))
+        assert ty.mask_loss(**args).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -230,6 +244,9 @@ def test_rows_are_numbered_in_their_images():
         ({"masks": torch.ones(2, 8, 8)}, ValueError, r"masks must have shape \(1, H, W\), got \(2, 8, 8\)"),
         ({"masks": torch.ones(1, 0, 8)}, ValueError, r"masks must have sides of 1 to 65535 pixels, got \(1, 0, 8\)"),
         ({"target_row": torch.zeros(1, 4)}, TypeError, "target_row must be int32 or int64, got torch.float32"),
+        ({"prototypes": torch.ones(1, 2, 0, 8)}, ValueError, r"prototypes must have pixels, got \(1, 2, 0, 8\)"),
+        ({"targets": torch.ones(4, 6)}, TypeError, "targets must be triton_yolo.Targets, .* got Tensor"),
+        ({"targets": None}, TypeError, "targets must be triton_yolo.Targets, .* got NoneType"),
         ({"imgsz": 0}, ValueError, "imgsz must be finite and positive, got 0"),
         ({"normaliser": torch.ones(1)}, ValueError, r"normaliser must have shape \(\), got \(1,\)"),
         pytest.param({"target_row": torch.tensor([[0, 1, 0, 0]])}, ValueError, r"target_row .* got \[1\]", marks=ON_CPU),
@@ -255,6 +272,14 @@ def small_criterion(dtype: torch.dtype = torch.float32, **options):
     masks = torch.randint(3, (2, 8, 8), dtype=torch.uint8, device=DEVICE)
     criterion = ty.YOLO11SegmentationLoss(3, strides=(8, 16), reg_max=8, **options)
     return criterion, [*preds, prototypes, [(4, 4), (2, 2)], rows, masks]
+
+
+@pytest.mark.parametrize("name", ["pred_dist", "pred_scores", "pred_masks", "prototypes"])
+def test_a_prediction_that_is_no_tensor_is_named(name):
+    criterion, args = small_criterion()
+    args[("pred_dist", "pred_scores", "pred_masks", "prototypes").index(name)] = None
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+        criterion(*args)
 
 
 @FEW
@@ -313,7 +338,8 @@ def test_criterion_takes_targets_and_masks_of_either_kind():
 @pytest.mark.parametrize("place", range(4))
 def test_what_is_not_finite_anywhere_is_finite_nowhere(place):
     criterion, args = small_criterion()
-    row = criterion.detection._with_rows(*args[:2], args[4], args[5])[1]
+    detection = criterion.detection
+    row = detection._with_rows(*detection._checked(dict(pred_dist=args[0], pred_scores=args[1]), args[4]), args[5])[1]
     image, anchor = (row >= 0).nonzero()[0].tolist()
     with torch.no_grad():
         if place == 3:

@@ -102,7 +102,8 @@ def test_results_repeat_to_the_bit():
 def test_the_sum_of_its_parts(num_rows):
     criterion, preds, shapes, rows, keypoints = small(num_rows, pose_gain=2.0, kobj_gain=3.0, sigmas=[0.1, 0.2, 0.3, 0.4, 0.5])
     out = criterion(*preds, shapes, rows, keypoints)
-    found, target_row = criterion.detection._with_rows(*preds[:2], shapes, rows)
+    detection = criterion.detection
+    found, target_row = detection._with_rows(*detection._checked(dict(pred_dist=preds[0], pred_scores=preds[1]), shapes), rows)
     boxes, size = ty.Targets.from_yolo(rows, (32, 32)).boxes_xyxy, keypoints.new_tensor([32, 32, 1])
     alone = ty.keypoint_loss(
         preds[2],
@@ -144,6 +145,9 @@ def test_copies():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        ({"keypoints": torch.zeros(3, 5, 4)}, r"^keypoints must have shape \(N, K, 2\) or"),
+        ({"keypoints": None}, "^keypoints must be a tensor, got NoneType"),
+        ({"pred_scores": None}, "pred_scores must be a tensor, got NoneType"),
         ({"keypoints": torch.zeros(2, 5, 3)}, "keypoints must be those of 3 rows of targets, got 2"),
         ({"keypoints": torch.zeros(3, 6, 3)}, "pred_keypoints must have 2 or 3 channels for each of 6 keypoints, got 15"),
         ({"pred_keypoints": torch.zeros(2, 19, 15)}, r"pred_keypoints must have shape \(2, 20, K \* D\)"),
@@ -152,6 +156,7 @@ def test_copies():
 def test_errors(changes, match):
     criterion, preds, *others = small()
     names = ("pred_dist", "pred_scores", "pred_keypoints", "feat_shapes", "targets", "keypoints")
-    given = dict(zip(names, (*preds, *others), strict=True)) | {name: x.to(DEVICE) for name, x in changes.items()}
-    with pytest.raises(ValueError, match=match):
+    given = dict(zip(names, (*preds, *others), strict=True))
+    given |= {name: x if x is None else x.to(DEVICE) for name, x in changes.items()}
+    with pytest.raises((ValueError, TypeError), match=match):
         criterion(**given)

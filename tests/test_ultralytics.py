@@ -128,6 +128,14 @@ def test_class_weights():
     assert step(model, make_batch())[1]["cls_loss"] != before
 
 
+def test_strides_are_those_of_the_criterion():
+    """It decodes boxes with its own; the assigner has them as it was made."""
+    model = task_model("yolo11n-seg")
+    model.criterion = model.init_criterion()
+    model.criterion.stride = model.criterion.stride * 2
+    compare_steps(model, task_batch("yolo11n-seg"))
+
+
 @pytest.mark.parametrize("class_weights", [None, torch.tensor([[[0.25, 1.0, 4.0]]])])
 def test_steps_share_a_criterion(class_weights, calls):
     model = make_model("yolo11n")

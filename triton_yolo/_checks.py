@@ -198,6 +198,8 @@ def rows(argument: str, x: Tensor) -> None:
 
 def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor, box_size: int = 4) -> None:
     """Check the four fields of ``Targets``, of which the last has ``box_size`` numbers a box."""
+    if getattr(targets, "_fields", None) != names:
+        raise TypeError(f"targets must be triton_yolo.Targets, which from_yolo makes of rows, got {type(targets).__name__}")
     num_rows: int | str = "N"
     sizes = (), (), (4,), (box_size,)
     for place, (name, x) in enumerate(zip(names, targets, strict=True)):

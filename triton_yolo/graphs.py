@@ -5,6 +5,7 @@ the model's parameters. So a step stays what it was for everything around it: ``
 (``GradScaler``, accumulation), gradients that accumulate, hooks of parameters, optimiser, averaged models and checkpoints.
 """
 
+import numbers
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,7 +157,12 @@ class GraphedStep:
             modules += [child for child in module._modules.values() if child is not None]
         state = (
             [module.training for module in modules],
-            [(p.data_ptr(), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None],
+            [
+                (id(p), p.data_ptr(), p.requires_grad)
+                for module in modules
+                for p in module._parameters.values()
+                if p is not None
+            ],
             [b.data_ptr() for module in modules for b in module._buffers.values() if b is not None],
             [_settings(module) for module in modules if isinstance(module, Criterion)],
             self._constants(),
@@ -224,9 +230,9 @@ def _types(tensors: Sequence[Tensor]) -> _Types:
 
 def _settings(criterion: Criterion) -> tuple[Any, ...]:
     """What the forward of a criterion reads that is no tensor."""
-    plain = (bool, int, float, str, tuple)
+    plain = (numbers.Real, str, tuple, list)
     public = [(name, x) for name, x in vars(criterion).items() if isinstance(x, plain) and not name.startswith("_")]
-    return criterion.process_group, *public
+    return criterion.process_group, *[(name, tuple(x) if isinstance(x, list) else x) for name, x in public]
 
 
 def _require_recordable(modules: Sequence[nn.Module], device: torch.device) -> None:

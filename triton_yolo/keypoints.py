@@ -83,7 +83,7 @@ def keypoint_loss(
         (tensor(3.2206), tensor(0.6931))
     """
     _checks.tensor("pred_keypoints", pred_keypoints, ("B", "A", "K * D"))
-    sigmas = sigmas_of(pred_keypoints, gt_keypoints, sigmas)
+    sigmas = sigmas_of(pred_keypoints, "gt_keypoints", gt_keypoints, sigmas)
     num_rows = gt_keypoints.shape[0]
     _checks.tensor("gt_boxes", gt_boxes, (num_rows, 4), like=pred_keypoints)
     _checks.target_row("target_row", target_row, pred_keypoints)
@@ -102,18 +102,19 @@ def keypoint_loss(
     return KeypointLossOutput(out.loss, *out.terms.unbind())
 
 
-def sigmas_of(pred_keypoints: Tensor, gt_keypoints: Tensor, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+def sigmas_of(pred_keypoints: Tensor, argument: str, gt_keypoints: Tensor, sigmas: Sequence[float] | None) -> tuple[float, ...]:
     """The sigmas, or the default ones, for predictions (B, A, K * D) and ground truth (N, K, 2 or 3) of as many keypoints."""
-    _checks.tensor("gt_keypoints", gt_keypoints, ("N", "K", "2 or 3"), like=pred_keypoints)
+    _checks.tensor(argument, gt_keypoints, ("N", "K", "2 or 3"), like=pred_keypoints)
     _, num_keypoints, num_dims = gt_keypoints.shape
     if num_dims not in (2, 3) or num_keypoints < 1:
-        raise ValueError(f"gt_keypoints must have shape (N, K, 2) or (N, K, 3), got {tuple(gt_keypoints.shape)}")
+        raise ValueError(f"{argument} must have shape (N, K, 2) or (N, K, 3), got {tuple(gt_keypoints.shape)}")
     channels = pred_keypoints.shape[2]
     if channels not in (2 * num_keypoints, 3 * num_keypoints):
         raise ValueError(f"pred_keypoints must have 2 or 3 channels for each of {num_keypoints} keypoints, got {channels}")
     if sigmas is None:
         is_coco = num_keypoints == len(_COCO_SIGMAS) and channels == 3 * num_keypoints
         return _COCO_SIGMAS if is_coco else (1 / num_keypoints,) * num_keypoints
-    if len(sigmas) != num_keypoints:
-        raise ValueError(f"sigmas must be one for each of {num_keypoints} keypoints, got {len(sigmas)}")
-    return _checks.reals("sigmas", sigmas)
+    numbers = _checks.reals("sigmas", sigmas)
+    if len(numbers) != num_keypoints:
+        raise ValueError(f"sigmas must be one for each of {num_keypoints} keypoints, got {len(numbers)}")
+    return numbers

@@ -94,6 +94,8 @@ def term_of_rows(
     if not (0 < height <= _LONGEST_SIDE and 0 < width <= _LONGEST_SIDE):
         raise ValueError(f"masks must have sides of 1 to {_LONGEST_SIDE} pixels, got {tuple(masks.shape)}")
     if prototypes.shape[2:] != (height, width):
+        if 0 in prototypes.shape[2:]:
+            raise ValueError(f"prototypes must have pixels, got {tuple(prototypes.shape)}")
         prototypes = F.interpolate(working(prototypes), (height, width), mode="bilinear")
     pred_masks, prototypes = widened(pred_masks, prototypes)
     masks = masks.detach()

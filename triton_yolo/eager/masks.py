@@ -33,11 +33,10 @@ class _Image(NamedTuple):
     def prototypes(self, x: MaskLoss, dtype: torch.dtype) -> Tensor:
         return x.prototypes[self.number].permute(1, 2, 0).to(dtype).contiguous()
 
-    def mask(self, x: MaskLoss, part: _Part) -> Tensor:
+    def mask(self, x: MaskLoss, part: _Part, dtype: torch.dtype) -> Tensor:
         """What belongs to the pixels of a part."""
-        if x.overlap_mask:
-            return (x.masks[self.number][part.place] == x.mask_number[part.row]).flatten()
-        return x.masks[part.row][part.place].flatten()
+        held = x.masks[self.number if x.overlap_mask else part.row][part.place].flatten().to(dtype)
+        return (held == x.mask_number[part.row]).to(dtype) if x.overlap_mask else held
 
 
 def mask_loss(x: MaskLoss) -> MaskLossOutputs:
@@ -51,7 +50,7 @@ def mask_loss(x: MaskLoss) -> MaskLossOutputs:
             seen = prototypes[part.place].flatten(0, 1)
             coefficients = x.coefficients[image.number, part.anchors].to(loss.dtype)
             logits = coefficients @ seen.T
-            mask = image.mask(x, part).to(loss.dtype).expand_as(logits)
+            mask = image.mask(x, part, loss.dtype).expand_as(logits)
             total += part.weight * _cross_entropy(logits, mask).item()
             if sums is not None:
                 error = logits.sigmoid_().sub_(mask).mul_(scale * part.weight)

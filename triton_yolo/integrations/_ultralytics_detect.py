@@ -58,9 +58,27 @@ def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_lo
     return {
         "bce": is_elementwise(bce),
         "use_dfl": criterion.use_dfl == (reg_max > 1),
+        "proj": numbers(criterion.proj) == tuple(range(reg_max)),
+        "class_weights": _is_by_class(criterion.class_weights, criterion.nc),
         "bbox_loss.dfl_loss": (1 if dfl_loss is None else dfl_loss.reg_max) == reg_max,
         "assigner": assigner.eps == _EPS,
     }
+
+
+def _is_by_class(weights: Tensor | None, num_classes: int) -> bool:
+    return weights is None or (
+        weights.is_floating_point() and weights.shape[-1:] == (num_classes,) and weights.numel() == num_classes
+    )
+
+
+def numbers(x: Tensor) -> tuple[float, ...]:
+    """What a criterion holds in a small tensor that hardly ever changes: read when it does, since that may synchronise."""
+    return _read(x, None if x.is_inference() else x._version)
+
+
+@functools.lru_cache
+def _read(x: Tensor, version: int | None) -> tuple[float, ...]:
+    return tuple(x.tolist())
 
 
 def options_of(stock: Any) -> dict[str, Any]:
@@ -69,7 +87,7 @@ def options_of(stock: Any) -> dict[str, Any]:
     return {
         "class_weights": stock.class_weights,
         "num_classes": stock.nc,
-        "strides": tuple(assigner.stride),
+        "strides": numbers(stock.stride),
         "reg_max": stock.reg_max,
         "topk": assigner.topk,
         "topk2": _topk2(assigner),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..losses import YOLO11PoseLoss
 from ._stock import BCE
-from ._ultralytics_detect import BY_ROW, MEMBERS, Adapter, inputs_of, options_of, settings
+from ._ultralytics_detect import BY_ROW, MEMBERS, Adapter, inputs_of, numbers, options_of, settings
 
 _MEMBERS = {**MEMBERS, "keypoint_loss": ("ultralytics.utils.loss.KeypointLoss",), "bce_pose": (BCE,)}
 
@@ -15,18 +15,13 @@ _MEMBERS = {**MEMBERS, "keypoint_loss": ("ultralytics.utils.loss.KeypointLoss",)
 def _settings(criterion: Any, *members: Any) -> dict[str, bool]:
     *of_boxes, _, bce_pose = members
     is_mean = bce_pose.reduction == "mean" and bce_pose.weight is None and bce_pose.pos_weight is None
-    return {**settings(criterion, *of_boxes), "bce_pose": is_mean}
+    of_keypoints = {"bce_pose": is_mean, "keypoint_loss": criterion.keypoint_loss.sigmas.ndim == 1}
+    return {**settings(criterion, *of_boxes), **of_keypoints}
 
 
 def _options(stock: Any) -> dict[str, Any]:
-    sigmas, gains = stock.keypoint_loss.sigmas, stock.hyp
-    version = None if sigmas.is_inference() else sigmas._version
-    return {**options_of(stock), "sigmas": sigmas, "version": version, "pose_gain": gains.pose, "kobj_gain": gains.kobj}
-
-
-def _make(*, sigmas: Tensor, version: int | None, **options: Any) -> YOLO11PoseLoss:
-    """``version`` changes with the sigmas, which are read here alone, since that may synchronise."""
-    return YOLO11PoseLoss(sigmas=sigmas.tolist(), **options)
+    sigmas, gains = numbers(stock.keypoint_loss.sigmas), stock.hyp
+    return {**options_of(stock), "sigmas": sigmas, "pose_gain": gains.pose, "kobj_gain": gains.kobj}
 
 
 def _inputs(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
@@ -35,6 +30,6 @@ def _inputs(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Any,
 
 
 POSE = Adapter(
-    _MEMBERS, _settings, _make, _options, _inputs, ("box", "pose", "kobj", "cls", "dfl"),
+    _MEMBERS, _settings, YOLO11PoseLoss, _options, _inputs, ("box", "pose", "kobj", "cls", "dfl"),
     columns=lambda stock: ((*BY_ROW, "keypoints"), ()),
 )  # fmt: skip

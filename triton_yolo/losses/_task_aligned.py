@@ -82,11 +82,8 @@ class TaskAlignedCriterion(Criterion):
                 first, shape = x, x.shape[:2]
         return widened(*preds.values()), _checks.levels(feat_shapes, self.strides, int(shape[1]))
 
-    def _compute(
-        self, preds: Mapping[str, Tensor], feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets, *others: Any
-    ) -> Computed:
-        """Assign the targets and compute the loss; ``others`` are inputs of the whole that only some have."""
-        given, levels = self._checked(preds, feat_shapes)
+    def _compute(self, given: tuple[Tensor, ...], levels: Levels, targets: Tensor | Targets, *others: Any) -> Computed:
+        """Assign the targets to checked predictions and compute the loss; ``others`` only some have as inputs of the whole."""
         rows = rows_of(targets, given[-1], box_size=self._box_size)
         is_half = wants_grad = False
         for x in given:

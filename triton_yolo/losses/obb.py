@@ -117,7 +117,7 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
             TypeError: predictions or rows are not float tensors.
         """
         preds = {"pred_dist": pred_dist, "pred_angle": pred_angle, "pred_scores": pred_scores}
-        loss, terms, num_fg, _ = self._compute(preds, feat_shapes, targets)
+        loss, terms, num_fg, _ = self._compute(*self._checked(preds, feat_shapes), targets)
         box, cls, dfl, angle = terms.unbind()
         return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)
 

@@ -108,12 +108,12 @@ class YOLO11PoseLoss(Criterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("pred_dist", pred_dist, ("B", "A", "4 * reg_max"))
+        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
+        (pred_dist, pred_scores), levels = self.detection._checked(preds, feat_shapes)
         _checks.tensor("pred_keypoints", pred_keypoints, (*pred_dist.shape[:2], "K * D"), like=pred_dist)
         pred_dist, pred_scores, pred_keypoints = widened(pred_dist, pred_scores, pred_keypoints)
-        found, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, targets)
-        sigmas = sigmas_of(pred_keypoints, keypoints, self.sigmas)
-        levels = _checks.levels(feat_shapes, self.detection.strides, pred_keypoints.shape[1])
+        found, row = self.detection._with_rows((pred_dist, pred_scores), levels, targets)
+        sigmas = sigmas_of(pred_keypoints, "keypoints", keypoints, self.sigmas)
         sizes = targets[:, 4:].detach() if isinstance(targets, Tensor) else targets.boxes_xywh[:, 2:]
         if sizes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")

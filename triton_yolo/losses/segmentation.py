@@ -106,17 +106,18 @@ class YOLO11SegmentationLoss(Criterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("pred_scores", pred_scores, ("B", "A", "C"), like=pred_dist)
+        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
+        (pred_dist, pred_scores), levels = self.detection._checked(preds, feat_shapes)
         batch_size, num_anchors, _ = pred_scores.shape
         _checks.tensor("pred_masks", pred_masks, (batch_size, num_anchors, "M"), like=pred_scores)
         _checks.tensor("prototypes", prototypes, (batch_size, pred_masks.shape[2], "h", "w"), like=pred_scores)
         pred_dist, pred_scores, pred_masks, prototypes = widened(pred_dist, pred_scores, pred_masks, prototypes)
-        size = _checks.levels(feat_shapes, self.detection.strides, num_anchors).imgsz
+        size = levels.imgsz
         rows = rows_of(targets, pred_scores)
         if len(rows) == 1:
             rows = list(_ops.unpack_rows(UnpackRows(rows[0].to(working_dtype(pred_scores.dtype)), size)))
         gt = Targets._make(rows)
-        out, row = self.detection._with_rows(pred_dist, pred_scores, feat_shapes, gt)
+        out, row = self.detection._with_rows((pred_dist, pred_scores), levels, gt)
         with torch.no_grad():
             num_fg, images = counts_of(out.num_fg, out.loss, batch_size, self._ranks)
             if images is None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _ops
+from .._signatures import Levels
 from ..targets import Targets
 from ._task_aligned import TaskAlignedCriterion
 
@@ -114,16 +115,15 @@ class YOLO11Loss(TaskAlignedCriterion):
             TypeError: predictions or rows are not float tensors.
         """
         preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
-        loss, terms, num_fg, _ = self._compute(preds, feat_shapes, targets, False)
+        loss, terms, num_fg, _ = self._compute(*self._checked(preds, feat_shapes), targets, False)
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
 
     def _with_rows(
-        self, pred_dist: Tensor, pred_scores: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets
+        self, given: tuple[Tensor, ...], levels: Levels, targets: Tensor | Targets
     ) -> tuple[YOLO11LossOutput, Tensor]:
-        """What ``forward`` returns, and the row of every anchor (B, A) int32, -1 for background."""
-        preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
-        loss, terms, num_fg, row = self._compute(preds, feat_shapes, targets, True)
+        """What ``forward`` returns of checked predictions, and the row of every anchor (B, A) int32, -1 for background."""
+        loss, terms, num_fg, row = self._compute(given, levels, targets, True)
         assert row is not None
         box, cls, dfl = terms.unbind()
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg), row
