@@ -81,7 +81,7 @@ def test_few_launches(whole_image, system, most):
 def test_programs_of_oriented_boxes():
     """A tile of 128 anchors, of which ProbIoU is worked out, is the longest."""
     launches = launches_of("yolo11-obb", whole_image_case(160))
-    assert max(longest(launches).values()) <= 3600, longest(launches)
+    assert max(longest(launches).values()) <= 3800, longest(launches)
     assert sum(issued(launches).values()) <= 255_000, issued(launches)
 
 
@@ -95,7 +95,7 @@ def test_programs_of_masks():
     """A program shares the tiles of all groups, of which each takes 700; all groups over a pixel are one program's."""
     launches = launches_of_term(TASKS, "mask_loss", whole_image_case(96))
     lengths = longest(launches)
-    assert lengths.pop("_mask_positive_kernel") <= 3400
+    assert lengths.pop("_mask_positive_kernel") <= 3550
     assert max(lengths.values()) <= 3000, lengths
     assert sum(issued(launches).values()) <= 400_000, issued(launches)
 
