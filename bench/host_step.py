@@ -104,7 +104,7 @@ def launching_nothing() -> Iterator[NullDriver]:
         patches.enter_context(without_machine_code())
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         patches.enter_context(mock.patch.object(_backend, "_is_interpreted", _yes))
-        for name in ("rows_in_range", "normalised_rows", "raw_rows", "targets"):
+        for name in ("rows_in_range", "normalised_rows", "raw_rows", "keypoint_places", "targets"):
             if hasattr(_checks, name):
                 patches.enter_context(mock.patch.object(_checks, name, _nothing))
         patches.enter_context(ty.backend("triton"))

@@ -179,7 +179,7 @@ def test_backend_is_chosen_from_now_on_or_for_a_block():
 def test_boxes_in_pixels_are_noticed_in_normalised_rows():
     rows = small_yolox()[-1].cpu()
     pixels = rows * torch.tensor([1.0, 1, 320, 320, 320, 320])
-    with pytest.warns(UserWarning, match="rows have boxes up to .* rows are normalised to 0-1"):
+    with pytest.warns(UserWarning, match="rows of targets have boxes up to .* rows are normalised to 0-1"):
         ty.Targets.from_yolo(pixels, 640)
     padding = torch.tensor([[-1.0, 0, 300, 300, 300, 300]]).expand(len(rows) + 2, 6)
     ty.Targets.from_yolo(torch.cat([rows, padding]), 640)

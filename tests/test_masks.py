@@ -335,6 +335,14 @@ def test_criterion_takes_targets_and_masks_of_either_kind():
     torch.testing.assert_close(criterion(*args[:5], *padded), expected)
 
 
+def test_a_batch_of_no_images_costs_nothing():
+    criterion, (dist, scores, masks, prototypes, shapes, rows, images) = small_criterion()
+    preds = [x[:0] for x in (dist, scores, masks, prototypes)]
+    out = criterion(*preds, shapes, rows[:0], images[:0])
+    out.loss.backward()
+    assert [x.item() for x in out] == [0] * 6
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_what_is_not_finite_anywhere_is_finite_nowhere(place):
     criterion, args = small_criterion()

@@ -142,6 +142,20 @@ def test_copies():
     assert criterion.process_group is None
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on the CPU only: elsewhere it would synchronise")
+def test_keypoints_in_other_units_than_boxes_are_noticed():
+    criterion, preds, shapes, rows, keypoints = small()
+    keypoints = keypoints.clamp(min=0.1)
+    keypoints[0] = 0  # not seen
+    with pytest.warns(UserWarning, match=r"^keypoints are up to .* images away: beside normalised rows they are shares"):
+        criterion(*preds, shapes, rows, keypoints * keypoints.new_tensor([320, 320, 1]))
+    with pytest.warns(UserWarning, match=r"^keypoints are at most 0\.\d+ px away: beside boxes in pixels"):
+        criterion(*preds, shapes, ty.Targets.from_yolo(rows, 32), keypoints)
+    row = torch.full(preds[0].shape[:2], -1)
+    with pytest.warns(UserWarning, match="gt_keypoints are at most"):
+        ty.keypoint_loss(preds[2], row, keypoints, rows[:, 2:] * 32, shapes, strides=(8, 16))
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

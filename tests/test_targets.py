@@ -70,7 +70,7 @@ def test_rows_without_whole_numbers_raise(small, column, value):
     rows[0, column] = value
     with pytest.raises(ValueError, match=rf"targets must have whole {WHAT[column]}, got \[{value}\]"):
         criterion(*preds, shapes, rows)
-    with pytest.raises(ValueError, match=f"rows must have whole {WHAT[column]}"):
+    with pytest.raises(ValueError, match=f"rows of targets must have whole {WHAT[column]}"):
         ty.Targets.from_yolo(rows, 32)
 
 
@@ -131,7 +131,7 @@ def test_indices_and_labels_that_a_type_rounds_raise(dtype, value):
     for column in range(2):
         wrong = rows.clone()
         wrong[0, column] = value
-        with pytest.raises(ValueError, match=f"rows must have {WHAT[column]} below {value - 1}"):
+        with pytest.raises(ValueError, match=f"rows of targets must have {WHAT[column]} below {value - 1}"):
             ty.Targets.from_yolo(wrong, 64)
     with pytest.raises(ValueError, match=f"labels must have labels below {value - 1}"):
         ty.Targets.from_padded(torch.tensor([[value]]).to(dtype), torch.tensor([[[2.0, 2, 9, 9]]]))

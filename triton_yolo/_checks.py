@@ -258,6 +258,21 @@ def pixel_boxes(argument: str, boxes: Tensor) -> None:
         )
 
 
+def keypoint_places(argument: str, keypoints: Tensor, is_normalised: bool) -> None:
+    """Warn on the CPU if most keypoints (N, K, 2 or 3) are pixels where shares of an image are meant, or shares for pixels."""
+    if keypoints.device.type != "cpu" or torch.compiler.is_compiling() or type(keypoints) is not Tensor:
+        return
+    largest = keypoints[..., :2].amax(-1)
+    known = largest[largest > 0]  # padding, and what stands for unseen ones, is not
+    if is_normalised and (known > 10).sum() * 2 > len(known):
+        warn(
+            f"{argument} are up to {known.max():.6g} images away: beside normalised rows they are shares (0-1) of the image, "
+            "too, and those in pixels go with triton_yolo.Targets"
+        )
+    if not is_normalised and (known <= 1).sum() * 2 > len(known):
+        warn(f"{argument} are at most {known.max():.6g} px away: beside boxes in pixels they are in pixels, too")
+
+
 def rows_in_range(
     image_index: Tensor, labels: Tensor, batch_size: int, num_classes: int, names: tuple[str, str] = ("targets", "targets")
 ) -> None:

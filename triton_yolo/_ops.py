@@ -10,7 +10,7 @@ from ._operation import Operation
 
 
 def _check_rows(x: of.UnpackRows) -> None:
-    _checks.raw_rows("rows", x.rows)
+    _checks.raw_rows("rows of targets", x.rows)
 
 
 def _check_padded(x: of.AlignMetric | of.TaskAlignedAssign | of.SimOTAAssign) -> None:

@@ -73,6 +73,9 @@ def keypoint_loss(
             is not (elsewhere its anchor is background).
         TypeError: a type is wrong.
 
+    Warns:
+        UserWarning: most keypoints are shares of an image (on the CPU).
+
     Example:
         >>> target_row = torch.tensor([[-1, 0, -1, -1]])  # of four cells the second has an object
         >>> keypoints = torch.tensor([[[10.0, 6.0, 2.0], [14.0, 4.0, 0.0]]])  # one of two is visible
@@ -84,6 +87,7 @@ def keypoint_loss(
     """
     _checks.tensor("pred_keypoints", pred_keypoints, ("B", "A", "K * D"))
     sigmas = sigmas_of(pred_keypoints, "gt_keypoints", gt_keypoints, sigmas)
+    _checks.keypoint_places("gt_keypoints", gt_keypoints, False)
     num_rows = gt_keypoints.shape[0]
     _checks.tensor("gt_boxes", gt_boxes, (num_rows, 4), like=pred_keypoints)
     _checks.target_row("target_row", target_row, pred_keypoints)

@@ -107,6 +107,9 @@ class YOLO11PoseLoss(Criterion):
             ValueError: sizes or devices do not agree; on the CPU also for an image index or a label out of range (elsewhere
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
+
+        Warns:
+            UserWarning: most keypoints are in other units than the boxes (on the CPU).
         """
         preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
         (pred_dist, pred_scores), levels = self.detection._checked(preds, feat_shapes)
@@ -117,6 +120,7 @@ class YOLO11PoseLoss(Criterion):
         sizes = targets[:, 4:].detach() if isinstance(targets, Tensor) else targets.boxes_xywh[:, 2:]
         if sizes.shape[0] != keypoints.shape[0]:
             raise ValueError(f"keypoints must be those of {sizes.shape[0]} rows of targets, got {keypoints.shape[0]}")
+        _checks.keypoint_places("keypoints", keypoints, isinstance(targets, Tensor))
         counts = counts_of(found.num_fg, found.loss, len(pred_dist), self._ranks)
         wants_grad = torch.is_grad_enabled() and (found.loss.requires_grad or pred_keypoints.requires_grad)
         x = KeypointLoss(

@@ -122,7 +122,7 @@ class YOLO11SegmentationLoss(Criterion):
             num_fg, images = counts_of(out.num_fg, out.loss, batch_size, self._ranks)
             if images is None:
                 num_fg = num_fg.clamp(min=1).to(out.loss.dtype)
-            num_images = batch_size if images is None else images
+            num_images = (batch_size or 1) if images is None else images
             # What is not a number anywhere is one nowhere.
             scale = (self.mask_gain * num_images / num_fg).masked_fill(out.loss.isnan(), torch.nan)
         mask = term_of_rows(pred_masks, prototypes, row, gt, masks, scale, size, overlap_mask=self.overlap_mask)
