@@ -1,6 +1,7 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
 from .memory import blocks, untouched_zeros_like
-from .pairs import anchor_table, by_images, grid_pairs, valid_rows
+from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
@@ -55,22 +56,20 @@ def assign(
 ) -> YOLO11Assignment:
     """Assign to predicted boxes (4 or 5, B * A) in pixels, which are made of ``sources``; ``min_side`` is of ground truth."""
     batch_size, num_anchors, num_classes = x.pred_scores.shape
-    points, point_strides = anchor_table(x.levels, x.pred_dist)
-    gt = ground_truth(x.targets, x.levels, points.dtype)
+    gt = ground_truth(x.targets, x.levels, boxes.dtype)
     valid = valid_rows(gt, batch_size, num_classes, min_side)
-    points_px = (points * point_strides).contiguous()
     shape = (batch_size, num_anchors)
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
     gt_boxes = gt.boxes_xyxy if len(boxes) == 4 else gt.boxes_xywh
-    preds = Predictions(x.pred_scores, True, geometry.of_prediction(boxes), points_px, geometry, x.assigner)
+    preds = Predictions(x.pred_scores, True, geometry.columns(boxes), geometry, x.assigner)
     low, high = geometry.bounds(gt_boxes)
     # About so many anchors lie in a box; no more than there are, however large it is.
     num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
 
-    def find(low: Tensor, high: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
-        span = geometry.span
-        return grid_pairs(low, high, x.levels, span and (lambda nth, y: span(truths.index_select(1, nth), y)))
+    def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+        is_inside = partial(geometry.is_inside, eps=x.assigner.eps)
+        return grid_pairs(low, high, x.levels, Shape(axes, geometry.span, is_inside))
 
     for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
         pairs = preds.pairs(rows, gt, find)
