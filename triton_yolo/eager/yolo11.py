@@ -1,5 +1,6 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -46,9 +47,15 @@ def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
 def distances_by_image(pred_dist: Tensor, reg_max: int) -> Iterator[Tensor]:
     """Expected distances (4, A) of every image; softmax over the first of two axes is fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
+    sums = torch.stack([bins, torch.ones_like(bins)])
     for dist in pred_dist:
         logits = working(dist.T).unflatten(0, (4, reg_max))
-        yield bins @ logits.softmax(1) if reg_max > 1 else logits.squeeze(1)
+        if reg_max == 1:
+            yield logits.squeeze(1)
+        else:
+            powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
+            weighted, total = (sums @ powers).unbind(1)
+            yield weighted / total
 
 
 def assign(
