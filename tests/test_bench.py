@@ -269,8 +269,16 @@ def test_the_summary_pairs_ours_with_other_projects_of_the_same_run():
         row_of("ultralytics 8", 0.05, 2.5, run="b"),
     ]
     *_, line = tables.summary([ours, *others, theirs]).splitlines()
-    assert line == "| `YOLO11Loss`, B=4 | C, 2 threads, d, c | ultralytics 8 | 100.0 | 40.0 | 2.5 | 2.0 |"
+    assert line == "| `YOLO11Loss`, B=4, float32 | C, 2 threads, d, c | ultralytics 8 | 100.0 | 40.0, 20.0 | 2.5 | 2.0 |"
     assert tables.summary([ours, *others]) == ""
+
+
+def test_the_summary_shows_the_newest_run_of_each_machine():
+    old, new = ([row_of(name, 0.02, 1.0, run=run, dtype=dtype) for name in ("triton_yolo 1", "ultralytics 8")]
+                for run, dtype in (("a", "float32"), ("b", "bfloat16")))  # fmt: skip
+    elsewhere = [{**row, "machine": {"cpu": "D", "threads": 2}} for row in old]
+    lines = tables.summary([*old, *elsewhere, *new]).splitlines()[2:]
+    assert [("bfloat16" in line, "| D," in line) for line in lines] == [(True, False), (False, True)]
 
 
 def test_a_run_is_of_one_commit(monkeypatch):

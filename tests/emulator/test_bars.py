@@ -64,7 +64,7 @@ def test_no_program_is_long_where_all_anchors_take_part():
     assert max(longest(launches).values()) <= 3000, longest(launches)
 
 
-@pytest.mark.parametrize(("system", "bar"), [("yolo11", 1_100_000), ("yolox", 215_000)])
+@pytest.mark.parametrize(("system", "bar"), [("yolo11", 965_000), ("yolox", 215_000)])
 def test_few_instructions_an_image(whole_image, system, bar):
     assert sum(issued(whole_image[system]).values()) <= bar, issued(whole_image[system])
 
@@ -81,8 +81,8 @@ def test_few_launches(whole_image, system, most):
 def test_programs_of_oriented_boxes():
     """A tile of 128 anchors, of which ProbIoU is worked out, is the longest."""
     launches = launches_of("yolo11-obb", whole_image_case(160))
-    assert max(longest(launches).values()) <= 4000, longest(launches)
-    assert sum(issued(launches).values()) <= 300_000, issued(launches)
+    assert max(longest(launches).values()) <= 3800, longest(launches)
+    assert sum(issued(launches).values()) <= 255_000, issued(launches)
 
 
 def test_programs_of_keypoints():
@@ -95,12 +95,12 @@ def test_programs_of_masks():
     """A program shares the tiles of all groups, of which each takes 700; all groups over a pixel are one program's."""
     launches = launches_of_term(TASKS, "mask_loss", whole_image_case(96))
     lengths = longest(launches)
-    assert lengths.pop("_mask_positive_kernel") <= 3400
+    assert lengths.pop("_mask_positive_kernel") <= 3550
     assert max(lengths.values()) <= 3000, lengths
     assert sum(issued(launches).values()) <= 400_000, issued(launches)
 
 
-@pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.41 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
+@pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.38 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
 def test_two_images_of_coco(system, bar):
     """Shares of what commit c59763f issued."""
     if not has_coco(DATA):

@@ -31,10 +31,6 @@ class _Gaussian(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def frame(self, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts of a vector along and across."""
-        return (dx * self.cos).addcmul_(dy, self.sin), (dy * self.cos).addcmul_(dx, self.sin, value=-1)
-
 
 def _gaussian(boxes: Iterable[Tensor], floor: float) -> _Gaussian:
     x, y, width, height, angle = boxes
@@ -58,40 +54,46 @@ class _Pair(NamedTuple):
         """Of products of deviations: of either box, and of one along and the other across it or along it."""
         a, b = self.a, self.b
         return (
-            a.along * a.across - b.along * b.across,
-            a.along * b.across - a.across * b.along,
-            a.along * b.along - a.across * b.across,
+            (a.along * a.across).addcmul_(b.along, b.across, value=-1),
+            (a.along * b.across).addcmul_(a.across, b.along, value=-1),
+            (a.along * b.along).addcmul_(a.across, b.across, value=-1),
         )
 
     def measures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Excess, areas, and the squared offset by the sum of covariances times its determinant."""
         a, b, (of_boxes, crossed, aligned) = self.a, self.b, self.differences()
-        excess = _sum_of_squares(of_boxes, crossed * self.cos, aligned * self.sin)
-        areas = 4 * a.along * a.across * b.along * b.across
+        excess = _sum_of_squares(of_boxes, crossed.mul_(self.cos), aligned.mul_(self.sin))
+        areas = (4 * a.along).mul_(a.across).mul_(b.along).mul_(b.across)
         apart = _sum_of_squares(a.across * self.u_a, a.along * self.v_a, b.across * self.u_b, b.along * self.v_b)
         return excess, areas, apart
 
 
 def _sum_of_squares(x: Tensor, *others: Tensor) -> Tensor:
-    result = x.square()
+    """The sum, in place of ``x``."""
+    x.square_()
     for other in others:
-        result.addcmul_(other, other)
-    return result
+        x.addcmul_(other, other)
+    return x
+
+
+def _in_frame(dx: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of a vector along and across."""
+    return (dx * cos).addcmul_(dy, sin), (dy * cos).addcmul_(dx, sin, value=-1)
 
 
 def _pair(a: _Gaussian, b: _Gaussian) -> _Pair:
     turn, dx, dy = a.angle - b.angle, a.x - b.x, a.y - b.y
-    return _Pair(a, b, turn.cos(), turn.sin(), *a.frame(dx, dy), *b.frame(dx, dy))
+    return _Pair(a, b, turn.cos(), turn.sin(), *_in_frame(dx, dy, a.cos, a.sin), *_in_frame(dx, dy, b.cos, b.sin))
 
 
 def _distance(excess: Tensor, areas: Tensor, apart: Tensor, eps: float) -> Tensor:
     """Bhattacharyya distance, not yet between its bounds."""
-    shape = ((excess - eps) / (areas + eps)).add_(eps).log1p_()
+    shape = (excess - eps).div_(areas + eps).add_(eps).log1p_()
     return (apart / (excess + areas).add_(eps)).div_(4).add_(shape, alpha=0.5)
 
 
 def _hellinger(distance: Tensor, eps: float) -> Tensor:
-    return (eps - torch.expm1(-distance)).sqrt()
+    return (-distance).expm1_().neg_().add_(eps).sqrt_()
 
 
 def prob_overlap(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
@@ -174,33 +176,35 @@ def gaussians(boxes: Tensor) -> Tensor:
     return torch.stack(_gaussian(boxes, 0.0))
 
 
-def gaussians_with_sides(boxes: Tensor, widened: Tensor) -> Tensor:
-    """The same, and half of both sides of the boxes as they are widened, all of boxes (n, 5): (9, n)."""
-    return torch.cat([gaussians(boxes.T), widened[:, 2:4].T / 2])
-
-
 def gaussian_overlap(a: Tensor, b: Tensor) -> Tensor:
-    """ProbIoU (P,) of ``gaussians_with_sides`` (9, P) and ``gaussians`` (7, P)."""
-    return _overlap(_Gaussian(*a[:7]), _Gaussian(*b), 1e-7)
+    """ProbIoU (P,) of ``gaussians`` (7, P)."""
+    return _overlap(_Gaussian(*a), _Gaussian(*b), 1e-7)
 
 
-def span_oriented(columns: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where on the x axis boxes, given by ``gaussians_with_sides``, begin and end at heights (n,), and a hair more."""
-    box, half_width, half_height = _Gaussian(*columns[:7]), columns[7], columns[8]
-    dy, hair = y - box.y, 1e-5 * (half_width + half_height + box.x.abs() + box.y.abs())
+def axes(boxes: Tensor) -> Tensor:
+    """Centres, cosines and sines of angles, and halves of both sides of boxes (5, n): (6, n)."""
+    x, y, width, height, angle = boxes
+    return torch.stack([x, y, angle.cos(), angle.sin(), width / 2, height / 2])
+
+
+def span_oriented(columns: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
+    """Where on the x axis boxes, given by ``axes``, begin and end at heights (n,), and a hair more."""
+    x, y, cos, sin, half_width, half_height = columns
+    dy, hair = heights - y, 1e-5 * (half_width + half_height + x.abs() + y.abs())
     ends = []
-    for along, across, half in ((box.cos, box.sin, half_width), (-box.sin, box.cos, half_height)):
+    for along, across, half in ((cos, sin, half_width), (-sin, cos, half_height)):
         # |x along + dy across| <= half; where ``along`` is nothing, a hair over it is longer than the box.
         along = torch.where(along.abs() < 1e-9, 1e-9, along)
         ends.append((-dy * across / along, (half + hair) / along.abs()))
     (a, reach_a), (b, reach_b) = ends
-    return box.x + torch.maximum(a - reach_a, b - reach_b), box.x + torch.minimum(a + reach_a, b + reach_b)
+    return x + torch.maximum(a - reach_a, b - reach_b), x + torch.minimum(a + reach_a, b + reach_b)
 
 
 def is_inside_oriented(points: Tensor, columns: Tensor, eps: float) -> Tensor:
-    """Whether points (2, P) lie inside boxes or on an edge, by ``gaussians_with_sides``; ``eps`` has no part."""
-    u, v = _Gaussian(*columns[:7]).frame(*(points - columns[:2]))
-    return (u.abs() <= columns[7]) & (v.abs() <= columns[8])
+    """Whether points (2, P) lie inside boxes or on an edge, by ``axes``; ``eps`` has no part."""
+    x, y, cos, sin, half_width, half_height = columns
+    u, v = _in_frame(points[0] - x, points[1] - y, cos, sin)
+    return (u.abs() <= half_width) & (v.abs() <= half_height)
 
 
 def prob_iou(x: ProbIoU) -> Overlaps:

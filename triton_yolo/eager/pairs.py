@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,17 @@ from .._rows import is_valid
 from .._signatures import GroundTruth, Levels
 from ..anchors import make_anchors
 
-Span = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Where on the x axis boxes, by their places (m,), begin and end at heights (m,)."""
+
+class Shape(NamedTuple):
+    """Which points are inside boxes."""
+
+    columns: Tensor
+    """What the functions need of each box: (k, n)."""
+    span: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    """Where on the x axis boxes (k, m) begin and end at heights (m,), and a hair more, if that depends on the height."""
+    is_inside: Callable[[Tensor, Tensor], Tensor]
+    """Whether points (2, m) are inside boxes (k, m). What lies between two points inside is inside too."""
+
 
 _PART = 1 << 18  # pairs that are held at once: 15 MiB
 
@@ -50,11 +60,11 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     return segment, torch.arange(len(segment), device=counts.device) - starts.index_select(0, segment)
 
 
-def grid_pairs(low: Tensor, high: Tensor, levels: Levels, span: Span | None = None) -> tuple[Tensor, Tensor]:
+def grid_pairs(low: Tensor, high: Tensor, levels: Levels, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
     """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
 
-    The rectangles are (n, 2), or (n, L, 2) if each level has its own; ``span`` tells how much of a rectangle's width a box
-    takes at a height. A superset, tight to a thousandth of a cell: the caller's exact test drops hardly anything.
+    The rectangles are (n, 2), or (n, L, 2) if each level has its own. They are widened by a thousandth of a cell; what has a
+    ``shape`` inside them has just the anchors inside it.
     """
     num_levels = len(levels.strides)
     sizes = torch.tensor(levels.feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)
@@ -68,15 +78,29 @@ def grid_pairs(low: Tensor, high: Tensor, levels: Levels, span: Span | None = No
     nth = torch.div(rectangle, num_levels, rounding_mode="floor")
     level = rectangle - nth * num_levels
     first, number = first.flatten(0, 1)[rectangle], number[..., 0].flatten()[rectangle]
-    first_x, y = first[:, 0], first[:, 1] + y
-    if span is not None:
-        ends = span(nth, (y + 0.5) * stride[level])
-        first_x, number = _cells_between(*ends, stride[level], sizes[level, 0])
+    x, y = first[:, 0], first[:, 1] + y
+    if shape is not None:
+        columns, step = shape.columns.index_select(1, nth), stride[level]
+        if shape.span is not None:
+            x, number = _cells_between(*shape.span(columns, (y + 0.5) * step), step, sizes[level, 0])
+        _trim(x, number, y, step, columns, shape)
     # Cells of one strip after another count on, so that a cell is its place among all and what its strip adds to it.
-    ahead = level_start[level] + y * sizes[level, 0] + first_x - (number.cumsum(0) - number)
+    ahead = level_start[level] + y * sizes[level, 0] + x - (number.cumsum(0) - number)
     strip = torch.repeat_interleave(number)
     anchors = ahead.index_select(0, strip).add_(torch.arange(len(strip), device=strip.device))
     return nth.index_select(0, strip), anchors
+
+
+def _trim(x: Tensor, number: Tensor, y: Tensor, step: Tensor, columns: Tensor, shape: Shape) -> None:
+    """Shorten strips, ``number`` (m,) cells of side ``step`` from (x, y) on, to the cells whose centres are inside boxes (k, m)."""
+    ends = (torch.stack([x, x + number - 1, y, y]).unflatten(0, (2, 2)) + 0.5) * step
+    ragged = shape.is_inside(ends, columns[:, None]).all(0).logical_not().nonzero().squeeze(1)
+    nth, place = expand(number[ragged])
+    strip = ragged[nth]
+    cells = torch.stack([x[strip] + place, y[strip]])
+    kept = shape.is_inside((cells + 0.5) * step[strip], columns[:, strip])
+    number[ragged] = nth[kept].bincount(minlength=len(ragged))
+    x.scatter_reduce_(0, strip[kept], cells[0, kept], "amin", include_self=False)
 
 
 def _cells_between(low: Tensor, high: Tensor, stride: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,15 +19,7 @@ from .._signatures import (
 )
 from .boxes import overlap
 from .memory import flattened
-from .oriented import (
-    gaussian_overlap,
-    gaussians,
-    gaussians_with_sides,
-    is_inside_oriented,
-    span_oriented,
-    upright_bounds,
-    widen_oriented,
-)
+from .oriented import axes, gaussian_overlap, gaussians, is_inside_oriented, span_oriented, upright_bounds, widen_oriented
 from .pairs import point_pairs, valid_rows
 
 _BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
@@ -56,30 +48,29 @@ class Geometry(NamedTuple):
     widen: Callable[[Tensor, float], Tensor]
     bounds: Callable[[Tensor], tuple[Tensor, Tensor]]
     """Rectangles, of boxes (n, 4 or 5), that have all points strictly inside that may be in the boxes."""
-    of_truth: Callable[[Tensor, Tensor], Tensor]
-    """What pairs need of each ground truth, in columns: (k, n) of boxes (n, 4 or 5) and of the same boxes widened."""
-    of_prediction: Callable[[Tensor], Tensor]
-    """What they need of each prediction: (k, n) of boxes (4 or 5, n)."""
+    axes: Callable[[Tensor], Tensor]
+    """What tells which points are inside, in columns: (k, n) of boxes (4 or 5, n)."""
     span: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-    """Where on the x axis ground truths (k, n) begin and end at heights (n,), if that depends on the height."""
+    """Where on the x axis these boxes begin and end at heights (n,), if that depends on the height."""
     is_inside: Callable[[Tensor, Tensor, float], Tensor]
-    """Whether points (2, P) are inside ground truths (k, P)."""
+    """Whether points (2, P) are inside these boxes."""
+    columns: Callable[[Tensor], Tensor]
+    """What an overlap is made of: (k, n) of boxes (4 or 5, n)."""
     overlap: Callable[[Tensor, Tensor], Tensor]
-    """Of ground truths (k, P) and predictions (k, P)."""
+    """Of two such (k, P): (P,)."""
 
 
 AXIS_ALIGNED = Geometry(
-    widen, lambda boxes: (boxes[:, :2], boxes[:, 2:]), lambda boxes, widened: torch.cat([boxes.T, widened.T]),
-    lambda boxes: boxes, None, lambda points, gt, eps: is_inside(points, gt[4:], eps),
-    lambda gt, pred: overlap(gt[:4].T, pred.T, "ciou", 1e-7),
+    widen, lambda boxes: (boxes[:, :2], boxes[:, 2:]), lambda boxes: boxes, None, is_inside,
+    lambda boxes: boxes, lambda a, b: overlap(a.T, b.T, "ciou", 1e-7),
 )  # fmt: skip
 ORIENTED = Geometry(
-    widen_oriented, upright_bounds, gaussians_with_sides, gaussians, span_oriented, is_inside_oriented, gaussian_overlap
+    widen_oriented, upright_bounds, axes, span_oriented, is_inside_oriented, gaussians, gaussian_overlap
 )  # fmt: skip
 
 
 Finder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From rectangles (n, 2) to (n, 2) around boxes, and what pairs need of these, to (nth, anchors): all inside, and few more."""
+"""From rectangles (n, 2) to (n, 2) around boxes, and the axes (k, n) of these, to (nth, anchors): all that are inside."""
 
 
 class Pairs(NamedTuple):
@@ -98,33 +89,29 @@ class Predictions(NamedTuple):
     """Logits, or probabilities, of classes (B, A, C)."""
     are_logits: bool
     boxes: Tensor
-    """What pairs need of them: (k, B * A)."""
-    points: Tensor
-    """Of anchors: (2, A)."""
+    """What overlaps are made of: (k, B * A)."""
     geometry: Geometry
     rule: TaskAligned
 
     def pairs(self, rows: Tensor, gt: GroundTruth, find: Finder) -> Pairs:
-        """Pair these rows with the anchors that ``find`` gives; those outside the boxes have metric 0, overlap -1."""
+        """Pair these rows with the anchors that ``find`` gives."""
         geometry, rule = self.geometry, self.rule
         boxes = (gt.boxes_xywh if geometry is ORIENTED else gt.boxes_xyxy)[rows]
         widened = geometry.widen(boxes, rule.min_box_side)
-        truths = geometry.of_truth(boxes, widened)
-        nth, anchors = find(*geometry.bounds(widened), truths)
-        cells = (gt.image_index[rows] * self.points.shape[1]).index_select(0, nth).add_(anchors)
+        nth, anchors = find(*geometry.bounds(widened), geometry.axes(widened.T))
+        truths = geometry.columns(boxes.T)
+        cells = (gt.image_index[rows] * self.scores.shape[1]).index_select(0, nth).add_(anchors)
         scores, step, first = flattened(self.scores, gt.image_index[rows], gt.labels[rows])
         metric, overlaps = truths.new_empty(2, len(nth))
         for start in range(0, len(nth), _BLOCK):
             block = slice(start, start + _BLOCK)
-            own, at = nth[block], anchors[block]
-            score = working(scores.index_select(0, first.index_select(0, own).add_(at, alpha=step)))
+            own = nth[block]
+            score = working(scores.index_select(0, first.index_select(0, own).add_(anchors[block], alpha=step)))
             truth, pred = truths.index_select(1, own), self.boxes.index_select(1, cells[block])
-            inside = geometry.is_inside(self.points.index_select(1, at), truth, rule.eps)
             overlap = geometry.overlap(truth, pred)
-            overlap = torch.where(overlap > 0, overlap, 0)
+            overlap = overlap.nan_to_num_(0).clamp_(min=0)
             value = pair_metric(score.sigmoid() if self.are_logits else score, overlap, rule)
-            overlaps[block] = torch.where(inside, overlap, -1)
-            metric[block] = torch.where(inside & (value > 0), value, 0)
+            overlaps[block], metric[block] = overlap, value.nan_to_num_(0).clamp_(min=0)
         return Pairs(rows.index_select(0, nth), cells, metric, overlaps)
 
 
@@ -201,9 +188,19 @@ def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: lis
     scores, boxes, points = working(scores), working(boxes), working(points)
     geometry = ORIENTED if boxes.shape[2] == 5 else AXIS_ALIGNED
     gt = GroundTruth(*[x.to(boxes.dtype) if x.is_floating_point() else x for x in targets])
-    boxes = geometry.of_prediction(boxes.flatten(0, 1).T)
-    preds = Predictions(scores, False, boxes, points.T.contiguous(), geometry, rule)
-    return preds.pairs(valid_rows(gt, batch_size, num_classes), gt, lambda low, high, _: point_pairs(low, high, points))
+    boxes = geometry.columns(boxes.flatten(0, 1).T)
+    preds, by_axis = Predictions(scores, False, boxes, geometry, rule), points.T.contiguous()
+
+    def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+        nth, anchors = point_pairs(low, high, points)
+        blocks = zip(nth.split(_BLOCK), anchors.split(_BLOCK), strict=True)
+        is_inside = [
+            geometry.is_inside(by_axis.index_select(1, at), axes.index_select(1, own), rule.eps) for own, at in blocks
+        ]
+        kept = torch.cat(is_inside).nonzero().squeeze(1)
+        return nth[kept], anchors[kept]
+
+    return preds.pairs(valid_rows(gt, batch_size, num_classes), gt, find)
 
 
 def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:

@@ -1,6 +1,8 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
 from .finite import is_finite
 from .memory import blocks, untouched_zeros_like
-from .pairs import anchor_table, by_images, grid_pairs, valid_rows
+from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
@@ -45,9 +47,15 @@ def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
 def distances_by_image(pred_dist: Tensor, reg_max: int) -> Iterator[Tensor]:
     """Expected distances (4, A) of every image; softmax over the first of two axes is fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
+    sums = torch.stack([bins, torch.ones_like(bins)])
     for dist in pred_dist:
         logits = working(dist.T).unflatten(0, (4, reg_max))
-        yield bins @ logits.softmax(1) if reg_max > 1 else logits.squeeze(1)
+        if reg_max == 1:
+            yield logits.squeeze(1)
+        else:
+            powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
+            weighted, total = (sums @ powers).unbind(1)
+            yield weighted / total
 
 
 def assign(
@@ -55,22 +63,20 @@ def assign(
 ) -> YOLO11Assignment:
     """Assign to predicted boxes (4 or 5, B * A) in pixels, which are made of ``sources``; ``min_side`` is of ground truth."""
     batch_size, num_anchors, num_classes = x.pred_scores.shape
-    points, point_strides = anchor_table(x.levels, x.pred_dist)
-    gt = ground_truth(x.targets, x.levels, points.dtype)
+    gt = ground_truth(x.targets, x.levels, boxes.dtype)
     valid = valid_rows(gt, batch_size, num_classes, min_side)
-    points_px = (points * point_strides).contiguous()
     shape = (batch_size, num_anchors)
     target_row = torch.full(shape, -1, dtype=torch.int32, device=boxes.device).flatten()
     target_score = boxes.new_zeros(shape).flatten()
     gt_boxes = gt.boxes_xyxy if len(boxes) == 4 else gt.boxes_xywh
-    preds = Predictions(x.pred_scores, True, geometry.of_prediction(boxes), points_px, geometry, x.assigner)
+    preds = Predictions(x.pred_scores, True, geometry.columns(boxes), geometry, x.assigner)
     low, high = geometry.bounds(gt_boxes)
     # About so many anchors lie in a box; no more than there are, however large it is.
     num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
 
-    def find(low: Tensor, high: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
-        span = geometry.span
-        return grid_pairs(low, high, x.levels, span and (lambda nth, y: span(truths.index_select(1, nth), y)))
+    def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+        is_inside = partial(geometry.is_inside, eps=x.assigner.eps)
+        return grid_pairs(low, high, x.levels, Shape(axes, geometry.span, is_inside))
 
     for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
         pairs = preds.pairs(rows, gt, find)

@@ -87,13 +87,15 @@ class TargetRows(NamedTuple):
 class Rows(NamedTuple):
     """Ground truth as ``pack_rows`` leaves it: image (N,) int32, -1 if a row does not count; label (N,) int64; boxes (N, 4).
 
-    Of oriented boxes it leaves no corners, but centre, size and angle (N, 5).
+    Of oriented boxes it leaves no corners, but centre, size and angle (N, 5). ``walk`` (N,) int32, None where nobody asks, says
+    how many cells a row looks through for its candidates, 0 if it does not count.
     """
 
     image_ptr: Any
     label_ptr: Any
     xyxy_ptr: Any
     xywh_ptr: Any
+    walk_ptr: Any
 
 
 class Anchors(NamedTuple):

@@ -11,7 +11,8 @@ import triton.language as tl
 from .arguments import Anchors, Points, Tensor2, Tensor3
 from .decode import load_raw_at, raw_corners
 from .grid import Cell, cell_centres, load_points, most_cells, rectangle_cells, rectangle_size, sized
-from .rows import Box, load_rows, pack_rows
+from .packing import pack_rows
+from .rows import Box, load_rows
 from .simota_cost import background_cost, pair_costs, pair_iou
 
 MAX_DYNAMIC_K: tl.constexpr = tl.constexpr(10)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .boxes import overlap, power, sigmoid
-from .grid import load_points, most_cells, rectangle_cells, rectangle_size
+from .grid import load_points, rectangle_cells, rectangle_size
 from .oriented import Oriented, direction, prob_overlap
-from .rows import Box, load_anchor_boxes, load_listed, load_oriented_rows, load_row_boxes, load_rows
+from .rows import Box, load_anchor_boxes, load_listed, load_rows
 
 
 class Rule(NamedTuple):
@@ -85,33 +85,21 @@ def _around(wide, RULE: tl.constexpr):
 
 
 @triton.jit
-def walk_length(truth, wide, grid, RULE: tl.constexpr):
-    """How many anchors each row [g, 1] walks over, 0 for one that does not count."""
+def walk_cells(box, grid, RULE: tl.constexpr):
+    """How many cells of the grid are to be walked over for boxes [n]."""
     STRIDES: tl.constexpr = RULE.STRIDES  # Triton 3.6 takes no tuple that is part of a constant as an argument
-    if RULE.IS_GRID:
-        length = rectangle_size(_around(wide, RULE), grid, STRIDES)
-    else:
-        length = tl.zeros_like(truth.row) + grid.A
-    return tl.where(truth.is_gt, length, 0)
+    return rectangle_size(_around(candidate_area(box, RULE), RULE), grid, STRIDES)
 
 
 @triton.jit
-def longest_walk(rows, offs_g, N, grid, RULE: tl.constexpr):
-    """What no walk of rows [g] is longer than, for a fraction of the instructions that its length takes."""
+def walk_length(rows, offs_g, N, grid, RULE: tl.constexpr):
+    """How many anchors each row of ``offs_g`` [g] walks over: [g, 1], 0 for one that does not count."""
+    row = offs_g.to(tl.int32)[:, None]
     if RULE.IS_GRID:
-        STRIDES: tl.constexpr = RULE.STRIDES
-        if RULE.IS_ORIENTED:
-            box = load_oriented_rows(rows.xywh_ptr, 5, 1, offs_g, offs_g < N, tl.float32)
-            # No rectangle around it, whatever the angle, has a larger area or longer sides than such a square.
-            width = (tl.maximum(box.w, RULE.MIN_SIDE) + tl.maximum(box.h, RULE.MIN_SIDE)) * 0.70711
-            height = width
-        else:
-            box = load_row_boxes(rows.xyxy_ptr, 4, 1, offs_g, offs_g < N, tl.float32)
-            width, height = tl.maximum(box.x2 - box.x1, RULE.MIN_SIDE), tl.maximum(box.y2 - box.y1, RULE.MIN_SIDE)
-        length = most_cells(width, height, STRIDES)
+        length = tl.load(rows.walk_ptr + row, mask=row < N, other=0)
     else:
-        length = tl.zeros_like(offs_g).to(tl.float32) + grid.A
-    return tl.where((offs_g < N) & (length >= 0), length, -1.0)  # not NaN
+        length = tl.where(tl.load(rows.image_ptr + row, mask=row < N, other=-1) >= 0, grid.A, 0)
+    return length
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def _align_metric_kernel(
     truth = load_truth(rows, offs_g, N, RULE)
     wide = candidate_area(truth.box, RULE)
     nth = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    anchor, mask = candidates(nth, walk_length(truth, wide, grid, RULE), wide, points, grid, RULE)
+    anchor, mask = candidates(nth, walk_length(rows, offs_g, N, grid, RULE), wide, points, grid, RULE)
     overlaps = pair_overlaps(truth, anchor, mask, boxes, RULE)
     metric = pair_metrics(truth, anchor, mask, overlaps, scores, RULE)
     offs = truth.row.to(tl.int64) * grid.A + nth
@@ -83,7 +83,7 @@ class _AlignMetric(Plan):
 
     def launch(self, run: Run) -> None:
         x, address, num_rows = run.x, run.address, run.num_rows
-        rows = Rows(run.buffers.image, run.buffers.label, run.buffers.xyxy, None)
+        rows = Rows(run.buffers.image, run.buffers.label, run.buffers.xyxy, None, None)
         self.pack(run.stream, (cdiv(num_rows, 128), 1, 1), rows, targets_of(address, x.targets), num_rows, len(x.scores))
         # Rows come first: CUDA takes 2^31 programs in that dimension, 65,535 in the others.
         self.align(

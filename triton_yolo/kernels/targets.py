@@ -8,8 +8,8 @@ from torch import Tensor
 from .._signatures import GroundTruth, UnpackRows
 from .arguments import Rows, compute_type, targets_of
 from .launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, run
-from .rows import Pack, pack_rows
-from .rows import unpack_rows as _unpack
+from .packing import Pack, pack_rows
+from .packing import unpack_rows as _unpack
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -53,7 +53,8 @@ class _UnpackPlan(Plan):
         super().__init__(Workspace(), self.unpack)
 
     def launch(self, run: Run) -> None:
-        rows = Rows(*map(run.address, run.out))
+        image, label, xyxy, xywh = map(run.address, run.out)
+        rows = Rows(image, label, xyxy, xywh, None)
         grid = cdiv(run.num_rows, self.block), 1, 1
         self.unpack(run.stream, grid, rows, targets_of(run.address, [run.x.rows]), *run.x.imgsz.pixels, run.num_rows)
 

@@ -12,19 +12,19 @@ from .decode import load_angles, side_logits
 from .fill import fill
 from .grid import anchor_points, cell_centres, sized
 from .oriented import oriented_box
+from .packing import pack_rows
 from .pairs import (
     candidate_area,
     candidates,
     is_inside,
     load_contested,
     load_truth,
-    longest_walk,
     pair_metrics,
     pair_overlaps,
     walk_length,
 )
 from .reduce import total
-from .rows import CONTESTED, Box, contest, list_length, pack_rows, store_anchor_boxes
+from .rows import CONTESTED, Box, contest, list_length, store_anchor_boxes
 from .topk import best_of, index_of, is_taken, keep_best, none, ordered
 
 
@@ -64,8 +64,7 @@ def _clear(result, state, image, offs_a, mask_a, A, is_first, HAS_SCORES: tl.con
 @triton.jit(do_not_specialize=["N", "B"])
 def _yolo11_prepare_kernel(
     boxes, result, state, poison_ptr, dist, angles, rows, targets, grid, height: tl.float64, width: tl.float64, N, B,
-    STRIDES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, IS_FINAL: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    RULE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, IS_FINAL: tl.constexpr, PACK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A program decodes BLOCK_A anchors of one image to pixels and makes them background, none contested.
 
@@ -73,6 +72,8 @@ def _yolo11_prepare_kernel(
     truth. With ``angles`` boxes are oriented.
     """
     grid = sized(grid)
+    STRIDES: tl.constexpr = RULE.STRIDES
+    DTYPE: tl.constexpr = RULE.DTYPE
     image = tl.program_id(1).to(tl.int64)
     # Two anchors a thread, with all their bins: nothing changes hands.
     offs_a = tl.max_contiguous(tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A), 2)
@@ -94,7 +95,7 @@ def _yolo11_prepare_kernel(
         )
     _clear(result, state, image, offs_a, mask_a, grid.A, tl.program_id(0) == 0, IS_FINAL, DTYPE)
     tl.store(poison_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(poison))
-    pack_rows(rows, targets, height, width, N, B, PACK, DTYPE)
+    pack_rows(rows, targets, height, width, N, B, PACK, DTYPE, grid, RULE)
 
 
 @triton.jit
@@ -163,11 +164,11 @@ def _task_aligned_claim_kernel(
         _fill_by_last(zeros, part, parts)
     start = part * BLOCK_P
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    if start <= tl.max(longest_walk(rows, offs_g, N, grid, RULE)):
+    length = walk_length(rows, offs_g, N, grid, RULE)
+    limit = tl.max(length)
+    if start < limit:
         truth = load_truth(rows, offs_g, N, RULE)
         wide = candidate_area(truth.box, RULE)
-        length = walk_length(truth, wide, grid, RULE)
-        limit = tl.max(length)
         nth = start + tl.arange(0, BLOCK_P)[None, :]
         key, order = _candidate_keys(nth, truth, wide, length, boxes, scores, points, grid, RULE)
         best, best_order = best_of(key, order, K, KP, RULE.DTYPE)
@@ -191,8 +192,8 @@ def _task_aligned_merge_kernel(
     It keeps them in ``claims`` (N, K), -1 where there are fewer.
     """
     grid = sized(grid)
-    truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
-    length = walk_length(truth, candidate_area(truth.box, RULE), grid, RULE)
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    truth, length = load_truth(rows, offs_g, N, RULE), walk_length(rows, offs_g, N, grid, RULE)
     num_parts = tl.minimum(tl.cdiv(length, PART_P), parts)
     best, best_order = merge_parts(lists, truth.row, num_parts, PARTS, PART_K, K, KP, RULE.DTYPE, BLOCK_P)
     anchor, is_claim = index_of(best_order), is_taken(best, K, KP)
@@ -211,9 +212,9 @@ def _task_aligned_contest_kernel(
     grid = sized(grid)
     IS_WIDE: tl.constexpr = tl.float64 == RULE.DTYPE
     STRIDES: tl.constexpr = RULE.STRIDES
-    truth = load_truth(rows, tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G), N, RULE)
+    offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    truth, length = load_truth(rows, offs_g, N, RULE), walk_length(rows, offs_g, N, grid, RULE)
     wide = candidate_area(truth.box, RULE)
-    length = walk_length(truth, wide, grid, RULE)
     num_contested = list_length(state.contested, truth)
     limit = tl.max(tl.minimum(length, num_contested))
     start = 0

@@ -126,7 +126,7 @@ def _task_aligned_score_kernel(
     offs_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     truth = load_truth(rows, offs_g, N, RULE)
     wide = candidate_area(truth.box, RULE)
-    length, num_contested = walk_length(truth, wide, grid, RULE), list_length(state.contested, truth)
+    length, num_contested = walk_length(rows, offs_g, N, grid, RULE), list_length(state.contested, truth)
     owned = Owned(truth, wide, length, num_contested, claims_ptr, state, order_ptr)
     limit = CLAIMS + tl.max(tl.minimum(length, num_contested))
     nth = tl.arange(0, BLOCK_P)[None, :]

@@ -10,7 +10,8 @@ from ..arguments import Anchors, Grid, Rows, State, Tensor2, compute_type, point
 from ..claims import Lists
 from ..launch import INTERPRETED, Buffers, Launch, Plan, Run, Workspace, cdiv, new, run
 from ..members import Claims, Matches, Members, Predictions, Region, Rule, Tally, _simota_member_kernel, _simota_prepare_kernel
-from ..rows import Pack, row_sizes
+from ..packing import Pack
+from ..rows import row_sizes
 from ..simota import Objectness, _simota_contest_kernel, _simota_settle_kernel
 from ..simota_claims import Split, _simota_claim_kernel, _simota_merge_kernel
 from ..simota_cost import Product
@@ -149,7 +150,7 @@ class _SimOTAPlan(Plan):
         preds = new(Predictions, (tensor3(address, x.boxes), obj, tensor3(address, x.cls_logits), points))
         matches = new(Matches, tuple(map(address, run.out)))
         rows, tally, nothing = (
-            new(Rows, (b.image, b.label, b.xyxy, b.xywh)),
+            new(Rows, (b.image, b.label, b.xyxy, b.xywh, None)),
             new(Tally, (None, None)),
             new(Objectness, (None, None)),
         )

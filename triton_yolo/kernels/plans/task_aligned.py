@@ -20,9 +20,10 @@ from ..claims import Lists, part_sizes, split_sizes
 from ..decode import decode_sizes
 from ..fill import Fill
 from ..launch import INTERPRETED, Buffers, FusedLaunch, Launch, Plan, Run, Workspace, cdiv, new, run
+from ..packing import Pack
 from ..pairs import Rule
 from ..reduce import TOTAL_SIZES
-from ..rows import Pack, row_sizes
+from ..rows import row_sizes
 from ..targets import packed_rows
 from ..task_aligned import (
     Angles,
@@ -54,7 +55,7 @@ class _Matching:
         self, assigner: TaskAligned, dtype: torch.dtype, num_anchors: int, strides: tuple[float, ...] | None, N: int,
         *, is_final: bool, is_proper: bool = False, is_oriented: bool = False,
     ) -> None:  # fmt: skip
-        rule = Rule(
+        self.rule = rule = Rule(
             assigner.alpha, assigner.beta, assigner.min_box_side, assigner.eps, strides or (1.0,), strides is not None,
             is_proper, compute_type(dtype), is_oriented,
         )  # fmt: skip
@@ -146,7 +147,7 @@ class TaskAlignedPlan(Plan):
         row = address(run.out.target_row)
         result = new(Result, (row, address(run.out.target_score), buffers.row_sum, buffers.row_count))
         truth = (None, buffers.xywh) if self.is_oriented else (buffers.xyxy, None)
-        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, *truth))
+        state, rows = state_of(run, row), new(Rows, (buffers.image, buffers.label, *truth, None))
         targets = targets_of(address, x.targets)
         self.clear(run.stream, self.programs, result, state, rows, targets, grid.A, run.num_rows, len(x.scores))
         if run.num_rows:
@@ -182,17 +183,17 @@ class YOLO11Assigning:
         is_oriented = has_angle(x)
         batch_size, num_anchors, num_classes = x.pred_scores.shape
         kind = compute_type(dtype)
+        self.matching = _Matching(
+            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1,
+            is_oriented=is_oriented,
+        )  # fmt: skip
         block, num_warps = decode_sizes(num_anchors, x.reg_max, 1024)  # 2048 spilled in float32 with the logits last
         self.programs = cdiv(num_anchors, block), batch_size, 1
         self.num_poisons = self.programs[0] * batch_size
         self.prepare = FusedLaunch(
-            _yolo11_prepare_kernel, num_warps, STRIDES=x.levels.strides, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
-            IS_FINAL=is_final, DTYPE=kind, BLOCK_A=block,
+            _yolo11_prepare_kernel, num_warps, RULE=self.matching.rule, R=x.reg_max, RP=triton.next_power_of_2(x.reg_max),
+            IS_FINAL=is_final, BLOCK_A=block,
             PACK=Pack(num_classes, len(x.targets) == 1, is_oriented, 32, is_oriented, MIN_SIDE_PX if is_oriented else 0.0),
-        )  # fmt: skip
-        self.matching = _Matching(
-            x.assigner, dtype, num_anchors, x.levels.strides, num_rows, is_final=is_final, is_proper=x.reg_max > 1,
-            is_oriented=is_oriented,
         )  # fmt: skip
         self.sum = Launch(_yolo11_sum_kernel, IS_NORMALISER=is_whole, DTYPE=kind, **TOTAL_SIZES)
         self.launches = self.sum, *((self.prepare,) if self.num_poisons else ())
@@ -205,7 +206,7 @@ class YOLO11Assigning:
             "boxes": (dtype, self.box_size * batch_size * num_anchors), "poison": (dtype, self.num_poisons),
             **self.matching.fixed(batch_size, num_anchors),
         }  # fmt: skip
-        self.by_row = {"image": (torch.int32, 1), **self.matching.by_row(dtype)}
+        self.by_row = {"image": (torch.int32, 1), "walk": (torch.int32, 1), **self.matching.by_row(dtype)}
 
     def __call__(
         self, run: Run, preds: Head, row: Any, score: Any, sums: Any, num_fg: Any, rows: Rows, grads: Head = NO_HEAD

@@ -131,7 +131,7 @@ class _AssignPlan(Plan):
     def launch(self, run: Run) -> None:
         row, score, sums, num_fg, label, box = map(run.address, run.out)
         boxes = (None, box) if self.is_oriented else (box, None)
-        rows, (preds, _) = new(Rows, (run.buffers.image, label, *boxes)), heads(run, self.is_oriented, False)
+        rows, (preds, _) = new(Rows, (run.buffers.image, label, *boxes, run.buffers.walk)), heads(run, self.is_oriented, False)
         self.assign(run, preds, row, score, sums, num_fg, rows)
 
 
@@ -189,7 +189,7 @@ class _CriterionPlan(Plan):
         row = address(out.target_row) if self.wants_row else buffers.target_row
         score, normaliser = buffers.target_score, buffers.normaliser
         boxes = (None, buffers.xywh) if self.is_oriented else (buffers.xyxy, None)
-        rows = new(Rows, (buffers.image, buffers.label, *boxes))
+        rows = new(Rows, (buffers.image, buffers.label, *boxes, buffers.walk))
         order = buffers.order if self.assign.matching.is_wide else None
         preds, grads = heads(run, self.is_oriented, self.has_grad)
         poison = normaliser if self.has_grad else None

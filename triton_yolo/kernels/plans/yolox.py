@@ -37,7 +37,7 @@ class _AssignPlan(Plan):
 
     def launch(self, run: Run) -> None:
         row, iou, counts, label, xywh = map(run.address, run.out)
-        rows = new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh))
+        rows = new(Rows, (run.buffers.image, label, run.buffers.xyxy, xywh, None))
         preds, matches, gains = predictions(run, run.x.preds), new(Matches, (row, iou)), (None, 0.0)
         matched = self.assign.match(run, preds, rows, matches, None)
         self.assign.settle(run, matched, preds, rows, None, None, matches, gains)
@@ -81,7 +81,7 @@ class _CriterionPlan(Plan):
 
     def launch(self, run: Run) -> None:
         x, out, b, address = run.x, run.out, run.buffers, run.address
-        preds, rows = predictions(run, x.preds), new(Rows, (b.image, b.label, b.xyxy, b.xywh))
+        preds, rows = predictions(run, x.preds), new(Rows, (b.image, b.label, b.xyxy, b.xywh, None))
         prob = b.boxes if self.wants_grad else None  # nobody reads the members' boxes any more
         matched = self.assign.match(run, preds, rows, _NOBODY, prob)
         grad, spoilt, gains = None, None, (address(x.l1_gain), x.iou_gain)
