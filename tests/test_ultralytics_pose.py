@@ -55,6 +55,20 @@ def test_settings_may_change_at_any_time():
     vars(model.args).update(pose=12.0, kobj=1.0)
 
 
+@pytest.mark.parametrize("name", ["class_weights", "keypoint_loss.sigmas"])
+def test_numbers_that_are_learned_get_their_gradient(name, stays):  # noqa: F811
+    criterion = model_of().init_criterion()
+    if name == "class_weights":
+        learned = criterion.class_weights = torch.ones(1, 1, 3, requires_grad=True)
+    else:
+        learned = criterion.keypoint_loss.sigmas = criterion.keypoint_loss.sigmas.clone().requires_grad_()
+    preds = model_of()(pose_batch()["img"])
+    with integration.patched():
+        (gradient,) = torch.autograd.grad(criterion(preds, pose_batch())[0].sum(), learned)
+    assert gradient.any()
+    assert f"{name.partition('.')[0]} has other settings" in stays.pop()
+
+
 def test_anchors_of_metric_0_are_background_here():
     """The known difference: there a box claims ten anchors wherever top-k finds them, of a score of 0 too; all count alike."""
     criterion = model_of().init_criterion()

@@ -66,9 +66,10 @@ def settings(criterion: Any, bce: torch.nn.Module, assigner: Any, _: Any, dfl_lo
 
 
 def _is_by_class(weights: Tensor | None, num_classes: int) -> bool:
-    return weights is None or (
-        weights.is_floating_point() and weights.shape[-1:] == (num_classes,) and weights.numel() == num_classes
-    )
+    if weights is None:
+        return True
+    is_plain = weights.is_floating_point() and not weights.requires_grad
+    return is_plain and weights.shape[-1:] == (num_classes,) and weights.numel() == num_classes
 
 
 def numbers(x: Tensor) -> tuple[float, ...]:

@@ -15,7 +15,8 @@ _MEMBERS = {**MEMBERS, "keypoint_loss": ("ultralytics.utils.loss.KeypointLoss",)
 def _settings(criterion: Any, *members: Any) -> dict[str, bool]:
     *of_boxes, _, bce_pose = members
     is_mean = bce_pose.reduction == "mean" and bce_pose.weight is None and bce_pose.pos_weight is None
-    of_keypoints = {"bce_pose": is_mean, "keypoint_loss": criterion.keypoint_loss.sigmas.ndim == 1}
+    sigmas = criterion.keypoint_loss.sigmas
+    of_keypoints = {"bce_pose": is_mean, "keypoint_loss": sigmas.ndim == 1 and not sigmas.requires_grad}
     return {**settings(criterion, *of_boxes), **of_keypoints}
 
 
