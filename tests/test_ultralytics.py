@@ -331,21 +331,37 @@ def test_untested_version_is_compared_in_float32_with_gradients(monkeypatch):
         integration.patch()
 
 
-def test_another_loss_is_an_error(monkeypatch):
+def test_another_loss_stays_as_it_is(monkeypatch):
+    from ultralytics.utils.loss import v8DetectionLoss, v8PoseLoss
+
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
     ours = _ultralytics_detect.YOLO11Loss
     wrong = integration.DETECTION._replace(make=lambda box_gain, **settings: ours(box_gain=1.01 * box_gain, **settings))
     monkeypatch.setitem(integration._CRITERIA, "v8DetectionLoss", wrong)
     kept.cache_clear()
-    before = methods()
-    warns = pytest.warns(UserWarning, match="untested")
-    with warns, pytest.raises(RuntimeError, match=r"8\.5\.2 is not .* its loss is another"):
+    stock = v8DetectionLoss.loss, v8PoseLoss.loss
+    keeps = r"v8DetectionLoss keeps its stock computation: .* its loss is another"
+    with pytest.warns(UserWarning, match="untested"), pytest.warns(UserWarning, match=keeps):
         integration.patch()
-    assert methods() == before
+    assert (v8DetectionLoss.loss is stock[0], v8PoseLoss.loss is stock[1]) == (True, False)
+    criterion = make_model("yolo11n").init_criterion()
+    assert _ultralytics_detect.constants(criterion, torch.device("cpu")) is None  # no graph holds a loss that may synchronise
     kept.cache_clear()  # of the criterion with another gain
 
 
-def test_items_of_another_form_are_an_error(monkeypatch):
+def test_other_losses_only_are_an_error(monkeypatch):
+    def differ(owner, loss):
+        raise RuntimeError(f"{owner.__name__} differs")
+
+    monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.5.2")
+    monkeypatch.setattr(integration, "compare_losses", differ)
+    before = methods()
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="v8PoseLoss differs"):
+        integration.patch()
+    assert methods() == before
+
+
+def test_items_of_another_form_stay(monkeypatch):
     from ultralytics.utils.loss import v8DetectionLoss
 
     stock = v8DetectionLoss.loss
@@ -355,9 +371,23 @@ def test_items_of_another_form_are_an_error(monkeypatch):
         return total, torch.stack([*items.values()])
 
     monkeypatch.setattr(sys.modules["ultralytics"], "__version__", "8.4.60")
+    monkeypatch.setattr(_ultralytics_detect.Stock, "difference", lambda self, x: None)  # another stock loss, not a user's
     monkeypatch.setattr(v8DetectionLoss, "loss", loss)
-    with pytest.warns(UserWarning, match="untested"), pytest.raises(RuntimeError, match="loss items are a Tensor"):
+    keeps = pytest.warns(UserWarning, match="v8DetectionLoss keeps .* items are")
+    with pytest.warns(UserWarning, match="untested"), keeps:
         integration.patch()
+    assert v8DetectionLoss.loss is loss
+
+
+def test_items_of_criteria_without_names():
+    """As before 8.4.104."""
+    model, batch = make_model("yolo11n"), make_batch()
+    criterion, preds = model.init_criterion(), model(batch["img"])
+    integration.patch()
+    total, items = criterion(preds, batch)
+    del criterion.loss_names
+    assert torch.equal(criterion(preds, batch)[0], total)
+    assert torch.equal(criterion(preds, batch)[1], torch.stack([*items.values()]))
 
 
 @pytest.mark.parametrize(("owner", "name"), [("v8DetectionLoss", "loss"), ("TaskAlignedAssigner", "forward")])

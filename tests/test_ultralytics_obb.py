@@ -63,7 +63,7 @@ def test_settings_may_change_at_any_time(calls):
     assert calls[-1].class_weights.tolist() == [0.25, 1.0, 4.0]
 
 
-def test_another_loss_of_an_untested_version_is_an_error(monkeypatch):
+def test_another_loss_of_an_untested_version_stays(monkeypatch):
     from triton_yolo.integrations import _ultralytics_obb
     from triton_yolo.integrations._patching import kept
 
@@ -77,7 +77,8 @@ def test_another_loss_of_an_untested_version_is_an_error(monkeypatch):
     )
     monkeypatch.setitem(integration._CRITERIA, "v8OBBLoss", wrong)
     kept.cache_clear()
-    with pytest.warns(UserWarning, match="untested"), pytest.raises(RuntimeError, match="its loss is another"):
+    keeps = "v8OBBLoss keeps its stock computation: .* its loss is another"
+    with pytest.warns(UserWarning, match="untested"), pytest.warns(UserWarning, match=keeps):
         integration.patch()
     kept.cache_clear()
 

@@ -114,8 +114,8 @@ DETECTION = Adapter(
     MEMBERS, settings, YOLO11Loss, options_of, lambda preds, batch: inputs_of(preds, batch, "boxes", "scores"),
     ("box", "cls", "dfl"),
 )  # fmt: skip
-_COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
-"""By the class of a criterion."""
+COMPUTATIONS: dict[type, tuple[Stock, Adapter]] = {}
+"""By the class of a criterion, of those that are computed with ours."""
 _OBJECTED: WeakSet[Any] = WeakSet()
 """Criteria whose predictions had an objection."""
 
@@ -131,10 +131,10 @@ class Constants(NamedTuple):
 def criterion_loss(owner: Any, adapter: Adapter) -> Any:
     """What takes the place of a criterion's ``loss``: the stock one where something differs, else ours."""
     stock, computation = owner.loss, Stock(owner, "loss", adapter.members, adapter.settings)
-    _COMPUTATIONS[owner] = computation, adapter
+    COMPUTATIONS[owner] = computation, adapter
 
     @functools.wraps(stock)
-    def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self: Any, preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor] | Tensor]:
         try:
             difference = _difference(self, computation)
             if not difference and (difference := adapter.objection(preds)):
@@ -146,13 +146,14 @@ def criterion_loss(owner: Any, adapter: Adapter) -> Any:
                 raise TypeError(
                     "model.args must have the gains as attributes, as get_cfg() of Ultralytics makes it, got a dict"
                 )
-            names, inputs = self.loss_names, adapter.inputs(preds, batch)
+            inputs = adapter.inputs(preds, batch)
             criterion = _criterion(self, adapter, inputs[0].device)
         except (AttributeError, KeyError) as error:
             raise unexpected(*subject(), f"the criterion's settings or inputs have changed: {error}") from error
         out = criterion(*inputs)
         terms = [getattr(out, term) if term else torch.zeros_like(out.box) for term in adapter.terms]
-        return out.loss.reshape(1), dict(zip(names, terms, strict=True))
+        names = getattr(self, "loss_names", None)  # older versions have numbers without names
+        return out.loss.reshape(1), torch.stack(terms) if names is None else dict(zip(names, terms, strict=True))
 
     return loss
 
@@ -168,9 +169,9 @@ def constants(criterion: Any, device: torch.device) -> Constants | None:
         is_branched = type(criterion) is getattr(modules()[1], "E2ELoss", None)
         branches = (criterion.one2many, criterion.one2one) if is_branched else (criterion,)
         kind = type(branches[0])
-        if kind not in _COMPUTATIONS:
+        if kind not in COMPUTATIONS:
             return None
-        computation, adapter = _COMPUTATIONS[kind]
+        computation, adapter = COMPUTATIONS[kind]
         for branch in branches:
             if type(branch) is not kind or branch in _OBJECTED or _difference(branch, computation):
                 return None

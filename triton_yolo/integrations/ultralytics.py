@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ._patching import Patch, Replacement, import_trainer
-from ._ultralytics_detect import ASSIGNER_INPUTS, DETECTION, KEEPS_STOCK, assigner_forward, constants, criterion_loss
+from ._ultralytics_detect import (
+    ASSIGNER_INPUTS,
+    COMPUTATIONS,
+    DETECTION,
+    KEEPS_STOCK,
+    assigner_forward,
+    constants,
+    criterion_loss,
+)
 from ._ultralytics_graphs import Steps
 from ._ultralytics_obb import ORIENTED
 from ._ultralytics_pose import POSE
@@ -47,10 +55,10 @@ def patch(*, cuda_graph: bool = False) -> None:
 
     Raises:
         ImportError: Ultralytics is not installed.
-        RuntimeError: Ultralytics' internals are not those that were tested, or, in an untested version, its loss is another.
+        RuntimeError: Ultralytics' internals are not those that were tested, or, in an untested version, all its losses differ.
 
     Warns:
-        UserWarning: the version of Ultralytics is outside the tested range.
+        UserWarning: the version of Ultralytics is outside the tested range; a loss differs there, and stays as it is.
     """
     _PATCH.patch()
     if cuda_graph:
@@ -108,11 +116,26 @@ def _find() -> list[Replacement]:
     ]
     if not as_numbers(TESTED[0]) <= as_numbers(version) <= as_numbers(TESTED[1]):
         warnings.warn(f"ultralytics {version} is untested, tested is {tested()}; comparing the losses", stacklevel=4)
-        for owner, _, loss in replacements[: len(criteria)]:
-            compare_losses(owner, loss)
+        replacements = [*_same_losses(replacements[: len(criteria)]), *replacements[len(criteria) :]]
     say = logging.getLogger("ultralytics").info
     say(f"triton_yolo {__version__}: computes the losses of Ultralytics' detectors from now on")
     return replacements
+
+
+def _same_losses(replacements: list[Replacement]) -> list[Replacement]:
+    """Those whose loss is that of ours; the others stay as they are, which a warning says, unless that is all of them."""
+    same = []
+    for owner, name, loss in replacements:
+        try:
+            compare_losses(owner, loss)
+            same.append((owner, name, loss))
+        except Exception as error:  # whatever an unknown version does
+            del COMPUTATIONS[owner]
+            difference = error
+            warnings.warn(f"{owner.__name__} keeps its stock computation: {error}", stacklevel=5)
+    if not same:
+        raise difference
+    return same
 
 
 def _find_graphs() -> list[Replacement]:
