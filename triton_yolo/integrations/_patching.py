@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 REQUIREMENTS = {
-    "ultralytics": "ultralytics>=8.4,<8.5",
+    "ultralytics": "ultralytics>=8.4.45,<8.5",
     "yolox": "pixeltable-yolox>=0.4.3,<0.5",
     "libreyolo": "libreyolo>=1.6,<1.7",
 }
