@@ -164,5 +164,6 @@ def test_feat_shapes_of_every_kind(make):
     np = pytest.importorskip("numpy")
     criterion, *preds, shapes, rows = make()
     expected = criterion(*preds, shapes, rows).loss
-    for kind in (tuple, np.array, torch.tensor, lambda x: [torch.Size(s) for s in x], lambda x: [torch.tensor(s) for s in x]):
+    for kind in (tuple, iter, np.array, torch.tensor, lambda x: map(torch.Size, x), lambda x: [torch.tensor(s) for s in x]):
         assert torch.equal(criterion(*preds, kind(shapes), rows).loss, expected)
+        assert torch.equal(ty.make_anchors(kind([(2, 1)]), (8,))[0], torch.tensor([[0.5, 0.5], [0.5, 1.5]]))

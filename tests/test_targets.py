@@ -239,3 +239,40 @@ def test_targets_move_to_another_device():
         assert (after.device.type, after.dtype, after.shape) == ("meta", before.dtype, before.shape)
     back = targets.to("cpu").to(DEVICE)
     assert all(torch.equal(before, after) for before, after in zip(targets, back, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            {"boxes": torch.ones(1, 4), "labels": torch.ones(1)},
+            "targets must be a sequence of mappings, one an image, got dict",
+        ),
+        (torch.ones(1, 6), "targets must be a sequence of mappings, one an image, got Tensor"),
+        (None, "targets must be a sequence of mappings, one an image, got NoneType"),
+        ([(torch.ones(1, 4), torch.ones(1))], r"targets\[0\] must be a mapping, got tuple"),
+    ],
+)
+def test_lists_of_anything_else_are_named(targets, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        ty.Targets.from_list(targets)
+
+
+def test_images_one_after_the_other():
+    image = {"boxes": torch.tensor([[2.0, 2, 9, 9]]), "labels": torch.tensor([1])}
+    assert ty.Targets.from_list(image for _ in range(2)).image_index.tolist() == [0, 1]
+
+
+@ON_CPU
+def test_a_label_is_named_as_it_was():
+    rows = torch.tensor([[0, 1e20, 0.5, 0.5, 0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"targets must have labels in 0...2, got \[100000002004087734272\]"):
+        ty.YOLO11Loss(3, strides=(8,))(torch.zeros(1, 4, 64), torch.zeros(1, 4, 3), [(2, 2)], rows)
+
+
+def test_sizes_to_validate_for_are_named():
+    targets = ty.Targets.from_yolo(torch.tensor([[1, 2, 0.5, 0.5, 0.5, 0.5]]), 32)
+    with pytest.raises(TypeError, match=r"batch_size must be a whole number, got 1\.5"):
+        targets.validate(1.5, 3)
+    with pytest.raises(TypeError, match="num_classes must be a whole number, got '3'"):
+        targets.validate(2, "3")

@@ -9,7 +9,7 @@ import numbers
 import operator
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -196,6 +196,18 @@ def rows(argument: str, x: Tensor) -> None:
     tensor(argument, x, ("N", 7 if isinstance(x, Tensor) and x.shape[-1:] == (7,) else 6))
 
 
+def mappings(argument: str, values: Iterable[Mapping[str, T]]) -> list[Mapping[str, T]]:
+    """Mappings, one an image, at least one."""
+    if not isinstance(values, Iterable) or isinstance(values, Mapping | Tensor):
+        raise TypeError(f"{argument} must be a sequence of mappings, one an image, got {type(values).__name__}")
+    result = list(values)
+    require(len(result) > 0, argument, "have one mapping an image", "an empty list")
+    for image, value in enumerate(result):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{argument}[{image}] must be a mapping, got {type(value).__name__}")
+    return result
+
+
 def ground_truth(targets: Sequence[Tensor], names: Sequence[str], like: Tensor, box_size: int = 4) -> None:
     """Check the four fields of ``Targets``, of which the last has ``box_size`` numbers a box."""
     if getattr(targets, "_fields", None) != names:
@@ -283,7 +295,7 @@ def rows_in_range(
     largest = int(image_index.max())
     require(largest < batch_size, names[0], f"have image indices below the batch size {batch_size}", largest)
     wrong = labels[is_row & ((labels < 0) | (labels >= num_classes))]
-    require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", wrong[:5].long().tolist())
+    require(wrong.numel() == 0, names[1], f"have labels in 0...{num_classes - 1}", [int(label) for label in wrong[:5].tolist()])
 
 
 def target_row(argument: str, x: Tensor, like: Tensor) -> None:

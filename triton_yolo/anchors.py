@@ -38,9 +38,9 @@ def make_anchors(
         [[4.0, 4.0], [12.0, 4.0], [4.0, 12.0], [12.0, 12.0], [8.0, 8.0]]
     """
     strides = _checks.reals("strides", strides)
-    _checks.levels(feat_shapes, strides)
+    sides = _checks.levels(feat_shapes, strides).feat_shapes
     points, point_strides = [], []
-    for (height, width), stride in zip(feat_shapes, strides, strict=True):
+    for height, width, stride in zip(sides[::2], sides[1::2], strides, strict=True):
         x = torch.arange(width, device=device, dtype=dtype) + offset
         y = torch.arange(height, device=device, dtype=dtype) + offset
         points.append(torch.cartesian_prod(y, x).flip(-1))

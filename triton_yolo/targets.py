@@ -1,6 +1,6 @@
 """Ground truth in every usual form, packed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ class Targets(NamedTuple):
         return cls._from_boxes(image_index.reshape(-1), labels.reshape(-1), working(boxes).flatten(0, 1), box_format)
 
     @classmethod
-    def from_list(cls, targets: Sequence[Mapping[str, Tensor]], box_format: str = "xyxy") -> "Targets":
+    def from_list(cls, targets: Iterable[Mapping[str, Tensor]], box_format: str = "xyxy") -> "Targets":
         """Take one mapping an image, as torchvision's detectors do.
 
         Args:
@@ -101,12 +101,13 @@ class Targets(NamedTuple):
         Raises:
             ValueError: the list is empty, a key is missing, sizes do not agree or ``box_format`` is unknown; on the CPU also
                 for a label that is no whole number (elsewhere such a row is padding).
+            TypeError: ``targets`` are no mappings, or ``boxes`` no float tensor.
 
         Warns:
             UserWarning: most boxes are shares of an image (on the CPU).
         """
         _checks.one_of("box_format", box_format, FORMATS)
-        _checks.require(len(targets) > 0, "targets", "have one mapping an image", "an empty list")
+        targets = _checks.mappings("targets", targets)
         for image, target in enumerate(targets):
             missing = {"boxes", "labels"} - set(target)
             _checks.require(not missing, f"targets[{image}]", "have the keys 'boxes' and 'labels'", sorted(target))
@@ -134,6 +135,7 @@ class Targets(NamedTuple):
     def validate(self, batch_size: int, num_classes: int) -> None:
         """Raise a ValueError if an image index or a label is out of range. Synchronises."""
         names = "targets.image_index", "targets.labels"
+        batch_size, num_classes = _checks.whole("batch_size", batch_size, 0), _checks.whole("num_classes", num_classes)
         _checks.rows_in_range(self.image_index.cpu(), self.labels.cpu(), batch_size, num_classes, names)
 
     def is_valid(self, batch_size: int, num_classes: int) -> Tensor:
