@@ -26,7 +26,7 @@ class LightningDetector(lightning.LightningModule):
             self.criterion.process_group = dist.group.WORLD
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        outputs = self.model(batch.images.float() / 255)
+        outputs = self.model(batch.images.to(self.dtype) / 255)
         out = self.criterion(*(x.transpose(1, 2) for x in outputs), feature_shapes(batch.images), batch.targets)
         self.log_dict({name: value.float() for name, value in out._asdict().items()}, batch_size=len(batch.images))
         return out.loss
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None, **options: Any) -> LightningDetector:
     parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args(argv)
+    if arguments.imgsz % 32 or arguments.imgsz < 1:
+        parser.error("--imgsz must be positive and divisible by 32")
     lightning.seed_everything(0)
     data = DigitScenes(arguments.scenes, arguments.imgsz, is_train=True)
     loader = DataLoader(data, arguments.batch, shuffle=True, collate_fn=collate)

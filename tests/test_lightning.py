@@ -51,3 +51,16 @@ def test_a_process_group_is_used(example, tmp_path):
         assert module.criterion.process_group is dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_training_in_another_type(example, precision):
+    arguments = ["--epochs", "1", "--scenes", "4", "--imgsz", "32", "--batch", "4"]
+    module = example.main(arguments, **QUIET, precision=precision, enable_checkpointing=False)
+    assert module.trainer.logged_metrics["loss"].isfinite()
+
+
+def test_the_side_of_images_is_checked(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--imgsz", "100"])
+    assert "--imgsz must be positive and divisible by 32" in capsys.readouterr().err
