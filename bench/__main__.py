@@ -2,9 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import gpu, host, loss, plot, scaling, train_step, training
+from .options import image_side, positive
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("train-step", "whole training steps, and the share of the loss in them", train_step.run),
     ):
         add = commands.add_parser(name, help=what, description=what)
-        _add_case(add)
+        _add_case(add, loss.OPERATIONS.get(name) or (train_step.MODELS if name == "train-step" else scaling.CRITERIA))
         if run is loss.run:
             _add_others(add)
         add.set_defaults(run=run, **({"batch_size": 8, "boxes": "hundred"} if name == "tasks" else {}))
@@ -41,8 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     add.set_defaults(run=gpu.run)
     add = commands.add_parser("host", help="what a step costs the host, beside an older version; fails past the bar")
     add.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    add.add_argument("--rounds", type=int, default=11)
-    add.add_argument("--steps", type=int, default=200, help="of a round")
+    add.add_argument("--rounds", type=positive, default=11)
+    add.add_argument("--steps", type=positive, default=200, help="of a round")
     add.set_defaults(run=host.run)
     add = commands.add_parser("training", help="train the example's detector on digits and, with the data, on BCCD")
     add.add_argument("--what", nargs="+", choices=["digits", "BCCD"], help="only these")
@@ -56,19 +58,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_case(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--what", nargs="+", metavar="NAME", help="only these rows")
+def _add_case(add: argparse.ArgumentParser, rows: Iterable[str]) -> None:
+    add.add_argument("--what", nargs="+", metavar="NAME", choices=list(rows), help="only these rows: %(choices)s")
     add.add_argument("--device", default="cpu")
     add.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
-    add.add_argument("--batch-size", type=int, default=16)
-    add.add_argument("--imgsz", type=int, default=640)
-    add.add_argument("--classes", type=int, default=80)
-    add.add_argument("--reg-max", type=int, default=16, help="bins of the distance distribution")
+    add.add_argument("--batch-size", type=positive, default=16)
+    add.add_argument("--imgsz", type=image_side, default=640)
+    add.add_argument("--classes", type=positive, default=80)
+    add.add_argument("--reg-max", type=positive, default=16, help="bins of the distance distribution")
     add.add_argument(
         "--boxes", choices=["coco", "lognormal", "hundred", "crowded"], help="default: coco with the data, else lognormal"
     )
     add.add_argument("--data", type=Path, default=os.environ.get("TRITON_YOLO_DATA"), help="folder with coco_boxes.json")
-    add.add_argument("--rounds", type=int, default=15)
+    add.add_argument("--rounds", type=positive, default=15)
     add.add_argument("--quick", action="store_true", help="three rounds, memory once, nothing compiled")
     _add_out(add)
 

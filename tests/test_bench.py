@@ -149,6 +149,24 @@ def test_exponent_of_a_power():
     assert scaling.exponent([(x, 3 * x**1.5) for x in (1, 2, 4, 10)]) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize(
+    ("parser", "command", "message"),
+    [
+        (bench, ["loss", "--what", "yolo12"], "argument --what: invalid choice: 'yolo12'"),
+        (bench, ["train-step", "--what", "yolo11"], "argument --what: invalid choice: 'yolo11'"),
+        (bench, ["scaling", "--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
+        (bench, ["assign", "--imgsz", "100"], "argument --imgsz: must be divisible by 32, got 100"),
+        (bench, ["host", "--rounds", "-1"], "argument --rounds: must be a whole number, at least 1, got -1"),
+        (proofs, ["instructions", "--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
+        (proofs, ["resources", "--dtypes", "int8"], "argument --dtypes: invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_options_are_named(parser, command, message, capsys):
+    with pytest.raises(SystemExit):
+        parser.make_parser().parse_args(command)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [(), ("--rehearse",)])
 def test_commands_of_a_gpu_machine_exist(options, tmp_path):
     arguments = bench.make_parser().parse_args(["gpu", "--out", str(tmp_path), *options])

@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     print(f"Triton {triton.__version__}")
     operators = {name: value for name, value in OPERATORS.items() if name.startswith(tuple(arguments.operators))}
+    if not operators:
+        raise SystemExit(f"--operators: no name begins with {' or '.join(arguments.operators)}")
     rows, failed = [], []
     for target in arguments.targets:
         for dtype in arguments.dtypes:
