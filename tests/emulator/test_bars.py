@@ -97,7 +97,7 @@ def test_programs_of_masks():
     lengths = longest(launches)
     assert lengths.pop("_mask_positive_kernel") <= 3550
     assert max(lengths.values()) <= 3050, lengths
-    assert sum(issued(launches).values()) <= 400_000, issued(launches)
+    assert sum(issued(launches).values()) <= 430_000, issued(launches)
 
 
 @pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.38 * 4_775_000), ("yolox", 0.12 * 4_567_000)])
