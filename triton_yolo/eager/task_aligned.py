@@ -194,9 +194,7 @@ def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: lis
     def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
         nth, anchors = point_pairs(low, high, points)
         blocks = zip(nth.split(_BLOCK), anchors.split(_BLOCK), strict=True)
-        is_inside = [
-            geometry.is_inside(by_axis.index_select(1, at), axes.index_select(1, own), rule.eps) for own, at in blocks
-        ]
+        is_inside = [geometry.is_inside(by_axis.index_select(1, at), axes.index_select(1, own), rule.eps) for own, at in blocks]
         kept = torch.cat(is_inside).nonzero().squeeze(1)
         return nth[kept], anchors[kept]
 

@@ -1,8 +1,7 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from .._signatures import (
 )
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
-from .finite import is_finite
+from .finite import are_finite, extremes, is_finite
 from .memory import blocks, untouched_zeros_like
 from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
@@ -37,25 +36,24 @@ Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
-    boxes = points.new_empty(4, *x.pred_dist.shape[:2])
-    for image, distances in enumerate(distances_by_image(x.pred_dist, x.reg_max)):
-        boxes[:2, image] = (points - distances[:2]) * point_strides
-        boxes[2:, image] = (points + distances[2:]) * point_strides
+    distances, points = expected_distances(x.pred_dist, x.reg_max), points[:, None]
+    boxes = torch.cat([points - distances[:2], points + distances[2:]]) * point_strides
     return assign(x, (x.pred_dist,), boxes.flatten(1), AXIS_ALIGNED)
 
 
-def distances_by_image(pred_dist: Tensor, reg_max: int) -> Iterator[Tensor]:
-    """Expected distances (4, A) of every image; softmax over the first of two axes is fast along the second."""
+def expected_distances(pred_dist: Tensor, reg_max: int) -> Tensor:
+    """Of all anchors: (4, B, A). Sums over the first of two axes are fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
-    sums = torch.stack([bins, torch.ones_like(bins)])
-    for dist in pred_dist:
+    sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
+    for image, dist in enumerate(pred_dist):
         logits = working(dist.T).unflatten(0, (4, reg_max))
         if reg_max == 1:
-            yield logits.squeeze(1)
+            distances[:, image] = logits.squeeze(1)
         else:
             powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
             weighted, total = (sums @ powers).unbind(1)
-            yield weighted / total
+            torch.div(weighted, total, out=distances[:, image])
+    return distances
 
 
 def assign(
@@ -75,8 +73,8 @@ def assign(
     num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
 
     def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-        is_inside = partial(geometry.is_inside, eps=x.assigner.eps)
-        return grid_pairs(low, high, x.levels, Shape(axes, geometry.span, is_inside))
+        shape = Shape(axes, geometry.span, lambda points, axes: geometry.is_inside(points, axes, x.assigner.eps))
+        return grid_pairs(low, high, x.levels, shape)
 
     for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
         pairs = preds.pairs(rows, gt, find)
@@ -115,11 +113,13 @@ def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
 
 
 def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutputs:
-    per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
+    per_class = pos.scores.new_zeros(x.pred_scores.shape[2])
+    ends = [per_class.new_zeros(())]
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
         per_class[block[2]] += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
-        normaliser = normaliser.where(is_finite(logits), torch.nan)
+        ends += extremes(logits)
+    normaliser = x.normaliser.where(are_finite(ends), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
     cls = _weighted(per_class, x.class_weights).sum()
     hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
