@@ -132,7 +132,8 @@ def topk_per_row(metric: Tensor, rows: Tensor, topk: int) -> Tensor:
     """
     # Bits of floats that are not negative order as the floats do, and integers sort stably in linear time.
     bits = metric.view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
-    kept = ((bits > 0) & _reaches_topk(bits, rows, topk)).nonzero().squeeze(1)
+    kept = _reaches_topk(bits, rows, topk).nonzero().squeeze(1)
+    kept = kept[bits[kept] > 0]
     bits, rows = bits[kept], rows[kept]
     by_metric = (torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices
     by_row = by_metric[rows[by_metric].sort(stable=True).indices]

@@ -30,6 +30,7 @@ from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
+_LOW = 20  # where four factors exp(x) are finite in any type
 
 Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
 
@@ -117,8 +118,8 @@ def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutput
     ends = [per_class.new_zeros(())]
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
-        per_class[block[2]] += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
         ends += extremes(logits)
+        per_class[block[2]] += _softplus_sum(logits, is_low=bool(ends[-2] < _LOW))
     normaliser = x.normaliser.where(are_finite(ends), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
     cls = _weighted(per_class, x.class_weights).sum()
@@ -167,8 +168,8 @@ def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...
     grad_logits = expectation_backward(grad_distances, pos.probs, pos.distances)
     if x.reg_max > 1:
         low, weight_low, weight_high = pos.soft_bins()
-        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
-        grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
+        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add_(-1, low + 1, -weight_high[..., None])
+        grad_logits = grad_logits.addcmul_(dfl_gain / 4 * weight[..., None], error)
     grads = [untouched_zeros_like(pred) for pred in preds[:-1]]
     for grad, at_positives in zip(grads, (grad_logits.flatten(-2), *others), strict=True):
         grad[pos.images, pos.anchors] = at_positives.to(grad.dtype)
@@ -212,6 +213,17 @@ class Positives:
         distances = self.target_distances.clamp(0, self.probs.shape[-1] - 1 - 0.01)
         low = distances.floor()
         return low.long()[..., None], low + 1 - distances, distances - low
+
+
+def _softplus_sum(logits: Tensor, is_low: bool) -> Tensor:
+    """Sums (C,) of softplus of (b, n, C): of four factors 1 + exp(logit) at a time, if none is ``_LOW`` or above."""
+    number = logits.shape[1] // 4 * 4 if is_low else 0
+    single = F.softplus(logits[:, number:], threshold=_LINEAR_FROM).sum((0, 1))
+    product = (logits[:, :number] * (1 / math.log(2))).exp2_()
+    for _ in range(2):
+        a, b = product.chunk(2, 1)
+        product = (a + b).addcmul_(a, b)  # (1 + a) (1 + b) - 1, exact for small ones
+    return product.log1p_().sum((0, 1)).add_(single)
 
 
 def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:
