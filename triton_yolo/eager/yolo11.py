@@ -23,7 +23,7 @@ from .._signatures import (
 )
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
-from .finite import are_finite, extremes, is_finite
+from .finite import are_finite, extremes
 from .memory import blocks, untouched_zeros_like
 from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
@@ -37,30 +37,32 @@ Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
-    distances, points = expected_distances(x.pred_dist, x.reg_max), points[:, None]
-    boxes = torch.cat([points - distances[:2], points + distances[2:]]) * point_strides
-    return assign(x, (x.pred_dist,), boxes.flatten(1), AXIS_ALIGNED)
+    distances, is_finite = expected_distances(x.pred_dist, x.reg_max)
+    boxes = torch.cat([points[:, None] - distances[:2], points[:, None] + distances[2:]]) * point_strides
+    return assign(x, is_finite, boxes.flatten(1), AXIS_ALIGNED)
 
 
-def expected_distances(pred_dist: Tensor, reg_max: int) -> Tensor:
-    """Of all anchors: (4, B, A). Sums over the first of two axes are fast along the second."""
+def expected_distances(pred_dist: Tensor, reg_max: int) -> tuple[Tensor, Tensor]:
+    """Of all anchors (4, B, A), and whether all logits are finite. Sums over the first of two axes are fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
     sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
+    ends = [bins.new_zeros(())]
     for image, dist in enumerate(pred_dist):
         logits = working(dist.T).unflatten(0, (4, reg_max))
+        ends += extremes(logits)
         if reg_max == 1:
             distances[:, image] = logits.squeeze(1)
         else:
             powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
             weighted, total = (sums @ powers).unbind(1)
             torch.div(weighted, total, out=distances[:, image])
-    return distances
+    return distances, are_finite(ends)
 
 
 def assign(
-    x: YOLO11Assign | YOLO11OBBAssign, sources: Sequence[Tensor], boxes: Tensor, geometry: Geometry, min_side: float = 0.0
+    x: YOLO11Assign | YOLO11OBBAssign, is_finite: Tensor, boxes: Tensor, geometry: Geometry, min_side: float = 0.0
 ) -> YOLO11Assignment:
-    """Assign to predicted boxes (4 or 5, B * A) in pixels, which are made of ``sources``; ``min_side`` is of ground truth."""
+    """Assign to predicted boxes (4 or 5, B * A) in pixels, made of what ``is_finite``; ``min_side`` is of ground truth."""
     batch_size, num_anchors, num_classes = x.pred_scores.shape
     gt = ground_truth(x.targets, x.levels, boxes.dtype)
     valid = valid_rows(gt, batch_size, num_classes, min_side)
@@ -79,11 +81,9 @@ def assign(
 
     for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
         pairs = preds.pairs(rows, gt, find)
-        match(target_row, target_score, *pairs, len(gt.labels), x.assigner)
+        match(target_row, target_score, *pairs, x.assigner)
     # A logit that is not finite shows in the loss even where no formula reads it.
-    score_sum = target_score.sum()
-    for source in sources:
-        score_sum = score_sum.where(is_finite(source), torch.nan)
+    score_sum = target_score.sum().where(is_finite, torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
     num_fg = (target_row >= 0).sum()
     labels, gt_boxes = gt.labels.clone(), gt_boxes.clone()  # nothing that an operator puts out is part of what it took

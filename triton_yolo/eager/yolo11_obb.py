@@ -18,6 +18,7 @@ from .._signatures import (
     YOLO11OBBLossBackward,
     YOLO11OBBOutputs,
 )
+from .finite import is_finite
 from .oriented import prob_overlap, prob_overlap_derivative, turned
 from .pairs import anchor_table
 from .task_aligned import ORIENTED
@@ -26,11 +27,11 @@ from .yolo11 import Positives, assign, expected_distances, gradients_of, loss_of
 
 def yolo11_obb_assign(x: YOLO11OBBAssign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
-    distances, angles = expected_distances(x.pred_dist, x.reg_max), working(x.pred_angle.squeeze(-1))
+    (distances, are_finite), angles = expected_distances(x.pred_dist, x.reg_max), working(x.pred_angle.squeeze(-1))
     left_top, right_bottom = distances.chunk(2)
     centres = (points[:, None] + turned((right_bottom - left_top) / 2, angles)) * point_strides
     boxes = torch.cat([centres, (left_top + right_bottom) * point_strides, angles[None]])
-    return assign(x, (x.pred_dist, x.pred_angle), boxes.flatten(1), ORIENTED, MIN_SIDE_PX)
+    return assign(x, are_finite & is_finite(x.pred_angle), boxes.flatten(1), ORIENTED, MIN_SIDE_PX)
 
 
 def yolo11_obb_criterion(x: YOLO11OBB) -> YOLO11OBBOutputs:
