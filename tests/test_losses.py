@@ -344,6 +344,15 @@ def test_a_masked_class_costs_nothing(by, dtype):
     assert grads[1].tolist() == [[[0.25, 0.0]] * 4]
 
 
+@pytest.mark.parametrize("logit", [-12.0, 0.0, 19.9, 30.0, 60.0])
+def test_without_targets_every_logit_costs_its_softplus(logit):
+    """Of nine anchors and two classes: 0.5 * 18 * log(1 + exp(logit))."""
+    criterion = ty.YOLO11Loss(2, strides=(8,), reg_max=1)
+    preds = torch.zeros(1, 9, 4, device=DEVICE), torch.full((1, 9, 2), logit, device=DEVICE)
+    loss = criterion(*preds, [(3, 3)], torch.zeros(0, 6, device=DEVICE)).loss
+    assert loss.item() == pytest.approx(9 * math.log1p(math.exp(logit)), rel=1e-6)
+
+
 @BY
 def test_large_logits_of_yolo11_are_as_good_as_any(by):
     """What is masked counts as with -1e4, whose exponential is 0 too; a box as wide as any number is nobody's."""

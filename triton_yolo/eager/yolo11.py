@@ -43,7 +43,7 @@ def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
 
 
 def expected_distances(pred_dist: Tensor, reg_max: int) -> tuple[Tensor, Tensor]:
-    """Of all anchors (4, B, A), and whether all logits are finite. Sums over the first of two axes are fast."""
+    """Of all anchors (4, B, A), and whether all logits are finite. Sums over the first axis are fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
     sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
     ends = [bins.new_zeros(())]
