@@ -377,6 +377,19 @@ def test_large_logits_of_yolo11_are_as_good_as_any(by):
     assert grads[1].flatten().tolist() == [0.25, 0.5, 0.25, 0.25]
 
 
+@pytest.mark.parametrize("off", [{"cls_gain": 0.0}, {"class_weights": torch.tensor([0.0, 1.0])}], ids=["gain", "weight"])
+def test_what_has_no_weight_costs_nothing_where_its_sum_overflows(off):
+    scores = torch.zeros(1, 4, 2, device=DEVICE)
+    scores[..., 0] = 3e38
+    criterion = ty.YOLO11Loss(2, strides=(8,), **off).to(DEVICE)
+    out, (_, grad) = with_gradients(
+        lambda d, s: criterion(d, s, [(2, 2)], torch.zeros(0, 6, device=DEVICE)), torch.zeros(1, 4, 64, device=DEVICE), scores
+    )
+    # What is left is 0.5 * log 2 at four cells.
+    assert out.loss.item() == pytest.approx(0.0 if "cls_gain" in off else 2 * math.log(2), rel=1e-6)
+    assert grad.tolist() == [[[0.0, 0.0 if "cls_gain" in off else 0.25]] * 4]
+
+
 @BY
 @pytest.mark.parametrize("value", [3e38, -3e38])
 def test_one_distance_of_the_largest_numbers_is_nobodys(by, value):

@@ -122,7 +122,7 @@ def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutput
         per_class[block[2]] += _softplus_sum(logits, is_low=bool(ends[-2] < _LOW))
     normaliser = x.normaliser.where(are_finite(ends), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
-    cls = _weighted(per_class, x.class_weights).sum()
+    cls = _weighted(per_class, x.class_weights).nansum()  # a class without a weight costs nothing, also where its sum overflows
     hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
     cls = torch.where(cls < torch.inf, cls - hits, cls)  # a sum of finite numbers that overflows is not NaN
 
@@ -136,7 +136,9 @@ def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutput
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
     box, dfl, *others = [(loss * pos.scores).sum() for loss in (box, side.mean(-1), *others)]
     terms = box, cls, dfl, *others
-    items = torch.stack([gain * term for gain, term in zip(x.gains, terms, strict=True)]) / normaliser[0]
+    # A gain of 0 turns a term off, also where the sum overflows.
+    weighted = [gain * term if gain > 0 else torch.zeros_like(term) for gain, term in zip(x.gains, terms, strict=True)]
+    items = torch.stack(weighted) / normaliser[0]
     return YOLO11LossOutputs(normaliser[1] * items.sum(), items, normaliser)
 
 

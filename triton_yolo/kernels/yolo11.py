@@ -105,6 +105,13 @@ def _fill_kernel(out_ptr, upstream, count, DTYPE: tl.constexpr, BLOCK: tl.conste
     fill(out_ptr, tl.where(scale == scale, 0.0, scale), count, tl.program_id(0), tl.num_programs(0), BLOCK)
 
 
+@triton.jit
+def _weighted(gain, sum_):
+    """A term of the loss. A gain of 0 turns it off, also where the sum overflows."""
+    gain = scalar(gain, sum_.dtype)
+    return tl.where(gain > 0, gain * sum_, 0.0)
+
+
 @triton.jit(do_not_specialize=["dense", "programs"])
 def _yolo11_total_kernel(
     loss, grads, counts, dense_ptr, partial_ptr, normaliser_ptr, box_gain: tl.float64, cls_gain: tl.float64,
@@ -132,15 +139,15 @@ def _yolo11_total_kernel(
         tl.store(loss.held_ptr + 1, batch_size)
         # A sum of finite numbers that overflows is not NaN.
         cls = tl.where(cls < float("inf"), cls - total(partial_ptr + programs, programs, DTYPE, BLOCK), cls)
-        box_term = scalar(box_gain, DTYPE) * total(partial_ptr, programs, DTYPE, BLOCK) / normaliser
-        cls_term = scalar(cls_gain, DTYPE) * cls / normaliser
-        dfl_term = scalar(dfl_gain, DTYPE) * total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK) / normaliser
+        box_term = _weighted(box_gain, total(partial_ptr, programs, DTYPE, BLOCK)) / normaliser
+        cls_term = _weighted(cls_gain, cls) / normaliser
+        dfl_term = _weighted(dfl_gain, total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK)) / normaliser
         tl.store(loss.terms_ptr, box_term)
         tl.store(loss.terms_ptr + 1, cls_term)
         tl.store(loss.terms_ptr + 2, dfl_term)
         terms = box_term + cls_term + dfl_term
         if HAS_ANGLE:
-            angle_term = scalar(angle_gain, DTYPE) * total(partial_ptr + 3 * programs, programs, DTYPE, BLOCK) / normaliser
+            angle_term = _weighted(angle_gain, total(partial_ptr + 3 * programs, programs, DTYPE, BLOCK)) / normaliser
             tl.store(loss.terms_ptr + 3, angle_term)
             terms += angle_term
         tl.store(loss.ptr, batch_size * terms)
