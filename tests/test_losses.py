@@ -208,7 +208,7 @@ def small_yolox(**options):
 def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
     from triton_yolo.eager import pairs
 
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     preds = torch.randn(5, 20, 32, device=DEVICE), torch.randn(5, 20, 3, device=DEVICE)
     rows = torch.rand(40, 6, device=DEVICE)
     rows[:, 0], rows[:, 1] = torch.randint(-1, 4, (40,)), torch.randint(0, 3, (40,))  # image 4 has none
@@ -342,6 +342,15 @@ def test_a_masked_class_costs_nothing(by, dtype):
     assert out.loss.item() == pytest.approx(2 * math.log(2), rel=1e-6)
     assert grads[0].abs().sum() == 0
     assert grads[1].tolist() == [[[0.25, 0.0]] * 4]
+
+
+@pytest.mark.parametrize("logit", [-12.0, 0.0, 19.9, 30.0, 60.0])
+def test_without_targets_every_logit_costs_its_softplus(logit):
+    """Of nine anchors and two classes: 0.5 * 18 * log(1 + exp(logit))."""
+    criterion = ty.YOLO11Loss(2, strides=(8,), reg_max=1)
+    preds = torch.zeros(1, 9, 4, device=DEVICE), torch.full((1, 9, 2), logit, device=DEVICE)
+    loss = criterion(*preds, [(3, 3)], torch.zeros(0, 6, device=DEVICE)).loss
+    assert loss.item() == pytest.approx(9 * math.log1p(math.exp(logit)), rel=1e-6)
 
 
 @BY

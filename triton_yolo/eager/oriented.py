@@ -152,7 +152,7 @@ def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> T
 
 
 def turned(vectors: Tensor, angle: Tensor) -> Tensor:
-    """Vectors (2, n), each turned by an angle (n,)."""
+    """Vectors (2, ...), each turned by an angle (...)."""
     (x, y), cos, sin = vectors, angle.cos(), angle.sin()
     return torch.stack([x * cos - y * sin, x * sin + y * cos])
 

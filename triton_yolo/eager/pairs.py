@@ -92,7 +92,7 @@ def grid_pairs(low: Tensor, high: Tensor, levels: Levels, shape: Shape | None = 
 
 
 def _trim(x: Tensor, number: Tensor, y: Tensor, step: Tensor, columns: Tensor, shape: Shape) -> None:
-    """Shorten strips, ``number`` (m,) cells of side ``step`` from (x, y) on, to the cells whose centres are inside boxes (k, m)."""
+    """Shorten strips, ``number`` (m,) cells of size ``step`` from (x, y) on, to those with centres inside boxes (k, m)."""
     ends = (torch.stack([x, x + number - 1, y, y]).unflatten(0, (2, 2)) + 0.5) * step
     ragged = shape.is_inside(ends, columns[:, None]).all(0).logical_not().nonzero().squeeze(1)
     nth, place = expand(number[ragged])

@@ -74,9 +74,10 @@ Finder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Pairs(NamedTuple):
-    """Pairs (P,) of a row and a cell, which is an anchor of an image, with their metric and overlap."""
+    """Pairs (P,) of the nth of some rows and a cell, which is an anchor of an image, with their metric and overlap."""
 
     rows: Tensor
+    nth: Tensor
     cells: Tensor
     metric: Tensor
     overlaps: Tensor
@@ -112,7 +113,7 @@ class Predictions(NamedTuple):
             overlap = overlap.nan_to_num_(0).clamp_(min=0)
             value = pair_metric(score.sigmoid() if self.are_logits else score, overlap, rule)
             overlaps[block], metric[block] = overlap, value.nan_to_num_(0).clamp_(min=0)
-        return Pairs(rows.index_select(0, nth), cells, metric, overlaps)
+        return Pairs(rows, nth, cells, metric, overlaps)
 
 
 def pair_metric(scores: Tensor, overlaps: Tensor, rule: TaskAligned) -> Tensor:
@@ -132,7 +133,8 @@ def topk_per_row(metric: Tensor, rows: Tensor, topk: int) -> Tensor:
     """
     # Bits of floats that are not negative order as the floats do, and integers sort stably in linear time.
     bits = metric.view(torch.int64 if metric.dtype == torch.float64 else torch.int32)
-    kept = ((bits > 0) & _reaches_topk(bits, rows, topk)).nonzero().squeeze(1)
+    kept = _reaches_topk(bits, rows, topk).nonzero().squeeze(1)
+    kept = kept[bits[kept] > 0]
     bits, rows = bits[kept], rows[kept]
     by_metric = (torch.iinfo(bits.dtype).max - bits).sort(stable=True).indices
     by_row = by_metric[rows[by_metric].sort(stable=True).indices]
@@ -151,35 +153,34 @@ def _reaches_topk(bits: Tensor, rows: Tensor, topk: int) -> Tensor:
 
 
 def match(
-    target_row: Tensor, target_score: Tensor, rows: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor,
-    num_rows: int, rule: TaskAligned,
+    target_row: Tensor, target_score: Tensor, rows: Tensor, nth: Tensor, cells: Tensor, metric: Tensor, overlaps: Tensor,
+    rule: TaskAligned,
 ) -> None:  # fmt: skip
-    """Choose the positives among the pairs (P,) of row and cell, a cell being an anchor of an image.
+    """Choose the positives among the pairs (P,) of the nth row and a cell, which is an anchor of an image.
 
     Into ``target_row`` (cells,) int32 and ``target_score``, which say background, go the row of each and its target score.
     """
     num_cells = len(target_row)
-    claims = topk_per_row(metric, rows, rule.topk)
-    target_row[cells[claims]] = rows[claims].int()
+    claims = topk_per_row(metric, nth, rule.topk)
+    owner = torch.empty_like(target_row).index_put_((cells[claims],), nth[claims].int())
 
     num_claims = torch.zeros(num_cells, dtype=torch.int32, device=rows.device)
     num_claims.index_add_(0, cells[claims], torch.ones_like(claims, dtype=torch.int32))
     contested = (num_claims > 1).index_select(0, cells).nonzero().squeeze(1)
     best = overlaps.new_zeros(num_cells).scatter_reduce_(0, cells[contested], overlaps[contested], "amax")
     contested = contested[overlaps[contested] == best[cells[contested]]]
-    target_row.scatter_reduce_(0, cells[contested], rows[contested].int(), "amin", include_self=False)
+    owner.scatter_reduce_(0, cells[contested], nth[contested].int(), "amin", include_self=False)
 
     positives = torch.cat([claims[num_claims[cells[claims]] == 1], contested])
-    positives = positives[target_row[cells[positives]] == rows[positives]].sort().values
+    positives = positives[owner[cells[positives]] == nth[positives]].sort().values
     if rule.topk2 is not None:
-        target_row[cells[positives]] = -1
-        positives = positives[topk_per_row(metric[positives], rows[positives], rule.topk2)]
-        target_row[cells[positives]] = rows[positives].int()
+        positives = positives[topk_per_row(metric[positives], nth[positives], rule.topk2)]
 
-    cells, rows, metric, overlaps = cells[positives], rows[positives], metric[positives], overlaps[positives]
-    max_metric = metric.new_zeros(num_rows).scatter_reduce_(0, rows, metric, "amax")
-    max_overlap = metric.new_zeros(num_rows).scatter_reduce_(0, rows, overlaps, "amax")
-    target_score[cells] = metric * max_overlap[rows] / (max_metric[rows] + rule.eps)
+    cells, nth, metric, overlaps = cells[positives], nth[positives], metric[positives], overlaps[positives]
+    max_metric = metric.new_zeros(len(rows)).scatter_reduce_(0, nth, metric, "amax")
+    max_overlap = metric.new_zeros(len(rows)).scatter_reduce_(0, nth, overlaps, "amax")
+    target_row[cells] = rows[nth].int()
+    target_score[cells] = metric * max_overlap[nth] / (max_metric[nth] + rule.eps)
 
 
 def _pairs_of_points(scores: Tensor, boxes: Tensor, points: Tensor, targets: list[Tensor], rule: TaskAligned) -> Pairs:
@@ -206,7 +207,7 @@ def task_aligned_assign(x: TaskAlignedAssign) -> TaskAlignedAssignment:
     shape = x.scores.shape[:2]
     target_row = torch.full(shape, -1, dtype=torch.int32, device=x.scores.device)
     target_score = pairs.metric.new_zeros(shape)
-    match(target_row.view(-1), target_score.view(-1), *pairs, len(x.targets[0]), x.assigner)
+    match(target_row.view(-1), target_score.view(-1), *pairs, x.assigner)
     return TaskAlignedAssignment(target_row, target_score)
 
 
@@ -215,8 +216,8 @@ def align_metric(x: AlignMetric) -> Metrics:
     pairs = _pairs_of_points(x.scores, x.boxes, x.points, x.targets, rule)
     batch_size, num_anchors, _ = x.scores.shape
     metric, overlaps = pairs.metric.new_zeros(2, batch_size * x.num_slots, num_anchors).unbind(0)
-    anchors = pairs.cells % num_anchors
-    metric[pairs.rows, anchors], overlaps[pairs.rows, anchors] = pairs.metric, pairs.overlaps.clamp(min=0)
+    at = pairs.rows[pairs.nth], pairs.cells % num_anchors
+    metric[at], overlaps[at] = pairs.metric, pairs.overlaps.clamp(min=0)
     shape = (batch_size, x.num_slots, num_anchors)
     return Metrics(metric.view(shape), overlaps.view(shape).clone())
 

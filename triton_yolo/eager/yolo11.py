@@ -1,8 +1,7 @@
 """YOLO11's assignment from raw predictions, and its loss with the one-hot target implied."""
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,44 +23,46 @@ from .._signatures import (
 )
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
-from .finite import is_finite
+from .finite import are_finite, extremes
 from .memory import blocks, untouched_zeros_like
 from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
+_LOW = 20  # where four factors exp(x) are finite in any type
 
 Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
 
 
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
-    boxes = points.new_empty(4, *x.pred_dist.shape[:2])
-    for image, distances in enumerate(distances_by_image(x.pred_dist, x.reg_max)):
-        boxes[:2, image] = (points - distances[:2]) * point_strides
-        boxes[2:, image] = (points + distances[2:]) * point_strides
-    return assign(x, (x.pred_dist,), boxes.flatten(1), AXIS_ALIGNED)
+    distances, is_finite = expected_distances(x.pred_dist, x.reg_max)
+    boxes = torch.cat([points[:, None] - distances[:2], points[:, None] + distances[2:]]) * point_strides
+    return assign(x, is_finite, boxes.flatten(1), AXIS_ALIGNED)
 
 
-def distances_by_image(pred_dist: Tensor, reg_max: int) -> Iterator[Tensor]:
-    """Expected distances (4, A) of every image; softmax over the first of two axes is fast along the second."""
+def expected_distances(pred_dist: Tensor, reg_max: int) -> tuple[Tensor, Tensor]:
+    """Of all anchors (4, B, A), and whether all logits are finite. Sums over the first axis are fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
-    sums = torch.stack([bins, torch.ones_like(bins)])
-    for dist in pred_dist:
+    sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
+    ends = [bins.new_zeros(())]
+    for image, dist in enumerate(pred_dist):
         logits = working(dist.T).unflatten(0, (4, reg_max))
+        ends += extremes(logits)
         if reg_max == 1:
-            yield logits.squeeze(1)
+            distances[:, image] = logits.squeeze(1)
         else:
             powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
             weighted, total = (sums @ powers).unbind(1)
-            yield weighted / total
+            torch.div(weighted, total, out=distances[:, image])
+    return distances, are_finite(ends)
 
 
 def assign(
-    x: YOLO11Assign | YOLO11OBBAssign, sources: Sequence[Tensor], boxes: Tensor, geometry: Geometry, min_side: float = 0.0
+    x: YOLO11Assign | YOLO11OBBAssign, is_finite: Tensor, boxes: Tensor, geometry: Geometry, min_side: float = 0.0
 ) -> YOLO11Assignment:
-    """Assign to predicted boxes (4 or 5, B * A) in pixels, which are made of ``sources``; ``min_side`` is of ground truth."""
+    """Assign to predicted boxes (4 or 5, B * A) in pixels, made of what ``is_finite``; ``min_side`` is of ground truth."""
     batch_size, num_anchors, num_classes = x.pred_scores.shape
     gt = ground_truth(x.targets, x.levels, boxes.dtype)
     valid = valid_rows(gt, batch_size, num_classes, min_side)
@@ -75,16 +76,14 @@ def assign(
     num_pairs = ((high - low).prod(1) / min(x.levels.strides) ** 2).ceil().clamp(max=num_anchors).long()
 
     def find(low: Tensor, high: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-        is_inside = partial(geometry.is_inside, eps=x.assigner.eps)
-        return grid_pairs(low, high, x.levels, Shape(axes, geometry.span, is_inside))
+        shape = Shape(axes, geometry.span, lambda points, axes: geometry.is_inside(points, axes, x.assigner.eps))
+        return grid_pairs(low, high, x.levels, shape)
 
     for rows in by_images(valid, gt.image_index, num_pairs, batch_size):
         pairs = preds.pairs(rows, gt, find)
-        match(target_row, target_score, *pairs, len(gt.labels), x.assigner)
+        match(target_row, target_score, *pairs, x.assigner)
     # A logit that is not finite shows in the loss even where no formula reads it.
-    score_sum = target_score.sum()
-    for source in sources:
-        score_sum = score_sum.where(is_finite(source), torch.nan)
+    score_sum = target_score.sum().where(is_finite, torch.nan)
     sums = torch.stack([score_sum, torch.full_like(score_sum, batch_size)])
     num_fg = (target_row >= 0).sum()
     labels, gt_boxes = gt.labels.clone(), gt_boxes.clone()  # nothing that an operator puts out is part of what it took
@@ -115,11 +114,13 @@ def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
 
 
 def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutputs:
-    per_class, normaliser = pos.scores.new_zeros(x.pred_scores.shape[2]), x.normaliser.clone()
+    per_class = pos.scores.new_zeros(x.pred_scores.shape[2])
+    ends = [per_class.new_zeros(())]
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
-        per_class[block[2]] += F.softplus(logits, threshold=_LINEAR_FROM).sum((0, 1))
-        normaliser = normaliser.where(is_finite(logits), torch.nan)
+        ends += extremes(logits)
+        per_class[block[2]] += _softplus_sum(logits, is_low=bool(ends[-2] < _LOW))
+    normaliser = x.normaliser.where(are_finite(ends), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
     cls = _weighted(per_class, x.class_weights).nansum()  # a class without a weight costs nothing, also where its sum overflows
     hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
@@ -169,8 +170,8 @@ def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...
     grad_logits = expectation_backward(grad_distances, pos.probs, pos.distances)
     if x.reg_max > 1:
         low, weight_low, weight_high = pos.soft_bins()
-        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add(-1, low + 1, -weight_high[..., None])
-        grad_logits = grad_logits + dfl_gain / 4 * weight[..., None] * error
+        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add_(-1, low + 1, -weight_high[..., None])
+        grad_logits = grad_logits.addcmul_(dfl_gain / 4 * weight[..., None], error)
     grads = [untouched_zeros_like(pred) for pred in preds[:-1]]
     for grad, at_positives in zip(grads, (grad_logits.flatten(-2), *others), strict=True):
         grad[pos.images, pos.anchors] = at_positives.to(grad.dtype)
@@ -214,6 +215,17 @@ class Positives:
         distances = self.target_distances.clamp(0, self.probs.shape[-1] - 1 - 0.01)
         low = distances.floor()
         return low.long()[..., None], low + 1 - distances, distances - low
+
+
+def _softplus_sum(logits: Tensor, is_low: bool) -> Tensor:
+    """Sums (C,) of softplus of (b, n, C): of four factors 1 + exp(logit) at a time, if none is ``_LOW`` or above."""
+    number = logits.shape[1] // 4 * 4 if is_low else 0
+    single = F.softplus(logits[:, number:], threshold=_LINEAR_FROM).sum((0, 1))
+    product = (logits[:, :number] * (1 / math.log(2))).exp2_()
+    for _ in range(2):
+        a, b = product.chunk(2, 1)
+        product = (a + b).addcmul_(a, b)  # (1 + a) (1 + b) - 1, exact for small ones
+    return product.log1p_().sum((0, 1)).add_(single)
 
 
 def _weighted(x: Tensor, class_weights: Tensor | None, index: Tensor | None = None) -> Tensor:

@@ -18,21 +18,20 @@ from .._signatures import (
     YOLO11OBBLossBackward,
     YOLO11OBBOutputs,
 )
+from .finite import is_finite
 from .oriented import prob_overlap, prob_overlap_derivative, turned
 from .pairs import anchor_table
 from .task_aligned import ORIENTED
-from .yolo11 import Positives, assign, distances_by_image, gradients_of, loss_of
+from .yolo11 import Positives, assign, expected_distances, gradients_of, loss_of
 
 
 def yolo11_obb_assign(x: YOLO11OBBAssign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
-    boxes = points.new_empty(5, *x.pred_dist.shape[:2])
-    angles = boxes[4].copy_(x.pred_angle.squeeze(-1))
-    for image, distances in enumerate(distances_by_image(x.pred_dist, x.reg_max)):
-        offset = turned((distances[2:] - distances[:2]) / 2, angles[image])
-        boxes[:2, image] = (points + offset) * point_strides
-        boxes[2:4, image] = (distances[:2] + distances[2:]) * point_strides
-    return assign(x, (x.pred_dist, x.pred_angle), boxes.flatten(1), ORIENTED, MIN_SIDE_PX)
+    (distances, are_finite), angles = expected_distances(x.pred_dist, x.reg_max), working(x.pred_angle.squeeze(-1))
+    left_top, right_bottom = distances.chunk(2)
+    centres = (points[:, None] + turned((right_bottom - left_top) / 2, angles)) * point_strides
+    boxes = torch.cat([centres, (left_top + right_bottom) * point_strides, angles[None]])
+    return assign(x, are_finite & is_finite(x.pred_angle), boxes.flatten(1), ORIENTED, MIN_SIDE_PX)
 
 
 def yolo11_obb_criterion(x: YOLO11OBB) -> YOLO11OBBOutputs:
