@@ -45,7 +45,7 @@ MEANT = {
     "largest overlap not applied": Planted(Mutant("match", "_a * _b[_c] / _d", "_a / _d"), TAL),
     "parts cut through images": Planted(Mutant("by_images", "torch.div(_a, _b, rounding_mode='floor')[_c]", "torch.div(10 * torch.arange(len(_c)), _b, rounding_mode='floor')"), f"{LOSSES}_crowded_batch_is_cut_by_images_without_a_trace"),
     "gradients finite after a logit that is not": Planted(Mutant("gradients_of", "_a.isnan()", "False"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
-    "infinite logits hidden": Planted(Mutant("loss_of", "_a.where(are_finite(_b), _c)", "_a"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
+    "infinite logits hidden": Planted(Mutant("loss_of", "_a.where(ends.are_finite(), _b)", "_a"), f"{LOSSES}_yolo11_shows_a_prediction_that_is_no_number"),
     "DFL weights swapped": Planted(Mutant("Positives.soft_bins", "(_a, _b, _c)", "(_a, _c, _b)"), LOSS11),
     "L1 by the wrong side of the image": Planted(Mutant("Positives.__init__", "[_a, _b, _a, _b]", "[_b, _a, _b, _a]"), LOSS11),
     "class weight forgotten on positives": Planted(Mutant("loss_of", "_weighted(_a * _b, _c, _d)", "_a * _b"), LOSS11),

@@ -8,17 +8,24 @@ _PART = 1 << 20  # elements
 
 def is_finite(x: Tensor) -> Tensor:
     """Whether all of ``x`` is finite: ()."""
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=x.device)
+    ends = Extremes(x)
     # One part after another: the second look at it finds it in the processor's cache.
-    parts = x.split(max(1, _PART * len(x) // x.numel()))
-    return are_finite([extreme for part in parts for extreme in extremes(part)])
+    for part in x.split(max(1, _PART * len(x) // x.numel())) if x.numel() else ():
+        ends.add(part)
+    return ends.are_finite()
 
 
-def extremes(x: Tensor) -> list[Tensor]:
-    """The largest and the smallest of ``x``; a NaN is both."""
-    return [x.amax(), x.amin()]
+class Extremes:
+    """The largest and the smallest of several tensors like the first, and 0; a NaN is both."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.highest = self.lowest = x.new_zeros(())
 
-def are_finite(numbers: list[Tensor]) -> Tensor:
-    return torch.stack(numbers).isfinite().all()
+    def add(self, x: Tensor) -> Tensor:
+        """The largest of ``x`` alone."""
+        highest = x.amax()
+        self.highest, self.lowest = torch.maximum(self.highest, highest), torch.minimum(self.lowest, x.amin())
+        return highest
+
+    def are_finite(self) -> Tensor:
+        return (self.highest < torch.inf) & (self.lowest > -torch.inf)

@@ -23,7 +23,7 @@ from .._signatures import (
 )
 from .boxes import overlap, overlap_derivative
 from .decode import boxes_from_distances, distances_grad, expectation, expectation_backward
-from .finite import are_finite, extremes
+from .finite import Extremes
 from .memory import blocks, untouched_zeros_like
 from .pairs import Shape, anchor_table, by_images, grid_pairs, valid_rows
 from .targets import ground_truth
@@ -38,25 +38,26 @@ Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
 def yolo11_assign(x: YOLO11Assign) -> YOLO11Assignment:
     points, point_strides = anchor_table(x.levels, x.pred_dist)
     distances, is_finite = expected_distances(x.pred_dist, x.reg_max)
-    boxes = torch.cat([points[:, None] - distances[:2], points[:, None] + distances[2:]]) * point_strides
-    return assign(x, is_finite, boxes.flatten(1), AXIS_ALIGNED)
+    distances[:2].neg_()
+    boxes = distances.unflatten(0, (2, 2)).add_(points[:, None]).mul_(point_strides)
+    return assign(x, is_finite, boxes.flatten(0, 1).flatten(1), AXIS_ALIGNED)
 
 
 def expected_distances(pred_dist: Tensor, reg_max: int) -> tuple[Tensor, Tensor]:
     """Of all anchors (4, B, A), and whether all logits are finite. Sums over the first axis are fast along the second."""
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
     sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
-    ends = [bins.new_zeros(())]
+    ends = Extremes(bins)
     for image, dist in enumerate(pred_dist):
         logits = working(dist.T).unflatten(0, (4, reg_max))
-        ends += extremes(logits)
+        ends.add(logits)
         if reg_max == 1:
             distances[:, image] = logits.squeeze(1)
         else:
             powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
             weighted, total = (sums @ powers).unbind(1)
             torch.div(weighted, total, out=distances[:, image])
-    return distances, are_finite(ends)
+    return distances, ends.are_finite()
 
 
 def assign(
@@ -115,12 +116,12 @@ def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
 
 def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutputs:
     per_class = pos.scores.new_zeros(x.pred_scores.shape[2])
-    ends = [per_class.new_zeros(())]
+    ends = Extremes(per_class)
     for block in blocks(x.pred_scores):
         logits = working(x.pred_scores[block])
-        ends += extremes(logits)
-        per_class[block[2]] += _softplus_sum(logits, is_low=bool(ends[-2] < _LOW))
-    normaliser = x.normaliser.where(are_finite(ends), torch.nan)
+        is_low = bool(ends.add(logits) < _LOW)
+        per_class[block[2]] += _softplus_sum(logits, is_low)
+    normaliser = x.normaliser.where(ends.are_finite(), torch.nan)
     logits = working(x.pred_scores[pos.images, pos.anchors, pos.labels])
     cls = _weighted(per_class, x.class_weights).nansum()  # a class without a weight costs nothing, also where its sum overflows
     hits = _weighted(logits * pos.scores, x.class_weights, pos.labels).sum()
