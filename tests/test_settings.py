@@ -167,3 +167,16 @@ def test_feat_shapes_of_every_kind(make):
     for kind in (tuple, iter, np.array, torch.tensor, lambda x: map(torch.Size, x), lambda x: [torch.tensor(s) for s in x]):
         assert torch.equal(criterion(*preds, kind(shapes), rows).loss, expected)
         assert torch.equal(ty.make_anchors(kind([(2, 1)]), (8,))[0], torch.tensor([[0.5, 0.5], [0.5, 1.5]]))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "setting"),
+    [
+        (ty.YOLO11Loss, "box_gain"), (ty.YOLO11Loss, "topk"), (ty.YOLO11OBBLoss, "angle_gain"), (ty.YOLO11SegmentationLoss, "beta"),
+        (ty.YOLO11PoseLoss, "pose_gain"), (ty.YOLOXLoss, "center_radius"),
+    ],
+)  # fmt: skip
+def test_what_would_change_nothing_is_refused(criterion, setting):
+    made = criterion(3)
+    with pytest.raises(AttributeError, match=rf"{setting} is given to {criterion.__name__} when it is made"):
+        setattr(made, setting, 2)

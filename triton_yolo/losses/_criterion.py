@@ -1,6 +1,7 @@
 """What criteria share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,13 @@ from torch import Tensor, nn
 from .. import _checks
 from .._ranks import Ranks
 from ..targets import Targets
+
+
+_MADE_WITH = frozenset({
+    "topk", "topk2", "alpha", "beta", "min_box_side", "candidates", "center_radius",
+    "box_gain", "cls_gain", "dfl_gain", "angle_gain", "pose_gain", "kobj_gain",
+})  # fmt: skip
+"""Arguments that are kept under other names."""
 
 
 class Criterion(nn.Module):
@@ -31,6 +39,11 @@ class Criterion(nn.Module):
         for child in self.children():
             if isinstance(child, Criterion):
                 child.process_group = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _MADE_WITH:
+            raise AttributeError(f"{name} is given to {type(self).__name__} when it is made, and changes nothing later")
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Fill the buffers again, as after ``to_empty``."""
