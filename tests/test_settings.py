@@ -172,8 +172,8 @@ def test_feat_shapes_of_every_kind(make):
 @pytest.mark.parametrize(
     ("criterion", "setting"),
     [
-        (ty.YOLO11Loss, "box_gain"), (ty.YOLO11Loss, "topk"), (ty.YOLO11OBBLoss, "angle_gain"), (ty.YOLO11SegmentationLoss, "beta"),
-        (ty.YOLO11PoseLoss, "pose_gain"), (ty.YOLOXLoss, "center_radius"),
+        (ty.YOLO11Loss, "box_gain"), (ty.YOLO11Loss, "topk"), (ty.YOLO11OBBLoss, "angle_gain"),
+        (ty.YOLO11SegmentationLoss, "beta"), (ty.YOLO11PoseLoss, "pose_gain"), (ty.YOLOXLoss, "center_radius"),
     ],
 )  # fmt: skip
 def test_what_would_change_nothing_is_refused(criterion, setting):

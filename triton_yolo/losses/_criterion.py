@@ -11,7 +11,6 @@ from .. import _checks
 from .._ranks import Ranks
 from ..targets import Targets
 
-
 _MADE_WITH = frozenset({
     "topk", "topk2", "alpha", "beta", "min_box_side", "candidates", "center_radius",
     "box_gain", "cls_gain", "dfl_gain", "angle_gain", "pose_gain", "kobj_gain",
