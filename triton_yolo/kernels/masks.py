@@ -146,7 +146,8 @@ def _store_slope(
 ):
     """The gradient [GROUP, CHANNELS] of a group's coefficients, from sums over all pixels."""
     slope = slope * (group.weight * tl.load(scale_ptr).to(DTYPE))
-    mask = is_whole & group.exists[:, None] & (tl.arange(0, CHANNELS)[None, :] < M)
+    # As a number of channels: Triton 3.9's interpreter takes a truth value for all of a tile for an integer.
+    mask = group.exists[:, None] & (tl.arange(0, CHANNELS)[None, :] < tl.where(is_whole, M, 0))
     ptr = _coefficient_places(grad, image, group, CHANNELS, OFFSET)
     tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
 
