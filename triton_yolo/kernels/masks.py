@@ -146,7 +146,7 @@ def _store_slope(
 ):
     """The gradient [GROUP, CHANNELS] of a group's coefficients, from sums over all pixels."""
     slope = slope * (group.weight * tl.load(scale_ptr).to(DTYPE))
-    # As a number of channels: Triton 3.9's interpreter takes a truth value for all of a tile for an integer.
+    # As a number of channels: Triton 3.9's interpreter makes integers of a truth value that is spread over a tile.
     mask = group.exists[:, None] & (tl.arange(0, CHANNELS)[None, :] < tl.where(is_whole, M, 0))
     ptr = _coefficient_places(grad, image, group, CHANNELS, OFFSET)
     tl.store(ptr, rounded(slope, grad.ptr.dtype.element_ty), mask=mask)
@@ -198,7 +198,7 @@ def _mask_positive_kernel(
             left = tl.where(is_left, nth, left)
             ptr = parts.sum_ptr + (2 * slot + is_left.to(tl.int32)).to(tl.int64) * (GROUP * CHANNELS)
             place = _part_places(CHANNELS)
-            tl.store(ptr + place, slope, mask=(place >= 0) & (is_whole == 0))
+            tl.store(ptr + place, slope, mask=place < tl.where(is_whole, 0, GROUP * CHANNELS))
         tile_nth = first + tl.cdiv(size, PIXELS)
         nth += 1
     if grad is not None:
