@@ -102,7 +102,7 @@ def prob_overlap(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
 
 
 def _overlap(a: _Gaussian, b: _Gaussian, eps: float) -> Tensor:
-    return 1 - _hellinger(_distance(*_pair(a, b).measures(), eps).clamp(eps, 100), eps)
+    return 1 - _hellinger(_distance(*_pair(a, b).measures(), eps).clamp_(eps, 100), eps)
 
 
 def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
