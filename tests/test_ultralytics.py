@@ -403,7 +403,7 @@ def test_changed_methods_are_an_error(owner, name, monkeypatch):
         integration.patch()
 
 
-@pytest.mark.parametrize("attribute", ["nc", "reg_max", "assigner", "hyp", "class_weights", "loss_names"])
+@pytest.mark.parametrize("attribute", ["nc", "reg_max", "assigner", "hyp", "class_weights"])
 def test_changed_criterion_is_an_error(attribute):
     model = make_model("yolo11n")
     model.criterion = model.init_criterion()
