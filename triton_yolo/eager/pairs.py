@@ -63,8 +63,8 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
 def grid_pairs(low: Tensor, high: Tensor, levels: Levels, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
     """(rows, anchors) of the anchors of a pyramid in the rectangles ``low`` to ``high`` in pixels, in order.
 
-    The rectangles are (n, 2), or (n, L, 2) if each level has its own. They are widened by a thousandth of a cell; what has a
-    ``shape`` inside them has just the anchors inside it.
+    The rectangles are (n, 2), or (n, L, 2) if each level has its own. The anchors are those inside the ``shape`` that the
+    rectangles are around; without one a superset, tight to a thousandth of a cell.
     """
     num_levels = len(levels.strides)
     sizes = torch.tensor(levels.feat_shapes, device=low.device).reshape(-1, 2).flip(-1)  # (L, 2) as (width, height)

@@ -112,7 +112,7 @@ class Predictions(NamedTuple):
             overlap = geometry.overlap(truth, pred)
             overlap = overlap.nan_to_num_(0).clamp_(min=0)
             value = pair_metric(score.sigmoid() if self.are_logits else score, overlap, rule)
-            overlaps[block], metric[block] = overlap, value.nan_to_num_(0).clamp_(min=0)
+            overlaps[block], metric[block] = overlap, value.nan_to_num_(0, torch.inf).clamp_(min=0)
         return Pairs(rows, nth, cells, metric, overlaps)
 
 
@@ -217,7 +217,7 @@ def align_metric(x: AlignMetric) -> Metrics:
     batch_size, num_anchors, _ = x.scores.shape
     metric, overlaps = pairs.metric.new_zeros(2, batch_size * x.num_slots, num_anchors).unbind(0)
     at = pairs.rows[pairs.nth], pairs.cells % num_anchors
-    metric[at], overlaps[at] = pairs.metric, pairs.overlaps.clamp(min=0)
+    metric[at], overlaps[at] = pairs.metric, pairs.overlaps
     shape = (batch_size, x.num_slots, num_anchors)
     return Metrics(metric.view(shape), overlaps.view(shape).clone())
 
