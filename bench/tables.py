@@ -47,15 +47,8 @@ def summary(rows: list[Row]) -> str:
         what = f"{NAMES[ours['what']]}, B={ours['batch_size']}, {ours['dtype']}"
         where = f"{_device(ours)}, {ours['date']}, {ours['commit']}"
         times = ", ".join(milliseconds(_total(row)) for row in (ours, graph) if row)
-        cells = [
-            what,
-            where,
-            other["name"],
-            milliseconds(_total(other)),
-            times,
-            f"{other['x_time']:.1f}",
-            f"{other['x_memory']:.1f}",
-        ]
+        ratios = [f"{other[ratio]:.1f}" for ratio in ("x_time", "x_memory")]
+        cells = [what, where, other["name"], milliseconds(_total(other)), times, *ratios]
         newest[ours["what"], ours["batch_size"], _device(ours), _project(other)] = cells  # rows come oldest first
     lines += [f"| {' | '.join(cells)} |" for cells in newest.values()]
     return "\n".join(lines) if newest else ""

@@ -205,19 +205,23 @@ def small_yolox(**options):
     return ty.YOLOXLoss(3, strides=(8, 16), **options), torch.randn(2, 20, 8, device=DEVICE), [(4, 4), (2, 2)], rows
 
 
-def test_crowded_batch_is_cut_by_images_without_a_trace(monkeypatch):
+@pytest.mark.parametrize("seed", range(5))
+def test_crowded_batch_is_cut_by_images_without_a_trace(seed, monkeypatch):
+    """Numbers at the end of a piece are computed one by one, which PyTorch rounds otherwise: values differ by an ulp."""
     from triton_yolo.eager import pairs
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     preds = torch.randn(5, 20, 32, device=DEVICE), torch.randn(5, 20, 3, device=DEVICE)
     rows = torch.rand(40, 6, device=DEVICE)
     rows[:, 0], rows[:, 1] = torch.randint(-1, 4, (40,)), torch.randint(0, 3, (40,))  # image 4 has none
     criterion = ty.YOLO11Loss(3, strides=(8, 16), reg_max=8, topk=3)
-    whole = criterion(*preds, [(4, 4), (2, 2)], rows)
-    assert whole.num_fg > 20
+    checked = criterion._checked(dict(zip(("pred_dist", "pred_scores"), preds, strict=True)), [(4, 4), (2, 2)])
+    whole, row = criterion._with_rows(*checked, rows)
+    assert whole.num_fg > 15
     monkeypatch.setattr(pairs, "_PART", 60)
-    for a, b in zip(whole, criterion(*preds, [(4, 4), (2, 2)], rows), strict=True):
-        assert torch.equal(a, b)
+    cut, row_of_cut = criterion._with_rows(*checked, rows)
+    assert torch.equal(row_of_cut, row)
+    torch.testing.assert_close(tuple(cut), tuple(whole), rtol=3e-7, atol=0)
 
 
 BY = pytest.mark.parametrize("by", ["package", "reference"])

@@ -433,10 +433,12 @@ def test_pairs_lie_along_a_turned_box():
 
 @ONLY_EAGER
 def test_pairs_on_the_edges_of_an_upright_box():
-    """The anchors of three rows of cells lie on two of its edges and in between, whichever side is called its width."""
+    """The anchors of three rows of cells lie on two of its edges and in between; a turned box may lose those on edges."""
     boxes = on_device([20, 20, 38, 16, 0], [20, 20, 16, 38, -math.pi / 2], [20, 20, 16, 38, 1e-7 - math.pi / 2])
     nth, anchors = pairs_in_grid(boxes, Levels((5, 5), (8.0,)))
     assert anchors[nth == 0].tolist() == list(range(5, 20))
+    for turned in (1, 2):
+        assert set(range(10, 15)) <= set(anchors[nth == turned].tolist()) <= set(range(5, 20))
 
 
 @ONLY_EAGER

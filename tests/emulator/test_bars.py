@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import triton_yolo as ty
 from bench.cases import has_coco, make_case
@@ -17,6 +18,8 @@ from tests.tools.emulator import emulated
 DATA = Path(os.environ["TRITON_YOLO_DATA"]) if "TRITON_YOLO_DATA" in os.environ else None
 
 
+MORE = 1.0 if triton.__version__.startswith("3.7.") else 1.07
+"""Other versions than that of the bars issue a few per cent more."""
 CPU_BFLOAT16 = Target(torch.device("cpu"), torch.bfloat16)
 
 
@@ -81,8 +84,8 @@ def test_few_launches(whole_image, system, most):
 def test_programs_of_oriented_boxes():
     """A tile of 128 anchors, of which ProbIoU is worked out, is the longest."""
     launches = launches_of("yolo11-obb", whole_image_case(160))
-    assert max(longest(launches).values()) <= 3800, longest(launches)
-    assert sum(issued(launches).values()) <= 255_000, issued(launches)
+    assert max(longest(launches).values()) <= 3600 * MORE, longest(launches)
+    assert sum(issued(launches).values()) <= 255_000 * MORE, issued(launches)
 
 
 def test_programs_of_keypoints():
@@ -95,9 +98,9 @@ def test_programs_of_masks():
     """A program shares the tiles of all groups, of which each takes 700; all groups over a pixel are one program's."""
     launches = launches_of_term(TASKS, "mask_loss", whole_image_case(96))
     lengths = longest(launches)
-    assert lengths.pop("_mask_positive_kernel") <= 3550
-    assert max(lengths.values()) <= 3050, lengths
-    assert sum(issued(launches).values()) <= 430_000, issued(launches)
+    assert lengths.pop("_mask_positive_kernel") <= 3400 * MORE
+    assert max(lengths.values()) <= 3000 * MORE, lengths
+    assert sum(issued(launches).values()) <= 400_000 * MORE, issued(launches)
 
 
 @pytest.mark.parametrize(("system", "bar"), [("yolo11", 0.38 * 4_775_000), ("yolox", 0.12 * 4_567_000)])

@@ -1,7 +1,7 @@
 """What criteria share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,18 +11,15 @@ from .. import _checks
 from .._ranks import Ranks
 from ..targets import Targets
 
-_MADE_WITH = frozenset({
-    "topk", "topk2", "alpha", "beta", "min_box_side", "candidates", "center_radius",
-    "box_gain", "cls_gain", "dfl_gain", "angle_gain", "pose_gain", "kobj_gain",
-})  # fmt: skip
-"""Arguments that are kept under other names."""
-
 
 class Criterion(nn.Module):
     """What criteria share: the processes that a batch is spread over, and buffers that are filled whatever moves them.
 
     A criterion inside another has the processes of that one.
     """
+
+    _made_with: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that are kept under other names: to set them later would change nothing."""
 
     def __init__(self, process_group: dist.ProcessGroup | bool | None) -> None:
         super().__init__()
@@ -40,7 +37,7 @@ class Criterion(nn.Module):
                 child.process_group = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _MADE_WITH:
+        if name in self._made_with:
             raise AttributeError(f"{name} is given to {type(self).__name__} when it is made, and changes nothing later")
         super().__setattr__(name, value)
 

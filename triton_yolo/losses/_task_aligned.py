@@ -30,6 +30,9 @@ class TaskAlignedCriterion(Criterion):
     _assign: ClassVar[Operation]
     _loss: ClassVar[Operation]
     _box_size: ClassVar[int] = 4
+    _made_with = frozenset({
+        "topk", "topk2", "alpha", "beta", "min_box_side", "box_gain", "cls_gain", "dfl_gain", "angle_gain",
+    })  # fmt: skip
 
     def __init__(
         self,

@@ -67,6 +67,8 @@ class YOLO11PoseLoss(Criterion):
         tensor(4)
     """
 
+    _made_with = YOLO11Loss._made_with | {"num_classes", "strides", "reg_max", "class_weights", "pose_gain", "kobj_gain"}
+
     def __init__(
         self,
         num_classes: int,

@@ -66,6 +66,8 @@ class YOLO11SegmentationLoss(Criterion):
         tensor(5.1986)
     """
 
+    _made_with = YOLO11Loss._made_with | {"num_classes", "strides", "reg_max", "class_weights"}
+
     def __init__(
         self,
         num_classes: int,

@@ -67,6 +67,7 @@ class YOLOXLoss(Criterion):
     """
 
     _l1_gain: Tensor
+    _made_with = frozenset({"candidates", "center_radius"})
 
     def __init__(
         self,
