@@ -144,6 +144,37 @@ def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(shape)
 
 
+_known: dict[Any, Levels] = {}
+_MAX_KNOWN = 256
+
+
+def head(
+    preds: Mapping[str, Tensor], channels: tuple[int, ...], feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...]
+) -> Levels:
+    """Check predictions (B, A, ``channels``) and levels; those like others that passed are not looked at twice."""
+    key: Any = None
+    if isinstance(feat_shapes, list | tuple) and not torch.compiler.is_compiling():
+        try:
+            key = channels, strides, *map(tuple, feat_shapes)
+            for x in preds.values():
+                key += x.shape, x.dtype, x.device
+            if (known := _known.get(key)) is not None:
+                return known
+        except (AttributeError, TypeError, ValueError):
+            key = None  # the checks say what is wrong, if anything is
+    first = None
+    for (name, x), size in zip(preds.items(), channels, strict=True):
+        tensor(name, x, ("B", "A", size) if first is None else (*first.shape[:2], size), like=first)
+        first = x if first is None else first
+    assert first is not None
+    result = levels(feat_shapes, strides, first.shape[1])
+    if key is not None and all(type(side) is int for shape in feat_shapes for side in shape):  # a tensor's value may change
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = result
+    return result
+
+
 def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num_anchors: int | None = None) -> Levels:
     """Check the sizes of the levels against the strides and the number of anchors."""
     if not isinstance(feat_shapes, list | tuple | Iterable):  # the first are quick to tell

@@ -152,5 +152,5 @@ class YOLO11(NamedTuple):
             (torch.empty_like(dist), torch.empty_like(scores)) if self.wants_grad else (dist.new_empty(0), scores.new_empty(0))
         )
         num_fg = dist.new_empty((), dtype=torch.int64)
-        row = dist.new_empty(dist.shape[:2] if self.wants_row else 0, dtype=torch.int32)
+        row = of_anchors(dist, torch.int32) if self.wants_row else num_fg.new_empty(0)
         return YOLO11Outputs(loss, loss.new_empty(3), num_fg, row, *grads)

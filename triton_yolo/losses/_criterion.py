@@ -61,7 +61,7 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_s
     _checks.tensor("targets", targets, ("N", 2 + box_size), like=preds)
     if targets.dtype not in (torch.float32, torch.float64):
         _checks.exact("targets", targets, preds.shape[0], preds.shape[2] - num_others)
-    return [targets.detach()]
+    return [targets.detach() if targets.requires_grad else targets]
 
 
 def unless_nan(loss: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:

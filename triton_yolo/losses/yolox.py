@@ -117,9 +117,8 @@ class YOLOXLoss(Criterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
-        levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
-        rows, l1_gain = rows_of(targets, preds, 5), self._l1_gain
+        levels = _checks.head({"preds": preds}, (5 + self.num_classes,), feat_shapes, self.strides)
+        rows, l1_gain = rows_of(targets, preds, 5), self._buffers["_l1_gain"]
         if l1_gain.device != preds.device:
             l1_gain = torch.full((), float(self._use_l1), dtype=torch.float32, device=preds.device)
         options = levels, self.iou_loss, self.iou_gain
