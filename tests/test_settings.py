@@ -80,7 +80,10 @@ def test_wrong_numbers_are_named(name, call, value):
      ("mask", lambda: ty.Targets.from_padded(zeros(1, 2), zeros(1, 2, 4), [True, False])),
      (r"targets\[1\]\['boxes'\]",
       lambda: ty.Targets.from_list([{"boxes": torch.zeros(1, 4, device=x), "labels": zeros(1)} for x in (DEVICE, "meta")])),
-     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": [1]}]))],
+     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": [1]}])),
+     ("labels", lambda: ty.Targets.from_padded(zeros(1, 2).cfloat(), zeros(1, 2, 4))),
+     ("mask", lambda: ty.Targets.from_padded(zeros(1, 2), zeros(1, 2, 4), zeros(1, 2).cfloat())),
+     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": zeros(1).cfloat()}]))],
 )  # fmt: skip
 def test_wrong_types_are_named(name, call):
     with pytest.raises((ValueError, TypeError), match=f"^{name} must "):

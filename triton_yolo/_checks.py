@@ -124,8 +124,11 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
     if not fits:
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{argument} must have shape ({expected}), got {tuple(sizes)}")
-    if is_float and x.dtype not in FLOATS:
-        raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if is_float:
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    elif x.dtype.is_complex:
+        raise TypeError(f"{argument} must be real, got {x.dtype}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
