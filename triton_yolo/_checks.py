@@ -56,6 +56,14 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def boolean(argument: str, value: Any) -> bool:
+    """True or False, of NumPy too; what else is true or not might be meant otherwise, as "False" is."""
+    value = _on_host(argument, value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
+    return value
+
+
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
     """A finite number that is not negative, or positive, of any kind that the host knows."""
     value = _on_host(argument, value)
