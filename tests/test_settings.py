@@ -9,6 +9,7 @@ import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_errors import ON_CPU, yolo11_call
 from tests.test_losses import small_yolo11, small_yolox
+from triton_yolo.integrations import ultralytics
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -90,6 +91,22 @@ def test_wrong_types_are_named(name, call):
         call()
 
 
+SWITCHES = {
+    "use_l1": [lambda x: ty.YOLOXLoss(3, use_l1=x), lambda x: setattr(ty.YOLOXLoss(3), "use_l1", x)],
+    "overlap_mask": [lambda x: ty.YOLO11SegmentationLoss(3, overlap_mask=x),
+                     lambda x: ty.mask_loss(zeros(1, 2, 1), zeros(1, 1, 4, 4), torch.full((1, 2), -1, device=DEVICE),
+                                            ty.Targets.from_yolo(zeros(1, 6), 64), zeros(1, 4, 4), imgsz=64, overlap_mask=x)],
+    "cuda_graph": [lambda x: ultralytics.patch(cuda_graph=x), lambda x: ultralytics.patched(cuda_graph=x).__enter__()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["False", 1, None, torch.ones(2)])
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in SWITCHES.items() for call in calls])
+def test_what_is_neither_true_nor_false_is_named(name, call, value):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+        call(value)
+
+
 @ON_CPU
 @pytest.mark.parametrize("label", [3, -1])
 def test_assigners_and_metric_name_labels_out_of_range(label):
@@ -110,6 +127,7 @@ def test_numbers_of_other_kinds_are_taken():
                               alpha=np.float32(0.5), beta=torch.tensor(6.0), box_gain=np.float64(7.5))  # fmt: skip
     expected, *args = small_yolo11()
     assert torch.equal(criterion(*args).loss, expected(*args).loss)
+    assert ty.YOLOXLoss(3, use_l1=np.bool_(True)).use_l1 is True
     dist, scores, shapes, rows = args
     assert torch.equal(criterion(dist, scores, np.array(shapes), rows).loss, expected(*args).loss)
 

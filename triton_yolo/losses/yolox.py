@@ -97,8 +97,8 @@ class YOLOXLoss(Criterion):
     @use_l1.setter
     def use_l1(self, value: bool) -> None:
         # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
-        self._use_l1 = bool(value)
-        self._l1_gain.fill_(float(value))
+        self._use_l1 = _checks.boolean("use_l1", value)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self._l1_gain.fill_(float(self._use_l1))
