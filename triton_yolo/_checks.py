@@ -20,6 +20,7 @@ from ._signatures import ImageSize, Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 _SIZES = (int, torch.SymInt)
 _WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
@@ -65,13 +66,17 @@ def boolean(argument: str, value: Any) -> bool:
 
 
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive, of any kind that the host knows."""
+    """A number of float32 that is not negative, or positive, of any kind that the host knows."""
     value = _on_host(argument, value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    number = float(value)
-    if not ((number > 0 if is_positive else number >= 0) and number < math.inf):  # comparisons are all that a graph knows
-        raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole one
+        number = math.inf
+    if not ((number > 0 if is_positive else number >= 0) and number <= _LARGEST):  # comparisons are all that a graph knows
+        sign, kind = "positive" if is_positive else "not negative", " in float32" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{argument} must be finite{kind} and {sign}, got {value}")
     return number
 
 
@@ -111,7 +116,7 @@ def image_size(argument: str, value: Any) -> ImageSize:
 
 def _side(argument: str, value: Any) -> tuple[Any, float]:
     """A side as a whole number of some pixels."""
-    if isinstance(value, _SIZES) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, _SIZES) and not isinstance(value, bool) and 0 < value < 2**63:
         return value, 1.0
     return 1, real(argument, value, is_positive=True)
 
