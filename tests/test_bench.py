@@ -2,8 +2,10 @@
 
 import ast
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, competitors, gpu, measure, results, scaling, tables, train_step
+from bench import compare, competitors, gpu, loss, measure, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Step, Target
@@ -64,6 +66,29 @@ def test_what_disagrees_has_no_time():
     failure = check(Trial(result=1.1), 1.0, 1e-3).failure
     assert failure is not None
     assert "1.1" in failure
+
+
+def dies(case, target):
+    os.write(2, b"first\nlast words\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_dies_is_a_failure_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(measure, "get_context", lambda kind: multiprocessing.get_context("fork"))  # which imports nothing
+    trial = measure.try_alone(measure.Limits(10, None, 1), dies, None, Target(torch.device("cpu"), torch.float32))
+    assert trial == Trial(failure="ended by SIGKILL: last words")
+
+
+def test_what_fails_costs_no_other_row(tmp_path, monkeypatch):
+    file, whats = tmp_path / "results.jsonl", ("align_metric", "bbox_iou (CIoU)")
+    monkeypatch.setattr(compare, "try_alone", lambda limits, build, *args: measure._try(limits, build, *args))
+    monkeypatch.setattr(loss, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr("sys.argv", ["bench", "stages", *TINY, "--only", "nobody", "--out", str(file), "--what", *whats])
+    monkeypatch.setitem(loss.OPERATIONS["stages"]["align_metric"], OURS, lambda case, target: 1 / 0)
+    with pytest.raises(SystemExit, match=r"^align_metric: triton_yolo failed in float64: ZeroDivisionError: division by zero$"):
+        bench.main()
+    assert [json.loads(line)["what"] for line in file.read_text().splitlines()] == ["bbox_iou (CIoU)"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
