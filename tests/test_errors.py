@@ -75,6 +75,7 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
         (lambda: ty.TaskAlignedAssigner(num_classes=0), "num_classes must be at least 1"),
         (lambda: ty.make_anchors([], []), "strides must have one number a level"),
         (lambda: ty.make_anchors([(4, 4)], (0,)), "strides must be finite and positive, got 0"),
+        (lambda: ty.YOLOXLoss(3, strides=[1e39]), r"strides must be finite in float32 and positive, got 1e\+39"),
         (lambda: ty.make_anchors([(4, 4, 4)], (8,)), r"feat_shapes must hold positive \(h, w\)"),
         (lambda: ty.decode_dfl(torch.zeros(1, 2, 8), torch.zeros(2, 2), reg_max=0), "reg_max must be at least 1"),
         (lambda: ty.decode_dfl(torch.zeros(1, 2, 8), torch.zeros(3, 2), reg_max=2), "anchor_points must have shape"),

@@ -20,6 +20,7 @@ from ._signatures import ImageSize, Levels
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 _SIZES = (int, torch.SymInt)
 _WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
@@ -56,14 +57,26 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def boolean(argument: str, value: Any) -> bool:
+    """True or False, of NumPy too; what else is true or not might be meant otherwise, as "False" is."""
+    value = _on_host(argument, value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
+    return value
+
+
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive, of any kind that the host knows."""
+    """A number of float32 that is not negative, or positive, of any kind that the host knows."""
     value = _on_host(argument, value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    number = float(value)
-    if not ((number > 0 if is_positive else number >= 0) and number < math.inf):  # comparisons are all that a graph knows
-        raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole one
+        number = math.inf
+    if not ((number > 0 if is_positive else number >= 0) and number <= _LARGEST):  # comparisons are all that a graph knows
+        sign, kind = "positive" if is_positive else "not negative", " in float32" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{argument} must be finite{kind} and {sign}, got {value}")
     return number
 
 
@@ -103,7 +116,7 @@ def image_size(argument: str, value: Any) -> ImageSize:
 
 def _side(argument: str, value: Any) -> tuple[Any, float]:
     """A side as a whole number of some pixels."""
-    if isinstance(value, _SIZES) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, _SIZES) and not isinstance(value, bool) and 0 < value < 2**63:
         return value, 1.0
     return 1, real(argument, value, is_positive=True)
 
@@ -124,8 +137,11 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
     if not fits:
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{argument} must have shape ({expected}), got {tuple(sizes)}")
-    if is_float and x.dtype not in FLOATS:
-        raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if is_float:
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    elif x.dtype.is_complex:
+        raise TypeError(f"{argument} must be real, got {x.dtype}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 

@@ -13,7 +13,7 @@ from .._precision import widened, working_dtype
 from .._rows import is_matched
 from .._signatures import Levels, TaskAligned
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of, writable
 
 Computed = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """The loss (), its terms (3 or 4,), the number of positives, and the row of every anchor (B, A) where it is known."""
@@ -68,6 +68,7 @@ class TaskAlignedCriterion(Criterion):
 
     def reset_parameters(self) -> None:
         if self._last_weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
+            self.class_weights = writable(self.class_weights)
             with torch.no_grad():
                 self.class_weights.copy_(self._last_weights)
 

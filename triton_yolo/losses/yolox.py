@@ -12,7 +12,7 @@ from .. import _signatures as signatures
 from .._signatures import YOLOX, SimOTA, YOLOXAssign
 from ..assigners import CANDIDATE_MODES
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of, writable
 
 
 class YOLOXLossOutput(NamedTuple):
@@ -97,10 +97,11 @@ class YOLOXLoss(Criterion):
     @use_l1.setter
     def use_l1(self, value: bool) -> None:
         # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
-        self._use_l1 = bool(value)
-        self._l1_gain.fill_(float(value))
+        self._use_l1 = _checks.boolean("use_l1", value)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self._l1_gain = writable(self._l1_gain)
         self._l1_gain.fill_(float(self._use_l1))
 
     def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
