@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _levels
 from .._operation import Operation
 from .._precision import widened, working_dtype
 from .._rows import is_matched
@@ -15,8 +15,8 @@ from .._signatures import Levels, TaskAligned
 from ..targets import Targets
 from ._criterion import Criterion, normaliser_of, rows_of, writable
 
-Computed = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""The loss (), its terms (3 or 4,), the number of positives, and the row of every anchor (B, A) where it is known."""
+Computed = tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | None]
+"""The loss (), its terms (), the number of positives, and the row of every anchor (B, A) where it is known."""
 
 
 class TaskAlignedCriterion(Criterion):
@@ -78,7 +78,7 @@ class TaskAlignedCriterion(Criterion):
     def _checked(self, preds: Mapping[str, Tensor], feat_shapes: Sequence[Sequence[int]]) -> tuple[tuple[Tensor, ...], Levels]:
         """Predictions of one type, and the levels."""
         angle = (1,) if self._box_size == 5 else ()
-        levels = _checks.head(preds, (4 * self.reg_max, *angle, self.num_classes), feat_shapes, self.strides)
+        levels = _levels.of_head(preds, (4 * self.reg_max, *angle, self.num_classes), feat_shapes, self.strides)
         return widened(*preds.values()), levels
 
     def _compute(self, given: tuple[Tensor, ...], levels: Levels, targets: Tensor | Targets, *others: Any) -> Computed:
@@ -90,7 +90,8 @@ class TaskAlignedCriterion(Criterion):
         wants_grad = wants_grad and torch.is_grad_enabled()
         # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
         if self._ranks.given is None and not (is_half and wants_grad):
-            options = self._buffers["class_weights"], levels, self.reg_max, self.assigner, self.gains, wants_grad, *others
+            class_weights = self._buffers["class_weights"]  # past the search that an attribute is
+            options = class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad, *others
             out = self._whole(self._whole.inputs(*given, rows, *options))
             return out.loss, out.terms, out.num_fg, out.target_row if others else None
         with torch.no_grad():

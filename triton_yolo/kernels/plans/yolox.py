@@ -92,7 +92,7 @@ class _CriterionPlan(Plan):
             )
             self.background(run, grad.boxes, prob, self.assign.tally(run))
         self.assign.settle(run, matched, preds, rows, grad, prob, _NOBODY, gains)
-        results = address(out.loss), address(out.terms), address(out.num_fg), None
+        results = address(out.loss), tuple(map(address, out.terms)), address(out.num_fg), None
         self.assign.sum_up(run, new(Results, results), gains, spoilt)
 
 
@@ -119,7 +119,7 @@ class _LossPlan(Plan):
         if self.num_programs:
             matched = _matched(run)
             self.loss(run.stream, self.programs, partial, *predictions(run, x.preds)[:3], matched, self.grid, self.num_classes)
-        loss, terms = map(address, run.out)
+        loss, terms = address(run.out.loss), tuple(map(address, run.out.terms))
         self.total(
             run.stream, ONE, loss, terms, address(x.normaliser), partial, address(x.l1_gain), x.iou_gain, self.num_programs
         )
