@@ -172,7 +172,7 @@ def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     if x.preds.shape[:2].numel():
         run(_CriterionPlan, x, out, x.targets[0].shape[0])
     else:
-        for scalars in out[:3]:
+        for scalars in (out.loss, *out.terms, out.num_fg):
             scalars.zero_()
     return out
 
