@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 19  # elements
+_BLOCK = 3 << 18  # elements
 _PART = 1 << 14  # elements that are gathered: such copies are held, and leave gaps in the heap
 
 

@@ -22,7 +22,7 @@ from .memory import flattened
 from .oriented import axes, gaussian_overlap, gaussians, is_inside_oriented, span_oriented, upright_bounds, widen_oriented
 from .pairs import point_pairs, valid_rows
 
-_BLOCK = 1 << 16  # pairs at a time: their temporaries stay in the processor's cache
+_BLOCK = 1 << 17  # pairs at a time: their temporaries stay in the processor's cache
 
 
 def widen(boxes: Tensor, min_side: float) -> Tensor:

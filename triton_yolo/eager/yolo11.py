@@ -30,6 +30,7 @@ from .targets import ground_truth
 from .task_aligned import AXIS_ALIGNED, Geometry, Predictions, match
 
 _LINEAR_FROM = 40  # where softplus(x) is x in any type
+_PART = 1 << 20  # logits of distances that are decoded at once
 _LOW = 20  # where four factors exp(x) are finite in any type
 
 Given = YOLO11Loss | YOLO11LossBackward | YOLO11OBBLoss | YOLO11OBBLossBackward
@@ -48,15 +49,17 @@ def expected_distances(pred_dist: Tensor, reg_max: int) -> tuple[Tensor, Tensor]
     bins = torch.arange(reg_max, dtype=working_dtype(pred_dist.dtype), device=pred_dist.device)
     sums, distances = torch.stack([bins, torch.ones_like(bins)]), bins.new_empty(4, *pred_dist.shape[:2])
     ends = Extremes(bins)
-    for image, dist in enumerate(pred_dist):
-        logits = working(dist.T).unflatten(0, (4, reg_max))
+    images = max(1, _PART // max(1, pred_dist[:1].numel()))
+    for first in range(0, len(pred_dist), images):
+        part = slice(first, first + images)
+        logits = working(pred_dist[part].transpose(1, 2)).unflatten(1, (4, reg_max))
         ends.add(logits)
         if reg_max == 1:
-            distances[:, image] = logits.squeeze(1)
+            distances[:, part] = logits.squeeze(2).transpose(0, 1)
         else:
-            powers = (logits - logits.amax(1, keepdim=True)).mul_(1 / math.log(2)).exp2_()
-            weighted, total = (sums @ powers).unbind(1)
-            torch.div(weighted, total, out=distances[:, image])
+            powers = (logits - logits.amax(2, keepdim=True)).mul_(1 / math.log(2)).exp2_()
+            weighted, total = (sums @ powers).unbind(2)
+            torch.div(weighted.transpose(0, 1), total.transpose(0, 1), out=distances[:, part])
     return distances, ends.are_finite()
 
 
