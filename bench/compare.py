@@ -20,6 +20,10 @@ HEADER = (
 )
 
 
+class ComparisonError(Exception):
+    """Ours gives nothing to compare with."""
+
+
 def compare(what: str, builders: Mapping[str, Builder], case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each implementation. One that fails or has another definition is named, with the reason and without a time."""
     target = Target(torch.device(arguments.device), getattr(torch, arguments.dtype))
@@ -28,12 +32,12 @@ def compare(what: str, builders: Mapping[str, Builder], case: Case, arguments: a
     limits = Limits(arguments.time_limit, memory_limit, runs=1 if arguments.quick else 3)
     exact = try_alone(limits, builders[OURS], case, target._replace(dtype=torch.float64, rounded_to=target.dtype))
     if exact.result is None:
-        raise SystemExit(f"{what}: {OURS} failed in float64: {exact.failure}")
+        raise ComparisonError(f"{what}: {OURS} failed in float64: {exact.failure}")
     alone = tqdm(builders.items(), f"{what}: memory", leave=False, disable=None)
     trials = {name: _try(limits, name, build, case, target, exact.result) for name, build in alone}
     ours = trials[OURS]
     if ours.failure is not None:
-        raise SystemExit(f"{what}: {OURS} failed: {ours.failure}")
+        raise ComparisonError(f"{what}: {OURS} failed: {ours.failure}")
     steps = {name: builders[name](case, target) for name, trial in trials.items() if trial.failure is None}
     timings = time_interleaved(steps, 3 if arguments.quick else arguments.rounds)
     shared = {"exact": exact.result, "least_bytes": steps[OURS].least_bytes, "copy_bandwidth": arguments.copy_bandwidth}

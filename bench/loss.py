@@ -8,7 +8,7 @@ import torch
 
 from . import results
 from .cases import Case, has_coco, make_case
-from .compare import HEADER, Builder, compare, markdown
+from .compare import HEADER, Builder, ComparisonError, compare, markdown
 from .competitors import ASSIGNERS, CRITERIA
 from .keypoints import KEYPOINTS
 from .measure import copy_bandwidth
@@ -26,12 +26,20 @@ def run(arguments: argparse.Namespace) -> None:
     print(describe(case, boxes, arguments))
     arguments.copy_bandwidth = copy_bandwidth(torch.device(arguments.device))
     print(f"A copy moves {arguments.copy_bandwidth / 1e9:.1f} GB/s.\n\n{HEADER}")
+    failures = []
     for what, builders in OPERATIONS[arguments.command].items():
         if arguments.what and what not in arguments.what:
             continue
-        for row in compare(what, builders, case, arguments):
+        try:
+            rows = compare(what, builders, case, arguments)
+        except ComparisonError as error:
+            failures.append(str(error))
+            continue
+        for row in rows:
             print(markdown(row), flush=True)
             results.append(arguments.command, {**sizes(case, boxes, arguments), **row}, arguments.out)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def case_of(arguments: argparse.Namespace) -> tuple[str, Case]:

@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import get_context
@@ -17,7 +19,9 @@ from tqdm import tqdm
 
 from .cases import Case
 from .competitors import Step, Target
+from .processes import ending
 
+_LONGEST = 160  # text of a failure
 _CACHE = 2**28  # bytes, more than any accelerator's cache
 
 
@@ -94,19 +98,23 @@ def try_alone(limits: Limits, build: Callable[[Case, Target], Step], case: Case,
         return _try(limits, build, case, target)
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_try_and_send, args=(sender, limits, build, case, target))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(limits.seconds) else Trial(failure=f"takes more than {limits.seconds} s")
-    except EOFError:
-        return Trial(failure="killed, presumably out of memory")
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.NamedTemporaryFile() as errors:
+        process = context.Process(target=_try_and_send, args=(sender, errors.name, limits, build, case, target))
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv() if receiver.poll(limits.seconds) else Trial(failure=f"takes more than {limits.seconds} s")
+        except EOFError:  # it has ended, or will at once
+            process.join(limits.seconds)
+        finally:
+            process.kill()
+            process.join()
+        return Trial(failure=ending(process.exitcode or 0, errors, 1)[:_LONGEST])
 
 
-def _try_and_send(sender: Connection, limits: Limits, *args: Any) -> None:
+def _try_and_send(sender: Connection, errors: str, limits: Limits, *args: Any) -> None:
+    with open(errors, "ab") as file:
+        os.dup2(file.fileno(), 2)
     if limits.bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (limits.bytes, limits.bytes))
     sender.send(_try(limits, *args))
@@ -121,7 +129,7 @@ def _try(limits: Limits, build: Callable[[Case, Target], Step], case: Case, targ
         return Trial(out.detach().sum(dtype=torch.float64).item(), None if None in peaks else min(peaks))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        return Trial(failure=f"{type(error).__name__}: {first_line}"[:160])
+        return Trial(failure=f"{type(error).__name__}: {first_line}"[:_LONGEST])
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:

@@ -76,9 +76,11 @@ def _slug() -> str:
 
 @cache
 def _commit() -> str:
-    """Asked once: the first result that is saved changes the tree. A copy without git is told by its package."""
-    commit = _output("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*")
-    return f"with triton_yolo {tree_id(FOLDER.parents[1] / 'triton_yolo')[:7]}" if commit == "unknown" else commit
+    """Asked once: the first result that is saved changes the tree. A copy without a repository is told by its package."""
+    git = "git", "-C", str(FOLDER.parent)
+    if _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) == "unknown":  # none, or another's
+        return f"with triton_yolo {tree_id(FOLDER.parents[1] / 'triton_yolo')[:7]}"
+    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
 
 
 def tree_id(folder: Path) -> str:

@@ -20,6 +20,7 @@ import torch
 from checkpoint import load_model, read
 from data import place, shrink
 from detector import Detector
+from devices import available
 from evaluate import predict
 from pictures import annotate
 from samples import collate
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=Path("runs/train/best.pt"), help="default: %(default)s")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest confidence; default: %(default)s")
     parser.add_argument("--imgsz", type=int, help="side of the square that a photo is fitted into; default: as in training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=available, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="folder of drawings; default: %(default)s")
     options = parser.parse_args(argv)
     if not options.weights.is_file():

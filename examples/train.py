@@ -29,6 +29,7 @@ from checkpoint import Run, head, read
 from criteria import LOSSES, LossOutput, make_criterion
 from data import load_data
 from detector import Detector, feature_shapes
+from devices import available
 from evaluate import evaluate, summary
 from pictures import draw_assignment, draw_loss, draw_map, draw_predictions
 from samples import Batch, Sample, collate
@@ -58,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of model and loss")
     parser.add_argument("--cuda-graph", action="store_true", help="replay steps as CUDA graphs, on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=available, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/train"), help="folder of weights, pictures and metrics; default: %(default)s"

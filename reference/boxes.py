@@ -28,6 +28,7 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
 
     ``eps`` is added to both heights, to the union and to the enclosing measure. The height of GIoU's enclosing box has that of
     both, so that it is never smaller than the union. Boxes that touch are a tie: half of the derivative of an intersection.
+    But for GIoU, boxes that reach over more than 1e19 in float32 are past what squares and areas can hold.
     """
     ax1, ay1, ax2, ay2 = working_precision(a).unbind(-1)
     bx1, by1, bx2, by2 = working_precision(b).unbind(-1)

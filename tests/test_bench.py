@@ -2,6 +2,10 @@
 
 import ast
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, competitors, gpu, measure, results, scaling, tables, train_step
+from bench import compare, competitors, gpu, loss, measure, results, scaling, tables, train_step
 from bench.cases import make_case
 from bench.compare import check
 from bench.competitors import OURS, Step, Target
@@ -62,6 +66,29 @@ def test_what_disagrees_has_no_time():
     failure = check(Trial(result=1.1), 1.0, 1e-3).failure
     assert failure is not None
     assert "1.1" in failure
+
+
+def dies(case, target):
+    os.write(2, b"first\nlast words\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_dies_is_a_failure_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(measure, "get_context", lambda kind: multiprocessing.get_context("fork"))  # which imports nothing
+    trial = measure.try_alone(measure.Limits(10, None, 1), dies, None, Target(torch.device("cpu"), torch.float32))
+    assert trial == Trial(failure="ended by SIGKILL: last words")
+
+
+def test_what_fails_costs_no_other_row(tmp_path, monkeypatch):
+    file, whats = tmp_path / "results.jsonl", ("align_metric", "bbox_iou (CIoU)")
+    monkeypatch.setattr(compare, "try_alone", lambda limits, build, *args: measure._try(limits, build, *args))
+    monkeypatch.setattr(loss, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr("sys.argv", ["bench", "stages", *TINY, "--only", "nobody", "--out", str(file), "--what", *whats])
+    monkeypatch.setitem(loss.OPERATIONS["stages"]["align_metric"], OURS, lambda case, target: 1 / 0)
+    with pytest.raises(SystemExit, match=r"^align_metric: triton_yolo failed in float64: ZeroDivisionError: division by zero$"):
+        bench.main()
+    assert [json.loads(line)["what"] for line in file.read_text().splitlines()] == ["bbox_iou (CIoU)"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -248,22 +275,53 @@ def test_the_summary_is_short_and_says_what_matters(tmp_path, monkeypatch):
     assert results.provenance()["commit"] in text
 
 
-def test_a_copy_without_git_names_its_sources(monkeypatch):
-    package = Path(__file__).parents[1] / "triton_yolo"
-    index = subprocess.run(["git", "ls-files", "-s", "--", "."], cwd=package, capture_output=True, text=True, check=False)
-    if index.returncode:
-        pytest.skip("not a git repository")
-    for line in index.stdout.splitlines():  # what is committed is what is here
-        _, blob, _, *name = line.split()
-        assert results._object_id(b"blob", (package / name[0]).read_bytes()).hexdigest() == blob
-    tree = subprocess.run(
-        ["git", "write-tree", "--prefix=triton_yolo/"], cwd=package, capture_output=True, text=True, check=True
-    )
-    assert results.tree_id(package) == tree.stdout.strip()
-    monkeypatch.setattr(results, "_output", lambda *command: "unknown")
+@pytest.fixture
+def git(tmp_path):
+    """A function that runs git in a folder of its own: no setting, no other repository and no work on this one changes it."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+    def run(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of some sources, which the results are of."""
+    package = tmp_path / "triton_yolo"
+    shutil.copytree(BENCH.parent / "triton_yolo" / "losses", package / "losses", ignore=shutil.ignore_patterns("*.pyc"))
+    (package / "losses" / "__pycache__").mkdir(exist_ok=True)
+    (package / "losses.py").write_text("# comes before the folder of this name\n")
+    (package / "run").write_text("#!/bin/sh\n")
+    (package / "run").chmod(0o755)
+    (package / "run.pyc").write_text("compiled")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "bench" / "results")
+    results.FOLDER.mkdir(parents=True)
     results._commit.cache_clear()
-    assert results.provenance()["commit"] == f"with triton_yolo {tree.stdout[:7]}"
+    yield package
     results._commit.cache_clear()
+
+
+def test_a_copy_without_git_names_its_sources(copied, git):
+    """Also in a repository that does not have it."""
+    without = results.provenance()["commit"]
+    git("init")
+    (copied.parent / ".gitignore").write_text("*.pyc\n")
+    git("add", "triton_yolo")
+    tree = git("write-tree", "--prefix=triton_yolo/")
+    assert results.tree_id(copied) == tree
+    assert without == f"with triton_yolo {tree[:7]}"
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "no benchmark")
+    results._commit.cache_clear()
+    assert results.provenance()["commit"] == without
 
 
 def test_tables_replace_what_is_between_their_markers():

@@ -76,6 +76,24 @@ def test_moves_and_copies(make):
         assert torch.equal(loss(other), expected)
 
 
+@MAKE
+def test_inference_mode(make):
+    """What was made, moved or copied there is written to outside."""
+    expected = loss(make().to(DEVICE))
+    with torch.inference_mode():
+        made = make()
+        moved, copied = make().to(DEVICE), copy.deepcopy(made)
+        was_moved = make().double().float()
+    for criterion in (made, moved, copied, was_moved):
+        assert torch.equal(loss(criterion.to(DEVICE)), expected)
+        criterion.reset_parameters()
+        if make is with_l1:
+            criterion.use_l1 = False
+            assert loss(criterion) < expected
+            criterion.use_l1 = True
+        assert torch.equal(loss(criterion), expected)
+
+
 def test_weights_that_were_changed_stay_changed():
     criterion, other = weighted().to(DEVICE), weighted().to(DEVICE)
     criterion.class_weights.mul_(2)

@@ -11,7 +11,7 @@ import torch
 import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_losses import small_yolo11, small_yolox
-from triton_yolo import _backend
+from triton_yolo import _backend, _levels
 
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on the CPU only: elsewhere it would synchronise")
 
@@ -52,8 +52,29 @@ def rows_with(column: int, value: float) -> torch.Tensor:
 )  # fmt: skip
 def test_yolo11_loss_names_what_is_wrong(changes, error, message):
     changes = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v for k, v in changes.items()}
+    yolo11_call()()  # what passed once is not looked at again; this is not that
     with pytest.raises(error, match=message):
         yolo11_call(**changes)()
+
+
+@ON_CPU
+def test_sizes_that_equal_known_ones_are_not_taken_for_them():
+    """Their type may be wrong, and those in a tensor may change."""
+    yolo11_call(feat_shapes=[(4, 4), (2, 2)])()
+    with pytest.raises(ValueError, match="feat_shapes must hold whole"):
+        yolo11_call(feat_shapes=[(4.0, 4.0), (2.0, 2.0)])()
+    sizes = torch.tensor([[4, 4], [2, 2]])
+    yolo11_call(feat_shapes=list(sizes))()
+    sizes[1] = 3
+    with pytest.raises(ValueError, match=r"feat_shapes must .* \(20\), not 25"):
+        yolo11_call(feat_shapes=list(sizes))()
+
+
+def test_as_many_kinds_of_input_as_there_are(monkeypatch):
+    monkeypatch.setattr(_levels, "_known", {})
+    for side in range(1, _levels._MAX_KNOWN + 50):
+        assert _levels.of_head({"x": torch.empty(1, side, 2)}, (2,), [(1, side)], (8.0,)).feat_shapes == (1, side)
+    assert 0 < len(_levels._known) <= _levels._MAX_KNOWN
 
 
 @pytest.mark.parametrize(
@@ -75,6 +96,7 @@ def test_yolo11_loss_names_what_is_wrong(changes, error, message):
         (lambda: ty.TaskAlignedAssigner(num_classes=0), "num_classes must be at least 1"),
         (lambda: ty.make_anchors([], []), "strides must have one number a level"),
         (lambda: ty.make_anchors([(4, 4)], (0,)), "strides must be finite and positive, got 0"),
+        (lambda: ty.YOLOXLoss(3, strides=[1e39]), r"strides must be finite in float32 and positive, got 1e\+39"),
         (lambda: ty.make_anchors([(4, 4, 4)], (8,)), r"feat_shapes must hold positive \(h, w\)"),
         (lambda: ty.decode_dfl(torch.zeros(1, 2, 8), torch.zeros(2, 2), reg_max=0), "reg_max must be at least 1"),
         (lambda: ty.decode_dfl(torch.zeros(1, 2, 8), torch.zeros(3, 2), reg_max=2), "anchor_points must have shape"),

@@ -438,6 +438,16 @@ def test_options_out_of_range_are_refused(option: str, capsys: pytest.CaptureFix
     assert f"--{option.partition('=')[0]} must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("device", "message"), [("foo", "a device as cpu"), ("cuda:99", "a device that is here")])
+@pytest.mark.parametrize("parse", [example.parse, lambda argv: photos.parse(["photo.png", *argv])])
+def test_a_device_that_is_not_there_is_refused(
+    parse: Callable, device: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--device", device])
+    assert f"error: argument --device: must be {message}" in capsys.readouterr().err
+
+
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     """The second of three validations is best; equal ones prefer the later."""
     scores = iter([0.1, 0.3, 0.2, 0.3])

@@ -150,3 +150,24 @@ def test_giou_of_boxes_whose_areas_overflow(sides):
     # Each side of a has its part of (d union - 3/4 d enclosing) / 2; the upper and lower ones enclose by half, being ties.
     assert (grad[[0, 2]] * w).tolist() == pytest.approx([-1 / 8, 1 / 2])
     assert (grad[[1, 3]] * h).tolist() == pytest.approx([-1 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("iou", 1 / 3), ("giou", 1 / 3), ("diou", 1 / 3 - 4 / 45), ("ciou", 1 / 3 - 4 / 45)]
+)
+def test_overlaps_up_to_the_length_that_squares_can_hold(kind, expected):
+    """Two boxes 8 by 6, of which half overlaps: 24 of 72. They are 4 apart, and both reach over root 180, which is 1e19."""
+    unit = torch.tensor(1e19 / math.sqrt(180), device=DEVICE)
+    a, b = (torch.tensor([x, 0.0, x + 8, 6.0], device=DEVICE) * unit for x in (0.0, 4.0))
+    assert ty.bbox_iou(a, b, kind=kind).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("side", "is_assigned"), [(1e18, True), (1e20, False)])
+def test_boxes_whose_overlap_is_no_number_are_not_assigned(side, is_assigned):
+    """A prediction that is the box itself; beyond 1e19 the overlap is NaN. Another image keeps its positive."""
+    boxes = torch.tensor([[[-side, -side, side, side]], [[0.0, 0, 4, 4]]], device=DEVICE)
+    ones, point = torch.ones(2, 1, 1, device=DEVICE), torch.tensor([[2.0, 2.0]], device=DEVICE)
+    assigned = ty.TaskAlignedAssigner(num_classes=1)(ones, boxes, point, ones - 1, boxes, ones)
+    assert assigned.fg_mask.tolist() == [[is_assigned], [True]]
+    assigned = ty.SimOTAAssigner(num_classes=1)(ones, ones[..., 0], boxes, point, 8 * ones[0, :, 0], ones - 1, boxes, ones)
+    assert assigned.matched_iou.isfinite().all()

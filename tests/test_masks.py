@@ -243,6 +243,7 @@ def test_a_mask_of_bytes_holds_no_number_above_255():
         ({"prototypes": torch.ones(1, 3, 8, 8)}, ValueError, r"prototypes must have shape \(1, 2, h, w\), got \(1, 3, 8, 8\)"),
         ({"masks": torch.ones(2, 8, 8)}, ValueError, r"masks must have shape \(1, H, W\), got \(2, 8, 8\)"),
         ({"masks": torch.ones(1, 0, 8)}, ValueError, r"masks must have sides of 1 to 65535 pixels, got \(1, 0, 8\)"),
+        ({"masks": torch.ones(1, 8, 8).cfloat()}, TypeError, "masks must be real, got torch.complex64"),
         ({"target_row": torch.zeros(1, 4)}, TypeError, "target_row must be int32 or int64, got torch.float32"),
         ({"prototypes": torch.ones(1, 2, 0, 8)}, ValueError, r"prototypes must have pixels, got \(1, 2, 0, 8\)"),
         ({"targets": torch.ones(4, 6)}, TypeError, "targets must be triton_yolo.Targets, .* got Tensor"),

@@ -9,6 +9,7 @@ import triton_yolo as ty
 from tests.conftest import DEVICE
 from tests.test_errors import ON_CPU, yolo11_call
 from tests.test_losses import small_yolo11, small_yolox
+from triton_yolo.integrations import ultralytics
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -51,8 +52,9 @@ def metric(**options):
 @pytest.mark.parametrize(
     ("name", "call", "value"),
     [(name, call, x) for name, calls in NUMBERS.items() for call in calls for x in (0, -1, 2.5, 10.0, NAN, "3", torch.ones(2))]
-    + [(name, call, x) for name, calls in REALS.items() for call in calls for x in (-1, NAN, INF, -INF, "3", torch.ones(3))],
-)
+    + [(name, call, x) for name, calls in REALS.items() for call in calls
+       for x in (-1, NAN, INF, -INF, 1e39, 10**400, "3", torch.ones(3))],
+)  # fmt: skip
 def test_wrong_numbers_are_named(name, call, value):
     with pytest.raises((ValueError, TypeError), match=f"^{name} must be "):
         call(value)
@@ -80,11 +82,30 @@ def test_wrong_numbers_are_named(name, call, value):
      ("mask", lambda: ty.Targets.from_padded(zeros(1, 2), zeros(1, 2, 4), [True, False])),
      (r"targets\[1\]\['boxes'\]",
       lambda: ty.Targets.from_list([{"boxes": torch.zeros(1, 4, device=x), "labels": zeros(1)} for x in (DEVICE, "meta")])),
-     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": [1]}]))],
+     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": [1]}])),
+     ("labels", lambda: ty.Targets.from_padded(zeros(1, 2).cfloat(), zeros(1, 2, 4))),
+     ("mask", lambda: ty.Targets.from_padded(zeros(1, 2), zeros(1, 2, 4), zeros(1, 2).cfloat())),
+     (r"targets\[0\]\['labels'\]", lambda: ty.Targets.from_list([{"boxes": zeros(1, 4), "labels": zeros(1).cfloat()}]))],
 )  # fmt: skip
 def test_wrong_types_are_named(name, call):
     with pytest.raises((ValueError, TypeError), match=f"^{name} must "):
         call()
+
+
+SWITCHES = {
+    "use_l1": [lambda x: ty.YOLOXLoss(3, use_l1=x), lambda x: setattr(ty.YOLOXLoss(3), "use_l1", x)],
+    "overlap_mask": [lambda x: ty.YOLO11SegmentationLoss(3, overlap_mask=x),
+                     lambda x: ty.mask_loss(zeros(1, 2, 1), zeros(1, 1, 4, 4), torch.full((1, 2), -1, device=DEVICE),
+                                            ty.Targets.from_yolo(zeros(1, 6), 64), zeros(1, 4, 4), imgsz=64, overlap_mask=x)],
+    "cuda_graph": [lambda x: ultralytics.patch(cuda_graph=x), lambda x: ultralytics.patched(cuda_graph=x).__enter__()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["False", 1, None, torch.ones(2)])
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in SWITCHES.items() for call in calls])
+def test_what_is_neither_true_nor_false_is_named(name, call, value):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+        call(value)
 
 
 @ON_CPU
@@ -104,9 +125,10 @@ def test_assigners_and_metric_name_labels_out_of_range(label):
 def test_numbers_of_other_kinds_are_taken():
     np = pytest.importorskip("numpy")
     criterion = ty.YOLO11Loss(np.int64(3), strides=torch.tensor([8.0, 16.0]), reg_max=np.int32(8), topk=np.int64(10),
-                              alpha=np.float32(0.5), beta=torch.tensor(6.0), box_gain=np.float64(7.5))  # fmt: skip
+                              alpha=np.float16(0.5), beta=torch.tensor(6.0), box_gain=np.float64(7.5))  # fmt: skip
     expected, *args = small_yolo11()
     assert torch.equal(criterion(*args).loss, expected(*args).loss)
+    assert ty.YOLOXLoss(3, use_l1=np.bool_(True)).use_l1 is True
     dist, scores, shapes, rows = args
     assert torch.equal(criterion(dist, scores, np.array(shapes), rows).loss, expected(*args).loss)
 

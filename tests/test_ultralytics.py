@@ -748,5 +748,14 @@ def test_changed_methods_of_steps_are_an_error(name, monkeypatch):
     from ultralytics.nn.tasks import BaseModel
 
     monkeypatch.setattr(BaseModel if name == "loss" else BaseTrainer, name, lambda other: None)
-    with pytest.raises(RuntimeError, match=rf"{name} takes \('other',\), expected"), integration.patched(cuda_graph=True):
+    stock, expected = methods(), rf"{name} takes \('other',\), expected"
+    with pytest.raises(RuntimeError, match=expected), integration.patched(cuda_graph=True):
         pass
+    with pytest.raises(RuntimeError, match=expected):
+        integration.patch(cuda_graph=True)
+    assert methods() == stock
+    integration.patch()
+    ours = methods()
+    with pytest.raises(RuntimeError, match=expected):
+        integration.patch(cuda_graph=True)
+    assert methods() == ours, "what was patched before stays"

@@ -6,21 +6,21 @@ constant of it in a compiled graph.
 
 import math
 import numbers
-import operator
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._signatures import ImageSize, Levels
+from ._signatures import ImageSize
 
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SIZES = (int, torch.SymInt)
+_LARGEST = torch.finfo(torch.float32).max
+SIZES = (int, torch.SymInt)
 _WHOLE_BELOW = {torch.float16: 2048, torch.bfloat16: 256}  # the first whole numbers that others are rounded to
 
 
@@ -56,14 +56,26 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def boolean(argument: str, value: Any) -> bool:
+    """True or False, of NumPy too; what else is true or not might be meant otherwise, as "False" is."""
+    value = _on_host(argument, value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
+    return value
+
+
 def real(argument: str, value: Any, *, is_positive: bool = False) -> float:
-    """A finite number that is not negative, or positive, of any kind that the host knows."""
+    """A number of float32 that is not negative, or positive, of any kind that the host knows."""
     value = _on_host(argument, value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    number = float(value)
-    if not ((number > 0 if is_positive else number >= 0) and number < math.inf):  # comparisons are all that a graph knows
-        raise ValueError(f"{argument} must be finite and {'positive' if is_positive else 'not negative'}, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole one
+        number = math.inf
+    if not ((number > 0 if is_positive else number >= 0) and number <= _LARGEST):  # comparisons are all that a graph knows
+        sign, kind = "positive" if is_positive else "not negative", " in float32" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{argument} must be finite{kind} and {sign}, got {value}")
     return number
 
 
@@ -103,7 +115,7 @@ def image_size(argument: str, value: Any) -> ImageSize:
 
 def _side(argument: str, value: Any) -> tuple[Any, float]:
     """A side as a whole number of some pixels."""
-    if isinstance(value, _SIZES) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, SIZES) and not isinstance(value, bool) and 0 < value < 2**63:
         return value, 1.0
     return 1, real(argument, value, is_positive=True)
 
@@ -124,8 +136,11 @@ def tensor(argument: str, x: Tensor, shape: Sequence[int | str], *, like: Tensor
     if not fits:
         expected = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{argument} must have shape ({expected}), got {tuple(sizes)}")
-    if is_float and x.dtype not in FLOATS:
-        raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if is_float:
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    elif x.dtype.is_complex:
+        raise TypeError(f"{argument} must be real, got {x.dtype}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{argument} must be on {like.device}, got {x.device}")
 
@@ -142,50 +157,6 @@ def per_slot(argument: str, x: Tensor, like: Tensor) -> Tensor:
     is_column = isinstance(x, Tensor) and x.dim() == 3
     tensor(argument, x, (*shape, 1) if is_column else shape, like=like, is_float=False)
     return x.reshape(shape)
-
-
-def levels(feat_shapes: Sequence[Sequence[int]], strides: tuple[float, ...], num_anchors: int | None = None) -> Levels:
-    """Check the sizes of the levels against the strides and the number of anchors."""
-    if not isinstance(feat_shapes, list | tuple | Iterable):  # the first are quick to tell
-        raise TypeError(f"feat_shapes must be a sequence of (h, w), got {feat_shapes!r}")
-    shapes = list(feat_shapes)
-    if len(shapes) != len(strides) or not shapes:
-        _bad_levels(f"have one (h, w) for each of the {len(strides)} strides", shapes)
-    flat: list[int] = []
-    total = 0
-    for shape in shapes:
-        try:
-            height, width = shape
-        except (TypeError, ValueError):
-            _bad_levels("hold positive (h, w)", shapes)
-        if not (isinstance(height, _SIZES) and isinstance(width, _SIZES)):
-            height, width = _whole_sides(height, width, shapes)
-        if height < 1 or width < 1:
-            _bad_levels("hold positive (h, w)", shapes)
-        flat += (height, width)
-        total = total + height * width
-    image_height, image_width = flat[0] * strides[0], flat[1] * strides[0]
-    for level in range(1, len(strides)):
-        stride = strides[level]
-        bound = stride if stride > strides[0] else strides[0]
-        if abs(flat[2 * level] * stride - image_height) > bound or abs(flat[2 * level + 1] * stride - image_width) > bound:
-            _bad_levels(f"be sizes of one image at strides {strides}, in their order, each (h, w)", shapes)
-    if num_anchors is not None and total != num_anchors:
-        _bad_levels(f"have as many cells as the predictions have anchors ({num_anchors}), not {total}", shapes)
-    return Levels(tuple(flat), strides)
-
-
-def _whole_sides(height: Any, width: Any, shapes: Sequence[Any]) -> tuple[int, int]:
-    """Sides of NumPy's or of a tensor."""
-    try:
-        return operator.index(height), operator.index(width)
-    except TypeError:
-        _bad_levels("hold whole (h, w)", shapes)
-
-
-def _bad_levels(must: str, shapes: Sequence[Any]) -> NoReturn:
-    got = [tuple(shape) if isinstance(shape, Iterable) else shape for shape in shapes]
-    raise ValueError(f"feat_shapes must {must}, got {got}")
 
 
 # ---- ground truth

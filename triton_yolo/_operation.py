@@ -68,8 +68,7 @@ class Operation(Generic[Outputs]):
         # Tangents of forward-mode differentiation travel without the grad mode too.
         if self._differentiable is None or not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             return self.outputs._make(self.run(x))
-        result = self._differentiable(x)
-        return self.outputs(*result, *[None] * (len(self.outputs._fields) - len(result)))  # gradients that are kept
+        return self._differentiable(x)
 
     def run(self, x: Any) -> tuple[Tensor, ...]:
         """Run without a gradient: what nobody watches without the operator, which costs as much as ten launches."""
@@ -99,12 +98,13 @@ class Operation(Generic[Outputs]):
             values[start:end] = (kind._make(values[start:end]),)
         return self.inputs._make(values)
 
-    def compute(self, x: Any) -> tuple[Tensor, ...]:
+    def compute(self, x: Any, module: Any = None) -> tuple[Tensor, ...]:
+        """Run the implementation in ``module``, that of the backend if none is given."""
         if self._check is not None:
             self._check(x)
         device = x[0].device
-        function = getattr(_backend.implementation(device, getattr(x, "backend", "")), self.name)
-        if torch.is_autocast_enabled(device.type):
+        function = getattr(module or _backend.implementation(device, getattr(x, "backend", "")), self.name)
+        if torch._C._is_any_autocast_enabled():
             with torch.autocast(device.type, enabled=False):  # types are explicit here
                 return function(x)
         return function(x)
@@ -190,12 +190,12 @@ class _Differentiable:
         name = f"triton_yolo::{operation.name}"
         torch.library.register_autograd(name, give_back_lists, setup_context=set_up, lib=_LIBRARY)
 
-    def __call__(self, x: Any) -> tuple[Tensor, ...]:
+    def __call__(self, x: Any) -> Any:
         flat = self._operation.flat(x)
         if torch.compiler.is_compiling():
-            return self._operation.run_operator(flat)
+            return self._operation.outputs._make(self._operation.run_operator(flat))
         function = self._functional if torch._C._are_functorch_transforms_active() else self._plain
-        return function.apply(*flat)
+        return self._operation.outputs._make(function.apply(*flat))
 
 
 class _Once(torch.autograd.Function):
@@ -262,6 +262,9 @@ class _GradientsInside(_Differentiable):
         first = min(place for place, name in enumerate(names) if name.startswith("grad_"))
         wanted = [name.removeprefix("grad_") for name in names[first:]]
         places = [operation.names.index(name) for name in wanted]
+        kinds = list(get_type_hints(operation.inputs).values())
+        with_tensors = (Tensor, Tensor | None, list[Tensor])
+        places_of_others = [place for place in range(len(wanted), len(kinds)) if kinds[place] in with_tensors]
 
         def remember(ctx: Any, flat: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.save_for_backward(*output[first:], *[flat[place] for place in places])
@@ -278,65 +281,60 @@ class _GradientsInside(_Differentiable):
         def grads_of(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
             grads, ctx.grads = ctx.grads, None
             if grads is None:  # of a graph that was retained: they went to who asked first, and are computed again
-                _require_unchanged(ctx.rest, ctx.versions)
+                x = operation.inputs._make((*ctx.saved_tensors, *ctx.rest))
+                if _versions(x, places_of_others) != ctx.versions:
+                    raise RuntimeError(
+                        "targets or settings of triton_yolo were modified by an inplace operation before a second backward"
+                    )
                 _backend.begin(ctx.backend)
                 try:
-                    grads = operation.run(operation.inputs._make((*ctx.saved_tensors, *ctx.rest)))[first:]
+                    grads = operation.run(x)[first:]
                 finally:
                     _backend.end()
-            _scale(grads, grad, ctx.backend)
+            if type(grad) is Tensor:
+                ctx.module.scale_(grads, grad)
+            else:
+                for x in grads:
+                    x.mul_(grad)
             return grads
 
         class InPlace(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, x: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
-                output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x)
+            def forward(ctx: Any, x: Any, others: list[Tensor], *leaves: Tensor) -> Tensor:
+                ctx.module = module = _backend.implementation(x[0].device)
+                output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x, module)
                 ctx.save_for_backward(*leaves)
-                ctx.rest = x[len(leaves) :]
-                ctx.versions = _versions(ctx.rest)
+                ctx.rest, ctx.versions = x[len(leaves) :], _versions(x, places_of_others)
                 ctx.grads, ctx.backend = output[first:], _backend.current()
-                ctx.mark_non_differentiable(*output[1:first])
-                ctx.set_materialize_grads(False)
-                return output[:first]
+                others += output[1:first]  # autograd need not know of what has no gradient
+                return output[0]
 
             @staticmethod
-            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-                if grad is None:
-                    return (None,) * (1 + len(wanted))
+            def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 if torch.is_grad_enabled():  # create_graph=True
                     with torch.no_grad():
                         grads = grads_of(ctx, grad)
-                    return (None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
-                return (None, *grads_of(ctx, grad))
+                    return (None, None, *_differentiated_once(grads, grad, *ctx.saved_tensors))
+                return (None, None, *grads_of(ctx, grad))
 
         InPlace.__name__ = InPlace.__qualname__ = operation.name
-        self._in_place, self._num_leaves = InPlace, len(wanted)
+        # Past the method of ``Function``, which serves ``torch.func``.
+        self._in_place, self._num_leaves = super(torch.autograd.Function, InPlace).apply, len(wanted)
+        self._kept = (None,) * (len(names) - first)  # gradients are nobody's business
         assert list(operation.inputs._fields[: len(wanted)]) == wanted, "what has a gradient comes first"
 
-    def __call__(self, x: Any) -> tuple[Tensor, ...]:
+    def __call__(self, x: Any) -> Any:
         if _is_traced():
             return super().__call__(x)
-        return self._in_place.apply(x, *x[: self._num_leaves])
+        others: list[Tensor] = []
+        loss = self._in_place(x, others, *x[: self._num_leaves])
+        return tuple.__new__(self._operation.outputs, (loss, *others, *self._kept))
 
 
-def _versions(values: Sequence[Any]) -> list[int]:
-    """How often the tensors among them were changed. One that was made in inference mode has no count."""
+def _versions(x: Any, places: Sequence[int]) -> list[int]:
+    """How often the tensors at these places were changed. One that was made in inference mode has no count."""
     versions = []
-    for value in values:
-        for x in value if type(value) is list else (value,):
-            if isinstance(x, Tensor):
-                versions.append(0 if x.is_inference() else x._version)
+    for place in places:
+        for tensor in x[place] if isinstance(x[place], list) else (x[place],):
+            versions.append(0 if tensor is None or tensor.is_inference() else tensor._version)
     return versions
-
-
-def _require_unchanged(values: Sequence[Any], versions: list[int]) -> None:
-    if _versions(values) != versions:
-        raise RuntimeError("targets or settings of triton_yolo were modified by an inplace operation before a second backward")
-
-
-def _scale(grads: Sequence[Tensor], grad: Tensor, backend: str) -> None:
-    if type(grad) is Tensor:
-        _backend.implementation(grad.device, backend).scale_(grads, grad)
-    else:
-        for x in grads:
-            x.mul_(grad)

@@ -51,7 +51,9 @@ yolo11_criterion: Operation[of.YOLO11Outputs] = Operation("yolo11_criterion", of
 
 _yolo11_obb_backward: Operation[of.GradDistAngleScores] = Operation("yolo11_obb_loss_backward", of.YOLO11OBBLossBackward)
 yolo11_obb_assign: Operation[of.YOLO11Assignment] = Operation("yolo11_obb_assign", of.YOLO11OBBAssign, check=_check_yolo11)
-yolo11_obb_loss: Operation[of.YOLO11LossOutputs] = Operation("yolo11_obb_loss", of.YOLO11OBBLoss, gradient=_yolo11_obb_backward)
+yolo11_obb_loss: Operation[of.YOLO11OBBLossOutputs] = Operation(
+    "yolo11_obb_loss", of.YOLO11OBBLoss, gradient=_yolo11_obb_backward
+)
 yolo11_obb_criterion: Operation[of.YOLO11OBBOutputs] = Operation("yolo11_obb_criterion", of.YOLO11OBB, check=_check_yolo11)
 
 keypoint_loss: Operation[of.KeypointLossOutputs] = Operation("keypoint_loss", of.KeypointLoss)

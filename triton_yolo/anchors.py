@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _levels
 
 
 def make_anchors(
@@ -38,7 +38,7 @@ def make_anchors(
         [[4.0, 4.0], [12.0, 4.0], [4.0, 12.0], [12.0, 12.0], [8.0, 8.0]]
     """
     strides = _checks.reals("strides", strides)
-    sides = _checks.levels(feat_shapes, strides).feat_shapes
+    sides = _levels.of(feat_shapes, strides).feat_shapes
     points, point_strides = [], []
     for height, width, stride in zip(sides[::2], sides[1::2], strides, strict=True):
         x = torch.arange(width, device=device, dtype=dtype) + offset

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _levels, _ops
 from ._precision import working_dtype
 from ._signatures import KeypointLoss
 
@@ -91,7 +91,7 @@ def keypoint_loss(
     num_rows = gt_keypoints.shape[0]
     _checks.tensor("gt_boxes", gt_boxes, (num_rows, 4), like=pred_keypoints)
     _checks.target_row("target_row", target_row, pred_keypoints)
-    levels = _checks.levels(feat_shapes, _checks.reals("strides", strides), pred_keypoints.shape[1])
+    levels = _levels.of(feat_shapes, _checks.reals("strides", strides), pred_keypoints.shape[1])
     gains = _checks.real("pose_gain", pose_gain), _checks.real("kobj_gain", kobj_gain)
     _checks.rows_below("target_row", target_row, num_rows)
     is_fg = (target_row >= 0) & (target_row < num_rows)
@@ -103,7 +103,7 @@ def keypoint_loss(
         False, levels, sigmas, gains, wants_grad,
     )  # fmt: skip
     out = _ops.keypoint_loss(x)
-    return KeypointLossOutput(out.loss, *out.terms.unbind())
+    return KeypointLossOutput(out.loss, *out.terms)
 
 
 def sigmas_of(pred_keypoints: Tensor, argument: str, gt_keypoints: Tensor, sigmas: Sequence[float] | None) -> tuple[float, ...]:

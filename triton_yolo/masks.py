@@ -69,7 +69,7 @@ def mask_loss(
     _checks.tensor("prototypes", prototypes, (batch_size, num_channels, "h", "w"), like=pred_masks)
     _checks.ground_truth(targets, Targets._fields, pred_masks)
     _checks.target_row("target_row", target_row, pred_masks)
-    size = _checks.image_size("imgsz", imgsz)
+    size, overlap_mask = _checks.image_size("imgsz", imgsz), _checks.boolean("overlap_mask", overlap_mask)
     image_index, no_label = targets.image_index, torch.zeros_like(targets.labels)
     is_row = targets._replace(labels=no_label).is_valid(batch_size, 1)
     is_fg = is_matched(target_row, image_index.where(is_row, -1), no_label, 1)

@@ -81,7 +81,9 @@ def bbox_iou(a: Tensor, b: Tensor, *, kind: str = "iou", eps: float = 1e-7) -> T
     ``eps`` is added to the heights, to the union and to the enclosing area or squared diagonal. The height of GIoU's enclosing
     box has that of both boxes: GIoU is between -1 and 1 however flat they are. CIoU's trade-off weight is a constant for the
     gradient. Where sides coincide or boxes touch, the gradient is the mean of those on either side. An inverted box overlaps
-    nothing. (GIoU: arXiv 1902.09630; DIoU, CIoU: arXiv 1911.08287.)
+    nothing. Areas and squared distances must be numbers of the type: pairs that reach over more than 1e19 in float32, 1e154 in
+    float64, have a wrong overlap or NaN, but for GIoU, which has no such limit; assigners take NaN as 0. (GIoU: arXiv
+    1902.09630; DIoU, CIoU: arXiv 1911.08287.)
 
     Args:
         a: (..., 4) in xyxy, any float type.

@@ -62,7 +62,7 @@ def in_parts(module: ModuleType, x: of.YOLO11) -> of.YOLO11Outputs:
     )  # fmt: skip
     out = module.yolo11_loss(given)
     row = row if x.wants_row else row.new_empty(0)
-    return of.YOLO11Outputs(out.loss, out.terms, num_fg, row, *module.yolo11_loss_backward(gradient_of(given, out)))
+    return of.YOLO11Outputs(out.loss, *out.terms, num_fg, row, *module.yolo11_loss_backward(gradient_of(given, out)))
 
 
 def x_in_parts(module: ModuleType, x: of.YOLOX) -> of.YOLOXOutputs:
@@ -82,10 +82,11 @@ def check_whole(whole, parts, unwanted, *, order: float = 0) -> None:
 
     Where sums are taken in another ``order``, that is how much loss and terms may differ.
     """
-    assert same(whole[2:], parts[2:])
+    num_sums = 1 + len(whole.terms)
+    assert same(whole[num_sums:], parts[num_sums:])
     first = next(place for place, name in enumerate(whole._fields) if name.startswith("grad_"))
     assert same(unwanted[:first], whole[:first])
-    for have, want in zip(whole[:2], parts[:2], strict=True):
+    for have, want in zip(whole[:num_sums], parts[:num_sums], strict=True):
         torch.testing.assert_close(have, want, rtol=order, atol=0)
     assert all(x.numel() == 0 for x in unwanted[first:])
     assert [x.dtype for x in unwanted[first:]] == [x.dtype for x in parts[first:]]
@@ -143,11 +144,11 @@ def test_no_images(module):
     nobody = [case.targets[0][:0], *(t[:0] for t in case.targets[1:])]
     x = criterion(assign(case))._replace(pred_dist=case.dist[:0], pred_scores=case.scores[:0], targets=nobody)
     whole = module.yolo11_criterion(x)
-    assert whole.loss == whole.num_fg == whole.terms.abs().sum() == 0
+    assert whole.loss == whole.num_fg == sum(whole.terms) == 0
     assert (whole.grad_pred_dist.shape, whole.grad_pred_scores.shape) == (x.pred_dist.shape, x.pred_scores.shape)
     y = x_criterion(x_assign(x_case))._replace(preds=x_case.preds[:0], targets=nobody)
     whole = module.yolox_criterion(y)
-    assert whole.loss == whole.num_fg == whole.terms.abs().sum() == 0
+    assert whole.loss == whole.num_fg == sum(whole.terms) == 0
     assert whole.grad_preds.shape == y.preds.shape
 
 
@@ -157,8 +158,8 @@ def test_what_is_not_finite_poisons_the_whole(module, bad):
     case.dist[0, 3, 2], x_case.preds[1, 7, 4] = bad, bad
     for whole in (module.yolo11_criterion(criterion(assign(case))), module.yolox_criterion(x_criterion(x_assign(x_case)))):
         assert whole.loss.isnan()
-        assert whole.terms.isnan().all()
-        assert all(grad.isnan().all() for grad in whole[3:])
+        assert all(term.isnan() for term in whole.terms)
+        assert all(x.isnan().all() for name, x in whole._asdict().items() if name.startswith("grad_"))
         assert whole.num_fg.isfinite()
 
 

@@ -100,6 +100,7 @@ def test_prob_iou(dtype, eps, floor):
 
 @pytest.mark.parametrize("angle", [0.0, 1e-4, 0.7, -1.5707, 1.5709, 3.1416, -40.0, 1e4, -3e5, 1e9, 1e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("meter")
 def test_prob_iou_of_any_angle(dtype, angle):
     """One that float32 knows to 0.01 only may be off by as much."""
     turned = torch.tensor([1.0, 2, 8, 4, angle], dtype=dtype)

@@ -349,21 +349,24 @@ def given_yolox(x: of.YOLOX) -> of.YOLOXLoss:
     )  # fmt: skip
 
 
-def scale(x: Any) -> list[Tensor]:
+class Scaled(NamedTuple):
+    grad: Tensor
+    grads: list[Tensor]
+
+
+def scale(x: Scaled) -> list[Tensor]:
     kernels.scale_(x.grads, x.grad)
     return x.grads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_scaling_of_any_gradients(driver, dtype):
-    from triton_yolo.kernels.scale import Scale
-
     one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    base = Scale(one, [torch.rand(2, 20, 8).to(dtype), torch.rand(2, 20, 3).to(dtype)])
-    check(driver, scale, base, Scale(one, base.grads[:1]), base)
-    check(driver, scale, Scale(one, [torch.rand(1, 1, 1).to(dtype), torch.rand(1, 1, 16).to(dtype)]), base)
+    base = Scaled(one, [torch.rand(2, 20, 8).to(dtype), torch.rand(2, 20, 3).to(dtype)])
+    check(driver, scale, base, Scaled(one, base.grads[:1]), base)
+    check(driver, scale, Scaled(one, [torch.rand(1, 1, 1).to(dtype), torch.rand(1, 1, 16).to(dtype)]), base)
     for start in range(1, 16):  # the factor may lie anywhere; gradients are the package's own
-        check(driver, scale, Scale(in_memory(one, start), base.grads), base)
+        check(driver, scale, Scaled(in_memory(one, start), base.grads), base)
 
 
 def test_raw_and_packed_ground_truth_of_every_number_of_rows_share_plans(driver):
@@ -416,9 +419,7 @@ def test_a_kernel_that_lacks_something_is_not_bound(missing):
 
 def test_outputs_that_are_not_aligned_go_through_triton(driver):
     """The gradients that ``scale_`` changes are its outputs."""
-    from triton_yolo.kernels.scale import Scale
-
-    x = Scale(torch.ones(()), [in_memory(torch.rand(2, 20, 8), 1), torch.rand(2, 20, 3)])
+    x = Scaled(torch.ones(()), [in_memory(torch.rand(2, 20, 8), 1), torch.rand(2, 20, 3)])
     for _ in range(3):
         assert not run(driver, scale, x).is_bound
 

@@ -57,6 +57,7 @@ from .yolo11_obb import (
     YOLO11OBBAssign,
     YOLO11OBBLoss,
     YOLO11OBBLossBackward,
+    YOLO11OBBLossOutputs,
     YOLO11OBBOutputs,
 )
 from .yolox import (
@@ -119,6 +120,7 @@ __all__ = [
     "YOLO11OBBAssign",
     "YOLO11OBBLoss",
     "YOLO11OBBLossBackward",
+    "YOLO11OBBLossOutputs",
     "YOLO11OBBOutputs",
     "YOLO11Outputs",
     "YOLOXAssign",

@@ -10,12 +10,17 @@ from .common import Levels, held_gradient
 
 
 class KeypointLossOutputs(NamedTuple):
-    """The loss (); its weighted terms (2,): pose, kobj; gradients, without elements if unwanted."""
+    """The loss (); its weighted terms, () each; gradients, without elements if unwanted."""
 
     loss: Tensor
-    terms: Tensor
+    pose: Tensor
+    kobj: Tensor
     grad_pred_keypoints: Tensor
     grad_other_loss: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:3]
 
 
 class KeypointLoss(NamedTuple):
@@ -47,6 +52,7 @@ class KeypointLoss(NamedTuple):
     def allocate(self) -> KeypointLossOutputs:
         preds, dtype = self.pred_keypoints, working_dtype(self.pred_keypoints.dtype)
         loss = preds.new_empty((), dtype=dtype)
+        terms = loss.new_empty(()), loss.new_empty(())
         if not self.wants_grad:
-            return KeypointLossOutputs(loss, loss.new_empty(2), preds.new_empty(0), loss.new_empty(0))
-        return KeypointLossOutputs(loss, loss.new_empty(2), held_gradient(preds), torch.empty_like(self.other_loss))
+            return KeypointLossOutputs(loss, *terms, preds.new_empty(0), loss.new_empty(0))
+        return KeypointLossOutputs(loss, *terms, held_gradient(preds), torch.empty_like(self.other_loss))

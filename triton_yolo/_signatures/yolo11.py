@@ -66,11 +66,17 @@ class YOLO11Assign(NamedTuple):
 
 
 class YOLO11LossOutputs(NamedTuple):
-    """The loss (); its weighted terms (3,): box, cls, dfl; the normaliser for backward, NaN where the loss is poisoned."""
+    """The loss (); its weighted terms, () each; the normaliser for backward (2,), NaN where the loss is poisoned."""
 
     loss: Tensor
-    terms: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
     held: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:4]
 
 
 class YOLO11Loss(NamedTuple):
@@ -90,7 +96,7 @@ class YOLO11Loss(NamedTuple):
 
     def allocate(self) -> YOLO11LossOutputs:
         dtype = self.target_score.dtype
-        return YOLO11LossOutputs(*(self.pred_dist.new_empty(shape, dtype=dtype) for shape in ((), 3, 2)))
+        return YOLO11LossOutputs(*(self.pred_dist.new_empty(shape, dtype=dtype) for shape in ((), (), (), (), 2)))
 
 
 class GradDistScores(NamedTuple):
@@ -118,17 +124,23 @@ class YOLO11LossBackward(NamedTuple):
 
 
 class YOLO11Outputs(NamedTuple):
-    """The loss (); its weighted terms (3,): box, cls, dfl; number of positives; the row of every anchor; gradients.
+    """The loss (); its weighted terms, () each; number of positives; the row of every anchor; gradients.
 
     Rows and gradients that are not wanted have no elements.
     """
 
     loss: Tensor
-    terms: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
     num_fg: Tensor
     target_row: Tensor
     grad_pred_dist: Tensor
     grad_pred_scores: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:4]
 
 
 class YOLO11(NamedTuple):
@@ -153,4 +165,4 @@ class YOLO11(NamedTuple):
         )
         num_fg = dist.new_empty((), dtype=torch.int64)
         row = dist.new_empty(dist.shape[:2] if self.wants_row else 0, dtype=torch.int32)
-        return YOLO11Outputs(loss, loss.new_empty(3), num_fg, row, *grads)
+        return YOLO11Outputs(loss, loss.new_empty(()), loss.new_empty(()), loss.new_empty(()), num_fg, row, *grads)

@@ -1,6 +1,6 @@
 """YOLO11's criterion of oriented boxes: whole, and in two parts. What is not told here is as of ``yolo11``.
 
-Boxes of ground truth are (N, 5): centre and size, and the angle in radians; terms are (4,): box, cls, dfl, angle.
+Boxes of ground truth are (N, 5): centre and size, and the angle in radians.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._precision import working_dtype
 from .common import Levels, TaskAligned, new_ground_truth, of_anchors, wider
-from .yolo11 import YOLO11Assignment, YOLO11LossOutputs
+from .yolo11 import YOLO11Assignment
 
 MIN_SIDE_PX = 2.0
 """Ground truths with a shorter side are ignored."""
@@ -38,6 +38,19 @@ class YOLO11OBBAssign(NamedTuple):
         )  # fmt: skip
 
 
+class YOLO11OBBLossOutputs(NamedTuple):
+    loss: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
+    angle: Tensor
+    held: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:5]
+
+
 class YOLO11OBBLoss(NamedTuple):
     pred_dist: Tensor
     pred_angle: Tensor
@@ -52,9 +65,9 @@ class YOLO11OBBLoss(NamedTuple):
     reg_max: int
     gains: tuple[float, ...]
 
-    def allocate(self) -> YOLO11LossOutputs:
+    def allocate(self) -> YOLO11OBBLossOutputs:
         dtype = self.target_score.dtype
-        return YOLO11LossOutputs(*(self.pred_dist.new_empty(shape, dtype=dtype) for shape in ((), 4, 2)))
+        return YOLO11OBBLossOutputs(*(self.pred_dist.new_empty(shape, dtype=dtype) for shape in ((), (), (), (), (), 2)))
 
 
 class GradDistAngleScores(NamedTuple):
@@ -85,11 +98,18 @@ class YOLO11OBBLossBackward(NamedTuple):
 
 class YOLO11OBBOutputs(NamedTuple):
     loss: Tensor
-    terms: Tensor
+    box: Tensor
+    cls: Tensor
+    dfl: Tensor
+    angle: Tensor
     num_fg: Tensor
     grad_pred_dist: Tensor
     grad_pred_angle: Tensor
     grad_pred_scores: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:5]
 
 
 class YOLO11OBB(NamedTuple):
@@ -109,4 +129,5 @@ class YOLO11OBB(NamedTuple):
         loss = dist.new_empty((), dtype=working_dtype(dist.dtype))
         num_fg = dist.new_empty((), dtype=torch.int64)
         grads = (torch.empty_like(x) if self.wants_grad else x.new_empty(0) for x in preds)
-        return YOLO11OBBOutputs(loss, loss.new_empty(4), num_fg, *grads)
+        terms = [loss.new_empty(()) for _ in range(4)]
+        return YOLO11OBBOutputs._make((loss, *terms, num_fg, *grads))

@@ -62,10 +62,17 @@ class YOLOXAssign(NamedTuple):
 
 
 class YOLOXLossOutputs(NamedTuple):
-    """The loss (), and its weighted terms (4,): iou, obj, cls, l1."""
+    """The loss (), and its weighted terms, () each."""
 
     loss: Tensor
-    terms: Tensor
+    iou: Tensor
+    obj: Tensor
+    cls: Tensor
+    l1: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:5]
 
 
 class YOLOXLoss(NamedTuple):
@@ -86,7 +93,7 @@ class YOLOXLoss(NamedTuple):
 
     def allocate(self) -> YOLOXLossOutputs:
         dtype = self.matched_iou.dtype
-        return YOLOXLossOutputs(self.preds.new_empty((), dtype=dtype), self.preds.new_empty(4, dtype=dtype))
+        return YOLOXLossOutputs(*(self.preds.new_empty((), dtype=dtype) for _ in range(5)))
 
 
 class YOLOXLossBackward(NamedTuple):
@@ -108,12 +115,19 @@ class YOLOXLossBackward(NamedTuple):
 
 
 class YOLOXOutputs(NamedTuple):
-    """The loss (); its weighted terms (4,); positives per ground truth (); gradient, without elements if unwanted."""
+    """The loss (); its weighted terms, () each; positives per ground truth (); gradient, without elements if unwanted."""
 
     loss: Tensor
-    terms: Tensor
+    iou: Tensor
+    obj: Tensor
+    cls: Tensor
+    l1: Tensor
     num_fg: Tensor
     grad_preds: Tensor
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        return self[1:5]
 
 
 class YOLOX(NamedTuple):
@@ -132,4 +146,4 @@ class YOLOX(NamedTuple):
         preds = self.preds
         loss = preds.new_empty((), dtype=working_dtype(preds.dtype))
         grad = torch.empty_like(preds) if self.wants_grad else preds.new_empty(0)
-        return YOLOXOutputs(loss, loss.new_empty(4), loss.new_empty(()), grad)
+        return YOLOXOutputs._make((loss, *[loss.new_empty(()) for _ in range(5)], grad))

@@ -17,13 +17,13 @@ def keypoint_loss(x: KeypointLoss) -> KeypointLossOutputs:
     pose, kobj = pos.distances().sum(), torch.zeros_like(pos.per_sum)
     if pos.logits is not None:
         kobj = F.binary_cross_entropy_with_logits(pos.logits, pos.visible, reduction="sum") / len(x.sigmas)
-    terms = torch.stack([pose_gain * pose, kobj_gain * kobj]) / pos.num_fg
-    other = x.other_loss.to(terms.dtype)
-    terms = terms.where(is_finite(pos.raw) & ~other.isnan(), torch.nan)
-    loss = other + pos.num_images * terms.sum()
+    other = x.other_loss.to(pose.dtype)
+    is_right = is_finite(pos.raw) & ~other.isnan()
+    terms = [(total / pos.num_fg).where(is_right, torch.nan) for total in (pose_gain * pose, kobj_gain * kobj)]
+    loss = other + pos.num_images * torch.stack(terms).sum()
     if not x.wants_grad:
-        return KeypointLossOutputs(loss, terms, x.pred_keypoints.new_empty(0), loss.new_empty(0))
-    return KeypointLossOutputs(loss, terms, *_keypoint_gradients(x, pos, loss))
+        return KeypointLossOutputs._make((loss, *terms, x.pred_keypoints.new_empty(0), loss.new_empty(0)))
+    return KeypointLossOutputs._make((loss, *terms, *_keypoint_gradients(x, pos, loss)))
 
 
 def _keypoint_gradients(x: KeypointLoss, pos: "_Positives", loss: Tensor) -> tuple[Tensor, Tensor]:

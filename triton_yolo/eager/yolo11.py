@@ -98,23 +98,24 @@ def yolo11_criterion(x: YOLO11) -> YOLO11Outputs:
     options = x.class_weights, x.levels, x.reg_max, x.gains
     given = YOLO11Loss(x.pred_dist, x.pred_scores, row, score, sums.clamp(min=1), labels, boxes, *options)
     pos = Positives(given)
-    loss, terms, held = loss_of(given, pos)
+    loss, box, cls, dfl, held = loss_of(given, pos)
     row = row if x.wants_row else row.new_empty(0)
     if not x.wants_grad:
-        return YOLO11Outputs(loss, terms, num_fg, row, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
+        return YOLO11Outputs(loss, box, cls, dfl, num_fg, row, x.pred_dist.new_empty(0), x.pred_scores.new_empty(0))
     grads = gradients_of(given, pos, held[1] / held[0])
-    return YOLO11Outputs(loss, terms, num_fg, row, *grads)
+    return YOLO11Outputs(loss, box, cls, dfl, num_fg, row, *grads)
 
 
 def yolo11_loss(x: YOLO11Loss) -> YOLO11LossOutputs:
-    return loss_of(x, Positives(x))
+    return YOLO11LossOutputs(*loss_of(x, Positives(x)))
 
 
 def yolo11_loss_backward(x: YOLO11LossBackward) -> GradDistScores:
     return GradDistScores(*gradients_of(x, Positives(x), x.grad * x.held[1] / x.held[0]))
 
 
-def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutputs:
+def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> list[Tensor]:
+    """The loss, its terms, and the normaliser for backward."""
     per_class = pos.scores.new_zeros(x.pred_scores.shape[2])
     ends = Extremes(per_class)
     for block in blocks(x.pred_scores):
@@ -136,11 +137,11 @@ def loss_of(x: YOLO11Loss | YOLO11OBBLoss, pos: "Positives") -> YOLO11LossOutput
     else:
         side = (pos.distances - pos.target_distances).abs() * pos.image_share
     box, dfl, *others = [(loss * pos.scores).sum() for loss in (box, side.mean(-1), *others)]
-    terms = box, cls, dfl, *others
+    sums = box, cls, dfl, *others
     # A gain of 0 turns a term off, also where the sum overflows.
-    weighted = [gain * term if gain > 0 else torch.zeros_like(term) for gain, term in zip(x.gains, terms, strict=True)]
-    items = torch.stack(weighted) / normaliser[0]
-    return YOLO11LossOutputs(normaliser[1] * items.sum(), items, normaliser)
+    weighted = [gain * total if gain > 0 else torch.zeros_like(total) for gain, total in zip(x.gains, sums, strict=True)]
+    terms = [total / normaliser[0] for total in weighted]
+    return [normaliser[1] * torch.stack(terms).sum(), *terms, normaliser]
 
 
 def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...]:

@@ -12,10 +12,10 @@ from .._signatures import (
     YOLO11OBB,
     GradDistAngleScores,
     YOLO11Assignment,
-    YOLO11LossOutputs,
     YOLO11OBBAssign,
     YOLO11OBBLoss,
     YOLO11OBBLossBackward,
+    YOLO11OBBLossOutputs,
     YOLO11OBBOutputs,
 )
 from .finite import is_finite
@@ -41,14 +41,14 @@ def yolo11_obb_criterion(x: YOLO11OBB) -> YOLO11OBBOutputs:
     preds, options = (x.pred_dist, x.pred_angle, x.pred_scores), (x.levels, x.reg_max, x.gains)
     given = YOLO11OBBLoss(*preds, row, score, sums.clamp(min=1), labels, boxes, x.class_weights, *options)
     pos = OrientedPositives(given)
-    loss, terms, held = loss_of(given, pos)
+    loss, box, cls, dfl, angle, held = loss_of(given, pos)
     if not x.wants_grad:
-        return YOLO11OBBOutputs(loss, terms, num_fg, *(pred.new_empty(0) for pred in preds))
-    return YOLO11OBBOutputs(loss, terms, num_fg, *gradients_of(given, pos, held[1] / held[0]))
+        return YOLO11OBBOutputs(loss, box, cls, dfl, angle, num_fg, *(pred.new_empty(0) for pred in preds))
+    return YOLO11OBBOutputs(loss, box, cls, dfl, angle, num_fg, *gradients_of(given, pos, held[1] / held[0]))
 
 
-def yolo11_obb_loss(x: YOLO11OBBLoss) -> YOLO11LossOutputs:
-    return loss_of(x, OrientedPositives(x))
+def yolo11_obb_loss(x: YOLO11OBBLoss) -> YOLO11OBBLossOutputs:
+    return YOLO11OBBLossOutputs(*loss_of(x, OrientedPositives(x)))
 
 
 def yolo11_obb_loss_backward(x: YOLO11OBBLossBackward) -> GradDistAngleScores:

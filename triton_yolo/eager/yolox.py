@@ -59,11 +59,11 @@ def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     normaliser = num_fg.clamp(min=1).masked_fill(is_broken > 0, torch.nan)
     given = YOLOXLoss(x.preds, row, iou, normaliser, labels, boxes, x.l1_gain, x.levels, x.iou_loss, x.iou_gain)
     pos = _Positives(given)
-    loss, terms = _loss(given, pos)
+    loss, *terms = _loss(given, pos)
     num_fg = num_fg / num_gt.clamp(min=1)
     if not x.wants_grad:
-        return YOLOXOutputs(loss, terms, num_fg, x.preds.new_empty(0))
-    return YOLOXOutputs(loss, terms, num_fg, *_gradient(given, pos, 1 / normaliser))
+        return YOLOXOutputs._make((loss, *terms, num_fg, x.preds.new_empty(0)))
+    return YOLOXOutputs._make((loss, *terms, num_fg, *_gradient(given, pos, 1 / normaliser)))
 
 
 def yolox_loss(x: YOLOXLoss) -> YOLOXLossOutputs:
@@ -86,8 +86,8 @@ def _loss(x: YOLOXLoss, pos: "_Positives") -> YOLOXLossOutputs:
         softplus = F.softplus(working(preds[images, anchors, 5:]), threshold=40).sum(1)
         cls += (softplus - pos.label_logits[part] * pos.ious[part]).sum()
     l1 = (pos.raw[:, :4] - pos.l1_targets).abs().sum().where(x.l1_gain > 0, 0)
-    items = torch.stack([x.iou_gain * iou, obj, cls, l1]) / x.normaliser
-    return YOLOXLossOutputs(items.sum(), items)
+    terms = [total / x.normaliser for total in (x.iou_gain * iou, obj, cls, l1)]
+    return YOLOXLossOutputs(torch.stack(terms).sum(), *terms)
 
 
 def _gradient(x: YOLOXLoss | YOLOXLossBackward, pos: "_Positives", scale: Tensor) -> GradPreds:

@@ -10,7 +10,7 @@ from ._ultralytics_detect import BY_ROW, MEMBERS, Adapter, inputs_of, options_of
 
 
 def _options(stock: Any) -> dict[str, Any]:
-    return {**options_of(stock), "mask_gain": stock.hyp.box, "overlap_mask": stock.overlap}
+    return {**options_of(stock), "mask_gain": stock.hyp.box, "overlap_mask": bool(stock.overlap)}
 
 
 def _inputs(preds: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Any, ...]:

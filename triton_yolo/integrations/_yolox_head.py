@@ -127,7 +127,7 @@ def _criterion(head: Any, device: torch.device, tested: str, is_global: IsGlobal
             center_radius=radius,
             iou_loss=head.iou_loss.loss_type,
             iou_gain=_IOU_GAIN,
-            use_l1=head.use_l1,
+            use_l1=bool(head.use_l1),
             process_group=is_global(head) or None,
         )
     except AttributeError as error:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .. import _checks
 from .._version import __version__
 from ._patching import Patch, Replacement, import_trainer
 from ._ultralytics_detect import (
@@ -60,9 +61,15 @@ def patch(*, cuda_graph: bool = False) -> None:
     Warns:
         UserWarning: the version of Ultralytics is outside the tested range; a loss differs there, and stays as it is.
     """
+    wants_graphs, was_applied = _checks.boolean("cuda_graph", cuda_graph), _PATCH.is_applied
     _PATCH.patch()
-    if cuda_graph:
-        _GRAPHS.patch()
+    try:
+        if wants_graphs:
+            _GRAPHS.patch()
+    except BaseException:
+        if not was_applied:
+            _PATCH.unpatch()
+        raise
 
 
 def unpatch() -> None:
@@ -78,7 +85,8 @@ def unpatch() -> None:
 @contextlib.contextmanager
 def patched(*, cuda_graph: bool = False) -> Iterator[None]:
     """``patch`` for the length of a ``with`` block, unless it is done already."""
-    with _PATCH.patched(), _GRAPHS.patched() if cuda_graph else contextlib.nullcontext():
+    wants_graphs = _checks.boolean("cuda_graph", cuda_graph)
+    with _PATCH.patched(), _GRAPHS.patched() if wants_graphs else contextlib.nullcontext():
         yield
 
 

@@ -245,10 +245,10 @@ class Gradients(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The loss () and its terms (2,)."""
+    """The loss () and its two terms ()."""
 
     loss_ptr: Any
-    terms_ptr: Any
+    terms: Any
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def _keypoint_total_kernel(
         fill(grads.ptr, float("nan"), size, tl.program_id(0), tl.num_programs(0), BLOCK)
     if tl.program_id(0) == 0:
         tl.store(results.loss_ptr, loss)
-        tl.store(results.terms_ptr, tl.where(is_broken, loss, pose))
-        tl.store(results.terms_ptr + 1, tl.where(is_broken, loss, kobj))
+        tl.store(results.terms[0], tl.where(is_broken, loss, pose))
+        tl.store(results.terms[1], tl.where(is_broken, loss, kobj))
         if grads is not None:
             tl.store(grads.other_ptr, tl.where(is_broken, loss, 1.0))

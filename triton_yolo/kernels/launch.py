@@ -118,7 +118,8 @@ class Workspace:
         self._buffers: Any = namedtuple("Memory", [*fixed, *by_row])  # type: ignore[misc]
         *starts, self._end = accumulate((_aligned(n * dtype.itemsize) for dtype, n in self._fixed), initial=0)
         *row_starts, self._row_end = accumulate((n * dtype.itemsize for dtype, n in self._by_row), initial=0)
-        self._places = [(start, 0) for start in starts] + [(self._end, start) for start in row_starts]
+        self._starts, self._row_starts = starts, row_starts
+        self._offsets: dict[int, list[int]] = {}  # by the number of rows
 
     def tensors(self, device: torch.device, num_rows: int) -> Any:
         """One tensor a buffer: an access past its end is one past the end of its memory."""
@@ -131,8 +132,13 @@ class Workspace:
             return None, ()
         num_rows += -num_rows % _ALIGNMENT  # keeps every buffer aligned
         memory = torch.empty(self._end + num_rows * self._row_end, dtype=torch.uint8, device=device)
-        base = memory.data_ptr()
-        return memory, new(self._buffers, [base + start + num_rows * by_row for start, by_row in self._places])
+        base, offsets = memory.data_ptr(), self._offsets.get(num_rows)
+        if offsets is None:
+            if len(self._offsets) >= _MAX_PLANS:
+                self._offsets.clear()
+            offsets = [*self._starts, *[self._end + num_rows * start for start in self._row_starts]]
+            self._offsets[num_rows] = offsets
+        return memory, new(self._buffers, [base + offset for offset in offsets])
 
 
 def _aligned(size: int) -> int:
@@ -149,9 +155,12 @@ class Run(NamedTuple):
     buffers: Any
     num_rows: int
 
-    def channels(self, x: Tensor, first: int) -> Any:
-        """What kernels take for the channels of ``x`` (B, A, C) from ``first`` on."""
-        return x[..., first:] if self.stream is None else x.data_ptr() + first * x.stride(2) * x.element_size()
+    def channels(self, x: Tensor, *firsts: int) -> list[Any]:
+        """What kernels take for the channels of ``x`` (B, A, C) from each of some on."""
+        if self.stream is None:
+            return [x[..., first:] for first in firsts]
+        start, step = x.data_ptr(), x.stride(2) * x.element_size()
+        return [start + first * step for first in firsts]
 
 
 class Plan:
@@ -191,9 +200,13 @@ class Plan:
 _plans: dict[Any, Plan] = {}
 
 
-def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int = 0) -> None:
-    """Run the plan that ``make`` makes, once for all inputs that differ in nothing but numbers and rows of ground truth."""
-    key = _key(make, x, num_rows)
+def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int = 0, key: Any = None) -> None:
+    """Run the plan that ``make`` makes, once for all inputs that differ in nothing but numbers and rows of ground truth.
+
+    Or once for a ``key`` of one's own, that leaves out what does not matter.
+    """
+    if key is None:
+        key = _key(make, x, num_rows)
     plan = _plans.get(key)
     if plan is None:
         while len(_plans) >= _MAX_PLANS:
@@ -202,16 +215,21 @@ def run(make: Callable[[Any, Any, int], Plan], x: Any, out: Any, num_rows: int =
     plan(x, out, num_rows)
 
 
+def place_of(x: Tensor) -> tuple[torch.device, int]:
+    """The device, and what Triton tells addresses apart by."""
+    return x.device, x.data_ptr() % _ALIGNMENT
+
+
 def _key(make: Any, x: Any, num_rows: int) -> tuple[Any, ...]:
     """All that Triton compiles for, and sizes depend on."""
     parts = [make, triton.next_power_of_2(num_rows) if INTERPRETED else num_rows > 0, x[0].device]
-    for name, value in zip(x._fields, x, strict=True):
+    for place, value in enumerate(x):
         if isinstance(value, Tensor):
-            shape = value.shape[1:] if name in BY_ROW else value.shape
-            parts += value.dtype, shape, value.stride(), value.data_ptr() % _ALIGNMENT
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+            shape = value.shape[1:] if x._fields[place] in BY_ROW else value.shape
+            parts += (value.dtype, shape, value.stride(), value.data_ptr() % _ALIGNMENT)
+        elif type(value) is list:  # as the schema of an operation has several tensors
             for part in value:
-                parts += part.dtype, part.stride(), part.data_ptr() % _ALIGNMENT
+                parts += (part.dtype, part.stride(), part.data_ptr() % _ALIGNMENT)
         else:
             parts.append(value)
     return tuple(parts)

@@ -1,5 +1,6 @@
 """Gradients times the one that arrives from outside, which is 1 in most trainings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -8,14 +9,15 @@ from torch import Tensor
 
 from .arguments import compute_type
 from .boxes import rounded
-from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, run
+from .launch import INTERPRETED, Launch, Plan, Run, Workspace, cdiv, new, place_of, run
 
 _PROGRAMS = 512  # as a GPU runs at once: thousands that return at once took 12 us on an H200
 
 
 class Scale(NamedTuple):
+    first: Tensor
+    second: Tensor
     grad: Tensor
-    grads: list[Tensor]
 
 
 @triton.jit
@@ -40,22 +42,24 @@ def _scale_kernel(first_ptr, second_ptr, grad_ptr, first_count, second_count, DT
 
 
 class _ScalePlan(Plan):
-    def __init__(self, x: Scale, out: list[Tensor], num_rows: int) -> None:
-        self.block = 2**16 if INTERPRETED else 8192
-        self.scale = Launch(_scale_kernel, 4, DTYPE=compute_type(x.grad.dtype), BLOCK=self.block)
+    def __init__(self, x: Scale, out: Sequence[Tensor], num_rows: int) -> None:
+        block = 2**16 if INTERPRETED else 8192
+        self.counts = x.first.numel(), x.second.numel()
+        self.grid = min(cdiv(max(self.counts), block), _PROGRAMS), len(out), 1
+        self.scale = Launch(_scale_kernel, 4, DTYPE=compute_type(x.grad.dtype), BLOCK=block)
         super().__init__(Workspace(), self.scale)
 
     def launch(self, run: Run) -> None:
-        grads = run.x.grads
-        first, second = grads[0], grads[-1]
-        counts = first.numel(), second.numel()
-        grid = min(cdiv(max(counts), self.block), _PROGRAMS), len(grads), 1
-        self.scale(run.stream, grid, run.address(first), run.address(second), run.address(run.x.grad), *counts)
+        address, (first, second, grad) = run.address, run.x
+        self.scale(run.stream, self.grid, address(first), address(second), address(grad), *self.counts)
 
 
-def scale_(grads: list[Tensor], grad: Tensor) -> None:
+def scale_(grads: Sequence[Tensor], grad: Tensor) -> None:
     """Multiply dense tensors, of any layout, in place, two by two."""
-    if grads[0].numel():
-        for start in range(0, len(grads), 2):
-            pair = grads[start : start + 2]
-            run(_ScalePlan, Scale(grad, pair), pair)
+    for start in range(0, len(grads), 2):
+        pair = grads[start : start + 2]
+        first, second = pair[0], pair[-1]
+        counts = first.numel(), second.numel()
+        if counts != (0, 0):
+            key = _ScalePlan, len(pair), counts, first.dtype, second.dtype, grad.dtype, place_of(grad)
+            run(_ScalePlan, new(Scale, (first, second, grad)), pair, key=key)

@@ -91,10 +91,10 @@ def _yolo11_positives_kernel(
 
 
 class Loss(NamedTuple):
-    """Loss (), its terms (3,), or (4,) of oriented boxes, and the normaliser for backward (2,)."""
+    """Loss (), its three terms (), four of oriented boxes, and the normaliser for backward (2,)."""
 
     ptr: Any
-    terms_ptr: Any
+    terms: Any
     held_ptr: Any
 
 
@@ -142,12 +142,12 @@ def _yolo11_total_kernel(
         box_term = _weighted(box_gain, total(partial_ptr, programs, DTYPE, BLOCK)) / normaliser
         cls_term = _weighted(cls_gain, cls) / normaliser
         dfl_term = _weighted(dfl_gain, total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK)) / normaliser
-        tl.store(loss.terms_ptr, box_term)
-        tl.store(loss.terms_ptr + 1, cls_term)
-        tl.store(loss.terms_ptr + 2, dfl_term)
+        tl.store(loss.terms[0], box_term)
+        tl.store(loss.terms[1], cls_term)
+        tl.store(loss.terms[2], dfl_term)
         terms = box_term + cls_term + dfl_term
         if HAS_ANGLE:
             angle_term = _weighted(angle_gain, total(partial_ptr + 3 * programs, programs, DTYPE, BLOCK)) / normaliser
-            tl.store(loss.terms_ptr + 3, angle_term)
+            tl.store(loss.terms[3], angle_term)
             terms += angle_term
         tl.store(loss.ptr, batch_size * terms)

@@ -162,15 +162,15 @@ def store_logit_gradient(
 
 
 @triton.jit
-def store_terms(loss_ptr, terms_ptr, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain):
+def store_terms(loss_ptr, terms, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain):
     """Write the loss and its terms from their sums. ``l1_gain`` is 0 or 1."""
     box_term = scalar(iou_gain, box.dtype) * box / normaliser
     obj_term, cls_term = obj / normaliser, cls / normaliser
     l1_term = tl.where(tl.load(l1_gain_ptr) > 0, l1, 0.0) / normaliser
-    tl.store(terms_ptr, box_term)
-    tl.store(terms_ptr + 1, obj_term)
-    tl.store(terms_ptr + 2, cls_term)
-    tl.store(terms_ptr + 3, l1_term)
+    tl.store(terms[0], box_term)
+    tl.store(terms[1], obj_term)
+    tl.store(terms[2], cls_term)
+    tl.store(terms[3], l1_term)
     tl.store(loss_ptr, box_term + obj_term + cls_term + l1_term)
 
 
@@ -218,7 +218,7 @@ def _yolox_loss_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _yolox_total_kernel(
-    loss_ptr, terms_ptr, normaliser_ptr, partial_ptr, l1_gain_ptr, iou_gain: tl.float64, programs, DTYPE: tl.constexpr,
+    loss_ptr, terms, normaliser_ptr, partial_ptr, l1_gain_ptr, iou_gain: tl.float64, programs, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program adds up the partial sums, and writes the loss and its terms."""
@@ -226,7 +226,7 @@ def _yolox_total_kernel(
     box, obj = total(partial_ptr, programs, DTYPE, BLOCK), total(partial_ptr + programs, programs, DTYPE, BLOCK)
     cls = total(partial_ptr + 2 * programs, programs, DTYPE, BLOCK)
     l1 = total(partial_ptr + 3 * programs, programs, DTYPE, BLOCK)
-    store_terms(loss_ptr, terms_ptr, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain)
+    store_terms(loss_ptr, terms, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain)
 
 
 @triton.jit

@@ -37,10 +37,10 @@ class Gradient(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Loss (), its terms (4,) and positives per ground truth (); or ``counts`` (3,) of an assignment alone."""
+    """Loss (), its terms, () each, and positives per ground truth (); or ``counts`` (3,) of an assignment alone."""
 
     loss_ptr: Any
-    terms_ptr: Any
+    terms: Any
     num_fg_ptr: Any
     counts_ptr: Any
 
@@ -210,7 +210,7 @@ def _yolox_finish_kernel(
                 tl.store(results.num_fg_ptr, tl.div_rn(positives.to(DTYPE), num_gt))
             else:
                 tl.store(results.num_fg_ptr, positives.to(DTYPE) / num_gt)
-            store_terms(results.loss_ptr, results.terms_ptr, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain)
+            store_terms(results.loss_ptr, results.terms, box, obj, cls, l1, normaliser, l1_gain_ptr, iou_gain)
 
 
 # ---- background

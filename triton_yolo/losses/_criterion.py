@@ -50,6 +50,14 @@ class Criterion(nn.Module):
         return self
 
 
+def writable(buffer: Tensor) -> Tensor:
+    """The buffer, or fresh memory for one that was made, moved or copied in inference mode and has to do for training too."""
+    if not buffer.is_inference():
+        return buffer
+    with torch.inference_mode(False):
+        return torch.empty_like(buffer)
+
+
 def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_size: int = 4) -> list[Tensor]:
     """Targets as operations take them, for predictions (B, A, C) of classes and ``num_others``. Oriented boxes have size 5."""
     if isinstance(targets, Targets):
@@ -61,7 +69,7 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_s
     _checks.tensor("targets", targets, ("N", 2 + box_size), like=preds)
     if targets.dtype not in (torch.float32, torch.float64):
         _checks.exact("targets", targets, preds.shape[0], preds.shape[2] - num_others)
-    return [targets.detach()]
+    return [targets.detach() if targets.requires_grad else targets]
 
 
 def unless_nan(loss: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:

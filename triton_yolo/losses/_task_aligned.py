@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _levels
 from .._operation import Operation
 from .._precision import widened, working_dtype
 from .._rows import is_matched
 from .._signatures import Levels, TaskAligned
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of, writable
 
-Computed = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""The loss (), its terms (3 or 4,), the number of positives, and the row of every anchor (B, A) where it is known."""
+Computed = tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor | None]
+"""The loss (), its terms (), the number of positives, and the row of every anchor (B, A) where it is known."""
 
 
 class TaskAlignedCriterion(Criterion):
@@ -68,6 +68,7 @@ class TaskAlignedCriterion(Criterion):
 
     def reset_parameters(self) -> None:
         if self._last_weights is not None and self.class_weights is not None and not self.class_weights.is_meta:
+            self.class_weights = writable(self.class_weights)
             with torch.no_grad():
                 self.class_weights.copy_(self._last_weights)
 
@@ -76,14 +77,9 @@ class TaskAlignedCriterion(Criterion):
 
     def _checked(self, preds: Mapping[str, Tensor], feat_shapes: Sequence[Sequence[int]]) -> tuple[tuple[Tensor, ...], Levels]:
         """Predictions of one type, and the levels."""
-        channels = {"pred_dist": 4 * self.reg_max, "pred_angle": 1, "pred_scores": self.num_classes}
-        shape: Sequence[int | str] = ("B", "A")
-        first = None
-        for name, x in preds.items():
-            _checks.tensor(name, x, (*shape, channels[name]), like=first)
-            if first is None:
-                first, shape = x, x.shape[:2]
-        return widened(*preds.values()), _checks.levels(feat_shapes, self.strides, int(shape[1]))
+        angle = (1,) if self._box_size == 5 else ()
+        levels = _levels.of_head(preds, (4 * self.reg_max, *angle, self.num_classes), feat_shapes, self.strides)
+        return widened(*preds.values()), levels
 
     def _compute(self, given: tuple[Tensor, ...], levels: Levels, targets: Tensor | Targets, *others: Any) -> Computed:
         """Assign the targets to checked predictions and compute the loss; ``others`` only some have as inputs of the whole."""
@@ -94,7 +90,8 @@ class TaskAlignedCriterion(Criterion):
         wants_grad = wants_grad and torch.is_grad_enabled()
         # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
         if self._ranks.given is None and not (is_half and wants_grad):
-            options = self.class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad, *others
+            class_weights = self._buffers["class_weights"]  # past the search that an attribute is
+            options = class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad, *others
             out = self._whole(self._whole.inputs(*given, rows, *options))
             return out.loss, out.terms, out.num_fg, out.target_row if others else None
         with torch.no_grad():

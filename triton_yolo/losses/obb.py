@@ -118,7 +118,7 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
         """
         preds = {"pred_dist": pred_dist, "pred_angle": pred_angle, "pred_scores": pred_scores}
         loss, terms, num_fg, _ = self._compute(*self._checked(preds, feat_shapes), targets)
-        box, cls, dfl, angle = terms.unbind()
+        box, cls, dfl, angle = terms
         return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)
 
     def loss_of(
@@ -152,5 +152,5 @@ class YOLO11OBBLoss(TaskAlignedCriterion):
         """
         preds = {"pred_dist": pred_dist, "pred_angle": pred_angle, "pred_scores": pred_scores}
         loss, terms, num_fg, _ = self._compute_of(preds, feat_shapes, targets, target_row, target_score, normaliser)
-        box, cls, dfl, angle = terms.unbind()
+        box, cls, dfl, angle = terms
         return YOLO11OBBLossOutput(loss, box, cls, dfl, angle, num_fg)

@@ -130,7 +130,7 @@ class YOLO11PoseLoss(Criterion):
             self.keypoint_gains, wants_grad,
         )  # fmt: skip
         out = _ops.keypoint_loss(x)
-        terms = found.box, found.cls, found.dfl, *out.terms.unbind()
+        terms = found.box, found.cls, found.dfl, *out.terms
         box, cls, dfl, pose, kobj = unless_nan(out.loss, *terms)
         return YOLO11PoseLossOutput(out.loss, box, cls, dfl, pose, kobj, found.num_fg)
 

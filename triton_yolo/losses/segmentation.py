@@ -80,7 +80,8 @@ class YOLO11SegmentationLoss(Criterion):
     ) -> None:
         super().__init__(process_group)
         self.detection = YOLO11Loss(num_classes, strides=strides, process_group=process_group, **options)
-        self.mask_gain, self.overlap_mask = _checks.real("mask_gain", mask_gain), bool(overlap_mask)
+        self.mask_gain = _checks.real("mask_gain", mask_gain)
+        self.overlap_mask = _checks.boolean("overlap_mask", overlap_mask)
 
     def forward(
         self,

@@ -116,7 +116,7 @@ class YOLO11Loss(TaskAlignedCriterion):
         """
         preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
         loss, terms, num_fg, _ = self._compute(*self._checked(preds, feat_shapes), targets, False)
-        box, cls, dfl = terms.unbind()
+        box, cls, dfl = terms
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)
 
     def _with_rows(
@@ -125,7 +125,7 @@ class YOLO11Loss(TaskAlignedCriterion):
         """What ``forward`` returns of checked predictions, and the row of every anchor (B, A) int32, -1 for background."""
         loss, terms, num_fg, row = self._compute(given, levels, targets, True)
         assert row is not None
-        box, cls, dfl = terms.unbind()
+        box, cls, dfl = terms
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg), row
 
     def loss_of(
@@ -161,5 +161,5 @@ class YOLO11Loss(TaskAlignedCriterion):
         """
         preds = {"pred_dist": pred_dist, "pred_scores": pred_scores}
         loss, terms, num_fg, _ = self._compute_of(preds, feat_shapes, targets, target_row, target_score, normaliser)
-        box, cls, dfl = terms.unbind()
+        box, cls, dfl = terms
         return YOLO11LossOutput(loss, box, cls, dfl, num_fg)

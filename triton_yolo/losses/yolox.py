@@ -1,18 +1,18 @@
 """The criterion of YOLOX."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _checks, _ops
+from .. import _checks, _levels, _ops
 from .. import _signatures as signatures
 from .._signatures import YOLOX, SimOTA, YOLOXAssign
 from ..assigners import CANDIDATE_MODES
 from ..targets import Targets
-from ._criterion import Criterion, normaliser_of, rows_of
+from ._criterion import Criterion, normaliser_of, rows_of, writable
 
 
 class YOLOXLossOutput(NamedTuple):
@@ -97,10 +97,11 @@ class YOLOXLoss(Criterion):
     @use_l1.setter
     def use_l1(self, value: bool) -> None:
         # A buffer as well: what reads a number of its own is compiled, or captured in a CUDA graph, for that number.
-        self._use_l1 = bool(value)
-        self._l1_gain.fill_(float(value))
+        self._use_l1 = _checks.boolean("use_l1", value)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self._l1_gain = writable(self._l1_gain)
         self._l1_gain.fill_(float(self._use_l1))
 
     def forward(self, preds: Tensor, feat_shapes: Sequence[Sequence[int]], targets: Tensor | Targets) -> YOLOXLossOutput:
@@ -117,9 +118,9 @@ class YOLOXLoss(Criterion):
                 such a row is ignored).
             TypeError: predictions or rows are not float tensors.
         """
-        _checks.tensor("preds", preds, ("B", "A", 5 + self.num_classes))
-        levels = _checks.levels(feat_shapes, self.strides, preds.shape[1])
-        rows, l1_gain = rows_of(targets, preds, 5), self._l1_gain
+        levels = _levels.of_head({"preds": preds}, (5 + self.num_classes,), feat_shapes, self.strides)
+        rows = rows_of(targets, preds, 5)
+        l1_gain: Any = self._buffers["_l1_gain"]  # past the search that an attribute is
         if l1_gain.device != preds.device:
             l1_gain = torch.full((), float(self._use_l1), dtype=torch.float32, device=preds.device)
         options = levels, self.iou_loss, self.iou_gain
@@ -127,15 +128,13 @@ class YOLOXLoss(Criterion):
         if self._ranks.given is None and not (preds.dtype == torch.float16 and wants_grad):
             x = YOLOX(preds, rows, l1_gain, levels, self.assigner, self.iou_loss, self.iou_gain, wants_grad)
             out = _ops.yolox_criterion(x)
-            iou_term, obj, cls, l1 = out.terms.unbind()
-            return YOLOXLossOutput(out.loss, iou_term, obj, cls, l1, out.num_fg)
+            return YOLOXLossOutput(*out[:6])
         with torch.no_grad():
             row, iou, counts, labels, boxes = _ops.yolox_assign(YOLOXAssign(preds, rows, levels, self.assigner))
             num_fg, num_gt, is_broken = counts.to(iou.dtype).unbind()
             normaliser = normaliser_of(num_fg.masked_fill(is_broken > 0, torch.nan), self._ranks)
-        loss, terms = _ops.yolox_loss(signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options))
-        iou_term, obj, cls, l1 = terms.unbind()
-        return YOLOXLossOutput(loss, iou_term, obj, cls, l1, num_fg / num_gt.clamp(min=1))
+        given = signatures.YOLOXLoss(preds, row, iou, normaliser, labels, boxes, l1_gain, *options)
+        return YOLOXLossOutput(*_ops.yolox_loss(given), num_fg / num_gt.clamp(min=1))
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, strides={self.strides}, candidates={self.assigner.candidates!r}"

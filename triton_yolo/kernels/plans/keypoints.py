@@ -58,7 +58,7 @@ class _KeypointPlan(Plan):
                 tensor3(address, x.pred_keypoints), truth, counts, self.grid, *self.size, *x.gains, self.count,
             )  # fmt: skip
         programs = 1 if grads is None or INTERPRETED else 8, 1, 1
-        results = new(Results, (address(out.loss), address(out.terms)))
+        results = new(Results, (address(out.loss), (address(out.pose), address(out.kobj))))
         self.total(
             run.stream, programs, results, grads, run.buffers.partial, address(x.other_loss), counts, *x.gains, self.programs
         )

@@ -49,7 +49,7 @@ class _MaskLossPlan(Plan):
         some = 64 if INTERPRETED else 32
         self.sort = RoomyFusedLaunch(_mask_sort_kernel, 4, BLOCK=some, OTHERS=block if INTERPRETED else some)
         self.sorts = 1 if INTERPRETED else min(cdiv(num_anchors, some), 64), batch_size, 1
-        self.group = RoomyFusedLaunch(_mask_group_kernel, 8, DTYPE=kind, BLOCK=block, PIXELS=shared["PIXELS"])
+        self.group = RoomyFusedLaunch(_mask_group_kernel, 8, DTYPE=kind, BLOCK=min(block, 512), PIXELS=shared["PIXELS"])
         self.positive = TightFusedLaunch(_mask_positive_kernel, OVERLAP=x.overlap_mask, **sums, **shared)
         self.merge = FusedLaunch(_mask_merge_kernel, **sums, **{**shared, "num_warps": 1})
         tile = pixel_sizes(channels, height * triton.next_power_of_2(width), 1024, 8)

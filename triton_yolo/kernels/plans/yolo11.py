@@ -18,6 +18,7 @@ from ..._signatures import (
     YOLO11OBBAssign,
     YOLO11OBBLoss,
     YOLO11OBBLossBackward,
+    YOLO11OBBLossOutputs,
     YOLO11OBBOutputs,
     YOLO11Outputs,
 )
@@ -136,7 +137,7 @@ class _AssignPlan(Plan):
 
 
 class _LossPlan(Plan):
-    def __init__(self, x: YOLO11Loss | YOLO11OBBLoss, out: YOLO11LossOutputs, num_rows: int) -> None:
+    def __init__(self, x: YOLO11Loss | YOLO11OBBLoss, out: YOLO11LossOutputs | YOLO11OBBLossOutputs, num_rows: int) -> None:
         self.criterion, self.is_oriented = _Criterion(x, None, out.loss.dtype), has_angle(x)
         super().__init__(Workspace(self.criterion.fixed), *self.criterion.launches)
 
@@ -144,7 +145,9 @@ class _LossPlan(Plan):
         normaliser = run.address(run.x.normaliser)
         preds, grads = heads(run, self.is_oriented, False)
         num_partial = self.criterion(run, grads, None, None, preds, matched(run), None, normaliser)
-        self.criterion.add_up(run, grads, normaliser, new(Loss, map(run.address, run.out)), num_partial)
+        address, out = run.address, run.out
+        loss = new(Loss, (address(out.loss), tuple(map(address, out.terms)), address(out.held)))
+        self.criterion.add_up(run, grads, normaliser, loss, num_partial)
 
 
 class _GradientPlan(Plan):
@@ -198,7 +201,7 @@ class _CriterionPlan(Plan):
         matched = new(Matched, (row, score, buffers.label, boxes[self.is_oriented]))
         claims = None if self.wants_row else new(Claims, (buffers.claims, buffers.image, state, order))
         num_partial = self.criterion(run, grads, None, poison, preds, matched, claims, normaliser)
-        loss = new(Loss, (address(out.loss), address(out.terms), buffers.held))
+        loss = new(Loss, (address(out.loss), tuple(map(address, out.terms)), buffers.held))
         self.criterion.add_up(run, grads, normaliser, loss, num_partial)
 
 
@@ -208,7 +211,7 @@ def yolo11_assign(x: YOLO11Assign | YOLO11OBBAssign) -> YOLO11Assignment:
     return out
 
 
-def yolo11_loss(x: YOLO11Loss | YOLO11OBBLoss) -> YOLO11LossOutputs:
+def yolo11_loss(x: YOLO11Loss | YOLO11OBBLoss) -> YOLO11LossOutputs | YOLO11OBBLossOutputs:
     out = x.allocate()
     run(_LossPlan, x, out)
     return out

@@ -92,7 +92,7 @@ class _CriterionPlan(Plan):
             )
             self.background(run, grad.boxes, prob, matched[-1])
         self.assign.settle(run, matched, preds, rows, grad, prob, _NOBODY, gains)
-        results = address(out.loss), address(out.terms), address(out.num_fg), None
+        results = address(out.loss), tuple(map(address, out.terms)), address(out.num_fg), None
         self.assign.sum_up(run, matched[-1], new(Results, results), gains, spoilt)
 
 
@@ -119,7 +119,7 @@ class _LossPlan(Plan):
         if self.num_programs:
             matched = _matched(run)
             self.loss(run.stream, self.programs, partial, *predictions(run, x.preds)[:3], matched, self.grid, self.num_classes)
-        loss, terms = map(address, run.out)
+        loss, terms = address(run.out.loss), tuple(map(address, run.out.terms))
         self.total(
             run.stream, ONE, loss, terms, address(x.normaliser), partial, address(x.l1_gain), x.iou_gain, self.num_programs
         )
@@ -172,7 +172,7 @@ def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     if x.preds.shape[:2].numel():
         run(_CriterionPlan, x, out, x.targets[0].shape[0])
     else:
-        for scalars in out[:3]:
+        for scalars in (out.loss, *out.terms, out.num_fg):
             scalars.zero_()
     return out
 

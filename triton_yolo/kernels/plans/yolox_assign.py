@@ -75,7 +75,7 @@ def _product(num_classes: int) -> Product:
 
 def predictions(run: Run, preds: Tensor) -> Predictions:
     """Parts of raw predictions (B, A, 5 + C), or of their gradient."""
-    image, anchor, channel = preds.stride()
-    boxes = new(Tensor3, (run.address(preds), image, anchor, channel))
-    obj_logits = new(Tensor2, (run.channels(preds, 4), image, anchor))
-    return new(Predictions, (boxes, obj_logits, new(Tensor3, (run.channels(preds, 5), image, anchor, channel)), None))
+    strides = image, anchor, _ = preds.stride()
+    boxes, obj_logits, cls_logits = run.channels(preds, 0, 4, 5)
+    obj = new(Tensor2, (obj_logits, image, anchor))
+    return new(Predictions, (new(Tensor3, (boxes, *strides)), obj, new(Tensor3, (cls_logits, *strides)), None))
