@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -48,14 +49,13 @@ def test_gradients_that_nobody_wants_are_not_launched(counts, system):
 
 
 def test_a_worker_counts_and_times():
-    worker = host.Worker(host.ROOT, "yolox", "bfloat16")
-    assert worker.counts["calls"] <= host.BARS["yolox"]["calls"]
-    assert worker.microseconds(2) > 0
-    worker._process.kill()
-    for _ in range(2):
-        with pytest.raises(host.WorkerError, match="yolox bfloat16 ended by SIGKILL"):
-            worker.microseconds(1)
-    worker.close()
+    with closing(host.Worker(host.ROOT, "yolox", "bfloat16")) as worker:
+        assert worker.counts["calls"] <= host.BARS["yolox"]["calls"]
+        assert worker.microseconds(2) > 0
+        worker._process.kill()
+        for _ in range(2):
+            with pytest.raises(host.WorkerError, match="yolox bfloat16 ended by SIGKILL"):
+                worker.microseconds(1)
 
 
 def test_a_worker_that_ends_says_why_and_leaves_no_pipe_open():

@@ -180,6 +180,7 @@ def test_numbers_of_other_processes_replace_ours():
     assert all(y.isnan().all() for y in out)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph():
     preds, *gt = small()
     expected = loss_by("package", preds.requires_grad_(), *gt)

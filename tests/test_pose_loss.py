@@ -122,6 +122,7 @@ def test_the_sum_of_its_parts(num_rows):
     assert (out.pose > 0) == (num_rows > 0)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_model_and_criterion_compile_as_one_graph():
     criterion, preds, *others = small()
     layers = [x.clone().requires_grad_() for x in preds]

@@ -41,7 +41,7 @@ class _AssignPlan(Plan):
         preds, matches, gains = predictions(run, run.x.preds), new(Matches, (row, iou)), (None, 0.0)
         matched = self.assign.match(run, preds, rows, matches, None)
         self.assign.settle(run, matched, preds, rows, None, None, matches, gains)
-        self.assign.sum_up(run, new(Results, (None, None, None, counts)), gains)
+        self.assign.sum_up(run, matched[-1], new(Results, (None, None, None, counts)), gains)
 
 
 class _Background:
@@ -90,10 +90,10 @@ class _CriterionPlan(Plan):
                 new(Gradient, predictions(run, out.grad_preds)[:3]),
                 new(Fill, (address(out.grad_preds), out.grad_preds.numel())),
             )
-            self.background(run, grad.boxes, prob, self.assign.tally(run))
+            self.background(run, grad.boxes, prob, matched[-1])
         self.assign.settle(run, matched, preds, rows, grad, prob, _NOBODY, gains)
         results = address(out.loss), tuple(map(address, out.terms)), address(out.num_fg), None
-        self.assign.sum_up(run, new(Results, results), gains, spoilt)
+        self.assign.sum_up(run, matched[-1], new(Results, results), gains, spoilt)
 
 
 class _LossPlan(Plan):

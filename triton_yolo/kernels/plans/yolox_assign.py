@@ -39,16 +39,14 @@ class YOLOXMatching(Matching):
             "positive_image": (torch.int32, 16), "positive_label": (torch.int32, 16), "sums": (dtype, 3),
         }  # fmt: skip
 
-    def tally(self, run: Run) -> Tally:
-        return new(Tally, (run.buffers.tally, run.buffers.poison))
-
-    def match(self, run: Run, preds: Predictions, rows: Rows, matches: Matches, prob: Any) -> tuple[State, Claims]:
+    def match(self, run: Run, preds: Predictions, rows: Rows, matches: Matches, prob: Any) -> tuple[State, Claims, Tally]:
         """Claim and contest, and sum up the loss of the objectness."""
-        objectness = new(Objectness, (prob, run.buffers.objectness))
-        return self(run, preds, rows, self.size, matches, self.tally(run), objectness, self.num_others)
+        b = run.buffers
+        tally, objectness = new(Tally, (b.tally, b.poison)), new(Objectness, (prob, b.objectness))
+        return *self(run, preds, rows, self.size, matches, tally, objectness, self.num_others), tally
 
     def settle(
-        self, run: Run, matched: tuple[State, Claims], preds: Predictions, rows: Rows, out: Gradient | None, prob: Any,
+        self, run: Run, matched: tuple[State, Claims, Tally], preds: Predictions, rows: Rows, out: Gradient | None, prob: Any,
         matches: Matches, gains: Gains,
     ) -> None:  # fmt: skip
         """Sum up the losses of the positives, and write their gradient, if there is one, and their rows and IoU, if wanted."""
@@ -57,16 +55,14 @@ class YOLOXMatching(Matching):
             # Nobody reads what the cells of a region cost any more.
             positives = new(Positives, (b.positive_image, b.region_anchor, b.positive_label, b.region_cost))
             self.positive(
-                run.stream, programs, out, prob, matches, b.sums, positives, *matched, self.tally(run), preds, rows, self.grid,
-                *gains, run.num_rows,
+                run.stream, programs, out, prob, matches, b.sums, positives, *matched, preds, rows, self.grid, *gains,
+                run.num_rows,
             )  # fmt: skip
 
-    def sum_up(self, run: Run, results: Results, gains: Gains, spoilt: Fill | None = None) -> None:
+    def sum_up(self, run: Run, tally: Tally, results: Results, gains: Gains, spoilt: Fill | None = None) -> None:
         objectness, programs = new(Objectness, (None, run.buffers.objectness)), cdiv(run.num_rows, self.owners)
         grid = 1 if spoilt is None else _FILLERS, 1, 1
-        self.finish(
-            run.stream, grid, results, spoilt, run.buffers.sums, self.tally(run), objectness, *gains, programs, self.num_others
-        )
+        self.finish(run.stream, grid, results, spoilt, run.buffers.sums, tally, objectness, *gains, programs, self.num_others)
 
 
 def _product(num_classes: int) -> Product:
