@@ -172,8 +172,8 @@ def yolox_criterion(x: YOLOX) -> YOLOXOutputs:
     if x.preds.shape[:2].numel():
         run(_CriterionPlan, x, out, x.targets[0].shape[0])
     else:
-        for scalars in out[:3]:
-            scalars.zero_()
+        for scalar in (out.loss, *out.terms, out.num_fg):
+            scalar.zero_()
     return out
 
 
