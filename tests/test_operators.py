@@ -240,6 +240,14 @@ def test_no_value_is_needed_on_the_host(system, num_rows):
     assert all(x.shape == () for x in out)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_fakes_need_no_backend_that_runs(backend):
+    with ty.backend(backend), FakeTensorMode():
+        preds = torch.zeros(2, 20, 8, requires_grad=True)
+        ty.YOLOXLoss(3, strides=(8, 16))(preds, [(4, 4), (2, 2)], torch.zeros(3, 6)).loss.backward()
+    assert preds.grad.shape == (2, 20, 8)
+
+
 def test_assigners_need_no_value_on_the_host():
     with FakeTensorMode():
         zeros = lambda *shape: torch.zeros(*shape, device="cuda")  # noqa: E731
