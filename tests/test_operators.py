@@ -218,6 +218,18 @@ def test_switching_l1_needs_no_new_compile():
     assert counter.frame_count == 1
 
 
+def test_l1_is_switched_inside_a_graph():
+    criterion, preds, shapes, rows = small_yolox()
+
+    def switched(is_on):
+        criterion.use_l1 = is_on
+        return criterion(preds, shapes, rows).l1
+
+    compiled = torch.compile(switched, fullgraph=True, backend="eager")
+    assert compiled(True) > 0
+    assert compiled(False) == 0
+
+
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_no_value_is_needed_on_the_host(system, num_rows):
