@@ -218,6 +218,7 @@ def test_switching_l1_needs_no_new_compile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_l1_is_switched_inside_a_graph():
     criterion, preds, shapes, rows = small_yolox()
 
