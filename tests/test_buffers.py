@@ -94,6 +94,12 @@ def test_inference_mode(make):
         assert torch.equal(loss(criterion), expected)
 
 
+def test_weights_that_became_a_parameter():
+    expected, criterion = loss(weighted().to(DEVICE)), weighted()
+    criterion.class_weights = torch.nn.Parameter(WEIGHTS, requires_grad=False)
+    assert torch.equal(loss(criterion.to(DEVICE)), expected)
+
+
 def test_weights_that_were_changed_stay_changed():
     criterion, other = weighted().to(DEVICE), weighted().to(DEVICE)
     criterion.class_weights.mul_(2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_yolo as ty
 from tests.conftest import DEVICE
@@ -238,6 +239,22 @@ def test_export_of_other_tasks_with_any_batch_size(task):
     exported = torch.export.export(Loss(), preds, dynamic_shapes=(({0: Dim("B", min=2, max=64)},) * 3,)).module()
     preds = [torch.cat([x, x[:1]]) for x in preds]
     torch.testing.assert_close(exported(*preds), Loss()(*preds))
+
+
+def test_a_graph_of_symbols_serves_other_image_sizes():
+    """As of ``make_fx``, which does not say that it traces; sizes that are equal at first stay so."""
+    channels, make = CRITERIA["yolo11"]
+    step = make()
+
+    def loss(preds, rows, *maps):
+        return step(preds, [x.shape for x in maps], rows).loss
+
+    def args(size):
+        maps = [torch.empty(shape, device=DEVICE) for shape in shapes_of(size)]
+        return predictions(2, size, channels), rows_of(2, size), *maps
+
+    graph, others = make_fx(loss, tracing_mode="symbolic")(*args(112)), args(160)
+    torch.testing.assert_close(graph(*others), loss(*others))
 
 
 @pytest.mark.parametrize("name", ["TaskAlignedAssigner", "SimOTAAssigner", "decode_dfl", "from_padded"])

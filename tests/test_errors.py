@@ -70,6 +70,14 @@ def test_sizes_that_equal_known_ones_are_not_taken_for_them():
         yolo11_call(feat_shapes=list(sizes))()
 
 
+def test_sides_may_come_from_an_iterator_that_gives_them_once(monkeypatch):
+    monkeypatch.setattr(_levels, "_known", {})
+    expected = yolo11_call()().loss
+    for _ in range(2):
+        assert torch.equal(yolo11_call(feat_shapes=[map(int, "44"), iter((2, 2))])().loss, expected)
+        _levels._known.clear()
+
+
 def test_as_many_kinds_of_input_as_there_are(monkeypatch):
     monkeypatch.setattr(_levels, "_known", {})
     for side in range(1, _levels._MAX_KNOWN + 50):

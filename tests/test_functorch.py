@@ -77,6 +77,26 @@ def test_vmap_is_an_error(name):
             torch.func.vmap(transformed)(torch.stack([x, x]))
 
 
+class Dropped(torch.autograd.Function):
+    """A sum that gives its first summand no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        return x + other
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+@EVERY
+def test_no_gradient_stays_none(name):
+    function, x = CASES[name]
+    leaf, other = x.clone().requires_grad_(), x.new_ones((), requires_grad=True)
+    Dropped.apply(function(leaf), other).sum().backward()
+    assert (leaf.grad, other.grad.item()) == (None, 1)
+
+
 def test_a_retained_graph_gives_its_gradient_again():
     function, x = CASES["YOLOXLoss"]
     leaf = x.clone().requires_grad_()

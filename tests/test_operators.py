@@ -218,6 +218,19 @@ def test_switching_l1_needs_no_new_compile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_l1_is_switched_inside_a_graph():
+    criterion, preds, shapes, rows = small_yolox()
+
+    def switched(is_on):
+        criterion.use_l1 = is_on
+        return criterion(preds, shapes, rows).l1
+
+    compiled = torch.compile(switched, fullgraph=True, backend="eager")
+    assert compiled(True) > 0
+    assert compiled(False) == 0
+
+
 @pytest.mark.parametrize("system", ["yolo11", "yolox"])
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_no_value_is_needed_on_the_host(system, num_rows):
@@ -238,6 +251,14 @@ def test_no_value_is_needed_on_the_host(system, num_rows):
             criterion(*preds, [(4, 4), (2, 2)], targets)
     assert out.loss.device.type == "cuda"
     assert all(x.shape == () for x in out)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_fakes_need_no_backend_that_runs(backend):
+    with ty.backend(backend), FakeTensorMode():
+        preds = torch.zeros(2, 20, 8, requires_grad=True)
+        ty.YOLOXLoss(3, strides=(8, 16))(preds, [(4, 4), (2, 2)], torch.zeros(3, 6)).loss.backward()
+    assert preds.grad.shape == (2, 20, 8)
 
 
 def test_assigners_need_no_value_on_the_host():

@@ -21,9 +21,13 @@ def of_head(
     key: Any = None
     if isinstance(feat_shapes, list | tuple) and not torch.compiler.is_compiling():
         try:
-            key = channels, strides, *[(index(height), index(width)) for height, width in feat_shapes]
+            feat_shapes = [(height, width) for height, width in feat_shapes]  # an iterator gives its sides once
+            key = channels, strides, *feat_shapes
             for x in preds.values():
                 key += x.shape, x.dtype, x.device
+            for height, width in feat_shapes:
+                if type(height) is not int or type(width) is not int:  # 4.0 is equal to 4, and symbols stay unknown
+                    key = None
             if (known := _known.get(key)) is not None:
                 return known
         except (AttributeError, RuntimeError, TypeError, ValueError):

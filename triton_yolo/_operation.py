@@ -292,7 +292,8 @@ class _GradientsInside(_Differentiable):
                 finally:
                     _backend.end()
             if type(grad) is Tensor:
-                ctx.module.scale_(grads, grad)
+                module = ctx.module or _backend.implementation(grad.device, ctx.backend)
+                module.scale_(grads, grad)
             else:
                 for x in grads:
                     x.mul_(grad)
@@ -301,16 +302,23 @@ class _GradientsInside(_Differentiable):
         class InPlace(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, x: Any, others: list[Tensor], *leaves: Tensor) -> Tensor:
-                ctx.module = module = _backend.implementation(x[0].device)
-                output = operation.run_operator(operation.flat(x)) if _is_watched(x[0]) else operation.compute(x, module)
+                if _is_watched(x[0]):
+                    module, output = None, operation.run_operator(operation.flat(x))
+                else:
+                    module = _backend.implementation(x[0].device)
+                    output = operation.compute(x, module)
+                ctx.module = module
                 ctx.save_for_backward(*leaves)
+                ctx.set_materialize_grads(False)
                 ctx.rest, ctx.versions = x[len(leaves) :], _versions(x, places_of_others)
                 ctx.grads, ctx.backend = output[first:], _backend.current()
                 others += output[1:first]  # autograd need not know of what has no gradient
                 return output[0]
 
             @staticmethod
-            def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+                if grad is None:
+                    return (None,) * (2 + len(wanted))
                 if torch.is_grad_enabled():  # create_graph=True
                     with torch.no_grad():
                         grads = grads_of(ctx, grad)

@@ -52,7 +52,7 @@ class Criterion(nn.Module):
 
 def writable(buffer: Tensor) -> Tensor:
     """The buffer, or fresh memory for one that was made, moved or copied in inference mode and has to do for training too."""
-    if not buffer.is_inference():
+    if torch.compiler.is_compiling() or not buffer.is_inference():  # graphs can't ask
         return buffer
     with torch.inference_mode(False):
         return torch.empty_like(buffer)
