@@ -58,7 +58,7 @@ MEANT = {
     "positives may hold anything": Planted(Mutant("yolox_assign", "_a & is_finite(_b)", "_a"), f"{LOSSES}_only_a_chosen_cell_shows_that_its_logits_are_no_numbers"),
     "class target is one": Planted(Mutant("_loss", "_a[_c] * _b[_c]", "_a[_c]"), LOSSX),
     "oriented: turned boxes cross by the wrong axis": Planted(Mutant("_Pair.measures", "_a.mul_(self.sin)", "_a.mul_(self.cos)"), PROB_IOU),
-    "oriented: a gradient past the bounds": Planted(Mutant("prob_overlap_derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
+    "oriented: a gradient past the bounds": Planted(Mutant("ProbOverlap.derivative", "_a.masked_fill(_b, 0)", "_a"), f"{STAGES}_equal_oriented_boxes_overlap_fully_with_no_way_up"),
     "oriented: rectangles around boxes as if upright": Planted(Mutant("upright_bounds", "_a * _b + _a.flip(1) * _c", "_a"), f"{ASSIGNERS}_oriented_boxes_have_the_points_on_their_diagonals"),
     "oriented: edges are outside": Planted(Mutant("is_inside_oriented", "_a <= _b", "_a < _b", 0, 2), f"{ASSIGNERS}_points_on_the_edge_of_an_oriented_box_are_candidates"),
     "oriented: points beside a box overlap it by nothing": Planted(Mutant("_pairs_of_points", "torch.cat(_a).nonzero()", "(torch.cat(_a) | True).nonzero()"), f"{ASSIGNERS}_points_beside_an_oriented_box_are_no_candidates_where_overlaps_do_not_count"),
@@ -94,7 +94,7 @@ MEANT = {
 
 # Any slip in these functions; so many of them are tried.
 SLIPS = {
-    "overlap": (IOU, 2), "overlap_derivative": (IOU, 3), "prob_overlap_derivative": (PROB_IOU, 2), "expectation_backward": (LOSS11, 1), "boxes_from_distances": (DECODING, 1),
+    "overlap": (IOU, 2), "overlap_derivative": (IOU, 3), "ProbOverlap.derivative": (PROB_IOU, 2), "expectation_backward": (LOSS11, 1), "boxes_from_distances": (DECODING, 1),
     "yolox_raw_grad": (DECODING_X, 1), "is_inside": (SIM, 1), "topk_per_row": (TOPK, 2), "grid_pairs": (LOSS11, 2),
     "point_pairs": (TAL, 1), "Regions.in_centre": (SIM, 1), "_costs": (COSTS, 2), "dynamic_k": (SIM, 1),
     "_Positives.slopes": (f"{KEYPOINTS}_keypoint_loss", 1), "cheapest_k": (SIM, 1), "boxes_from_raw": (DECODING_X, 1), "_gather_members": (SIM, 1),

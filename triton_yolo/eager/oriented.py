@@ -96,59 +96,61 @@ def _hellinger(distance: Tensor, eps: float) -> Tensor:
     return (-distance).expm1_().neg_().add_(eps).sqrt_()
 
 
-def prob_overlap(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
-    """ProbIoU of boxes (..., 5)."""
-    return _overlap(_gaussian(working(a).unbind(-1), floor), _gaussian(working(b).unbind(-1), floor), eps)
+class ProbOverlap:
+    """ProbIoU of boxes ``a`` and ``b`` (..., 5) and its derivative, of which each takes what the other has computed."""
 
+    def __init__(self, a: Tensor, b: Tensor, eps: float, floor: float) -> None:
+        boxes = working(a).unbind(-1)
+        self._sides, self._eps = boxes[2:4], eps
+        self._pair = _pair(_gaussian(boxes, floor), _gaussian(working(b).unbind(-1), floor))
+        self._measures = self._pair.measures()
+        self._distance = _distance(*self._measures, eps)
 
-def _overlap(a: _Gaussian, b: _Gaussian, eps: float) -> Tensor:
-    return 1 - _hellinger(_distance(*_pair(a, b).measures(), eps).clamp_(eps, 100), eps)
+    def value(self) -> Tensor:
+        """(...,)."""
+        return 1 - _hellinger(self._distance.clamp(self._eps, 100), self._eps)
 
+    def derivative(self) -> Tensor:
+        """By ``a``: (..., 5). It is symmetric, so the derivative by ``b`` is that of (b, a)."""
+        x, (excess, areas, apart), distance, eps = self._pair, self._measures, self._distance, self._eps
+        is_bounded = (distance < eps) | (distance > 100)
+        d_distance = (-torch.exp(-distance) / 2 / _hellinger(distance.clamp(eps, 100), eps)).masked_fill(is_bounded, 0)
 
-def prob_overlap_derivative(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
-    """Derivative of ProbIoU by ``a``: (..., 5). It is symmetric, so the derivative by ``b`` is that of (b, a)."""
-    x = _pair(*(_gaussian(working(boxes).unbind(-1), floor) for boxes in (a, b)))
-    excess, areas, apart = x.measures()
-    distance = _distance(excess, areas, apart, eps)
-    is_bounded = (distance < eps) | (distance > 100)
-    d_distance = (-torch.exp(-distance) / 2 / _hellinger(distance.clamp(eps, 100), eps)).masked_fill(is_bounded, 0)
+        determinant, whole = excess + areas + eps, areas + eps
+        d_apart = d_distance / 4 / determinant
+        d_determinant = -d_apart * (apart / determinant)
+        d_shape = d_distance / 2 / ((excess + areas) / whole + eps) / whole
+        d_excess = d_determinant + d_shape
+        d_areas = d_determinant - d_shape * ((excess - eps) / whole)
 
-    determinant, whole = excess + areas + eps, areas + eps
-    d_apart = d_distance / 4 / determinant
-    d_determinant = -d_apart * (apart / determinant)
-    d_shape = d_distance / 2 / ((excess + areas) / whole + eps) / whole
-    d_excess = d_determinant + d_shape
-    d_areas = d_determinant - d_shape * ((excess - eps) / whole)
+        own, other, (of_boxes, crossed, aligned) = x.a, x.b, x.differences()
+        crossed, aligned = crossed * x.cos.square(), aligned * x.sin.square()
+        d_along = (
+            2 * d_excess * (of_boxes * own.across + crossed * other.across + aligned * other.along)
+            + 4 * d_areas * own.across * other.along * other.across
+            + 2 * d_apart * own.along * x.v_a.square()
+        )
+        d_across = (
+            2 * d_excess * (of_boxes * own.along - crossed * other.along - aligned * other.across)
+            + 4 * d_areas * own.along * other.along * other.across
+            + 2 * d_apart * own.across * x.u_a.square()
+        )
+        d_turn = 2 * d_excess * x.sin * x.cos * (own.along.square() - own.across.square()) * (
+            other.along.square() - other.across.square()
+        ) + 2 * d_apart * x.u_a * x.v_a * (own.across.square() - own.along.square())
 
-    own, other, (of_boxes, crossed, aligned) = x.a, x.b, x.differences()
-    crossed, aligned = crossed * x.cos.square(), aligned * x.sin.square()
-    d_along = (
-        2 * d_excess * (of_boxes * own.across + crossed * other.across + aligned * other.along)
-        + 4 * d_areas * own.across * other.along * other.across
-        + 2 * d_apart * own.along * x.v_a.square()
-    )
-    d_across = (
-        2 * d_excess * (of_boxes * own.along - crossed * other.along - aligned * other.across)
-        + 4 * d_areas * own.along * other.along * other.across
-        + 2 * d_apart * own.across * x.u_a.square()
-    )
-    d_turn = 2 * d_excess * x.sin * x.cos * (own.along.square() - own.across.square()) * (
-        other.along.square() - other.across.square()
-    ) + 2 * d_apart * x.u_a * x.v_a * (own.across.square() - own.along.square())
-
-    pull_u, pull_v = own.across.square() * x.u_a, own.along.square() * x.v_a
-    pull_u, pull_v = (
-        other.across.square() * x.u_b + pull_u * x.cos - pull_v * x.sin,
-        other.along.square() * x.v_b + pull_u * x.sin + pull_v * x.cos,
-    )
-    d_x = 2 * d_apart * (pull_u * other.cos - pull_v * other.sin)
-    d_y = 2 * d_apart * (pull_u * other.sin + pull_v * other.cos)
-    _, _, width, height, _ = working(a).unbind(-1)
-    d_width, d_height = (
-        torch.where(deviation == 0, 0, d * side / (12 * deviation))
-        for d, side, deviation in ((d_along, width, own.along), (d_across, height, own.across))
-    )
-    return torch.stack([d_x, d_y, d_width, d_height, d_turn], -1)
+        pull_u, pull_v = own.across.square() * x.u_a, own.along.square() * x.v_a
+        pull_u, pull_v = (
+            other.across.square() * x.u_b + pull_u * x.cos - pull_v * x.sin,
+            other.along.square() * x.v_b + pull_u * x.sin + pull_v * x.cos,
+        )
+        d_x = 2 * d_apart * (pull_u * other.cos - pull_v * other.sin)
+        d_y = 2 * d_apart * (pull_u * other.sin + pull_v * other.cos)
+        d_width, d_height = (
+            torch.where(deviation == 0, 0, d * side / (12 * deviation))
+            for d, side, deviation in zip((d_along, d_across), self._sides, (own.along, own.across), strict=True)
+        )
+        return torch.stack([d_x, d_y, d_width, d_height, d_turn], -1)
 
 
 def turned(vectors: Tensor, angle: Tensor) -> Tensor:
@@ -178,7 +180,8 @@ def gaussians(boxes: Tensor) -> Tensor:
 
 def gaussian_overlap(a: Tensor, b: Tensor) -> Tensor:
     """ProbIoU (P,) of ``gaussians`` (7, P)."""
-    return _overlap(_Gaussian(*a), _Gaussian(*b), 1e-7)
+    distance = _distance(*_pair(_Gaussian(*a), _Gaussian(*b)).measures(), 1e-7)
+    return 1 - _hellinger(distance.clamp_(1e-7, 100), 1e-7)
 
 
 def axes(boxes: Tensor) -> Tensor:
@@ -208,10 +211,10 @@ def is_inside_oriented(points: Tensor, columns: Tensor, eps: float) -> Tensor:
 
 
 def prob_iou(x: ProbIoU) -> Overlaps:
-    return Overlaps(prob_overlap(x.a, x.b, x.eps, x.floor))
+    return Overlaps(ProbOverlap(x.a, x.b, x.eps, x.floor).value())
 
 
 def prob_iou_backward(x: ProbIoUBackward) -> GradBoxes:
-    grad_a = x.grad[..., None] * prob_overlap_derivative(x.a, x.b, x.eps, x.floor)
-    grad_b = x.grad[..., None] * prob_overlap_derivative(x.b, x.a, x.eps, x.floor)
+    grad_a = x.grad[..., None] * ProbOverlap(x.a, x.b, x.eps, x.floor).derivative()
+    grad_b = x.grad[..., None] * ProbOverlap(x.b, x.a, x.eps, x.floor).derivative()
     return GradBoxes(grad_a.to(x.a.dtype), grad_b.to(x.b.dtype))

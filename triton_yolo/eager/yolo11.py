@@ -155,14 +155,14 @@ def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...
     cls_gain, dfl_gain = x.gains[1:3]
     grad_scores = torch.empty_like(x.pred_scores)
     slope = _weighted((cls_gain * scale).expand(x.pred_scores.shape[2]), x.class_weights)
-    for block in blocks(x.pred_scores):
-        logits = x.pred_scores[block]
-        # slope * sigmoid(logits) in one pass
-        args = slope[block[2]].expand_as(logits), working(logits), 1, _LINEAR_FROM
-        if logits.dtype == slope.dtype:
-            torch.ops.aten.softplus_backward.grad_input(*args, grad_input=grad_scores[block])
-        else:
-            grad_scores[block] = torch.ops.aten.softplus_backward(*args)
+    # slope * sigmoid(logits) in one pass
+    if x.pred_scores.dtype == slope.dtype:
+        args = slope.expand_as(grad_scores), x.pred_scores, 1, _LINEAR_FROM
+        torch.ops.aten.softplus_backward.grad_input(*args, grad_input=grad_scores)
+    else:
+        for block in blocks(x.pred_scores):
+            logits = working(x.pred_scores[block])
+            grad_scores[block] = torch.ops.aten.softplus_backward(slope[block[2]].expand_as(logits), logits, 1, _LINEAR_FROM)
     at_label = (pos.images, pos.anchors, pos.labels)
     error = working(x.pred_scores[at_label]).sigmoid() - pos.scores
     grad_scores[at_label] = (_weighted(error, x.class_weights, pos.labels) * (cls_gain * scale)).to(grad_scores.dtype)

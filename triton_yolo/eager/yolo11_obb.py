@@ -19,7 +19,7 @@ from .._signatures import (
     YOLO11OBBOutputs,
 )
 from .finite import is_finite
-from .oriented import prob_overlap, prob_overlap_derivative, turned
+from .oriented import ProbOverlap, turned
 from .pairs import anchor_table
 from .task_aligned import ORIENTED
 from .yolo11 import Positives, assign, expected_distances, gradients_of, loss_of
@@ -68,6 +68,7 @@ class OrientedPositives(Positives):
         self.offset = turned(((right_bottom - left_top) / 2).T, angle[:, 0]).T
         self.boxes = torch.cat([points + self.offset, left_top + right_bottom, angle], -1)
         self.gt_boxes = torch.cat([gt_boxes[:, :4] / stride, gt_boxes[:, 4:]], -1)
+        self.similarity = ProbOverlap(self.boxes, self.gt_boxes, 1e-7, FLOOR)
         from_centre = turned((points - self.gt_boxes[:, :2]).T, -gt_boxes[:, 4]).T
         half = self.gt_boxes[:, 2:4] / 2
         self.target_distances = torch.cat([half + from_centre, half - from_centre], -1)
@@ -76,12 +77,12 @@ class OrientedPositives(Positives):
         self.roundness = torch.exp(-((width / height).log() / 3).square())
 
     def losses(self) -> list[Tensor]:
-        box = 1 - prob_overlap(self.boxes, self.gt_boxes, 1e-7, FLOOR)
+        box = 1 - self.similarity.value()
         angle = (2 * self.sin * self.cos).square() * self.roundness
         return [box, angle[:, 0]]
 
     def gradients(self, gains: Sequence[float], weight: Tensor) -> list[Tensor]:
-        grad_boxes = -gains[0] * weight * prob_overlap_derivative(self.boxes, self.gt_boxes, 1e-7, FLOOR)
+        grad_boxes = -gains[0] * weight * self.similarity.derivative()
         grad_centre, grad_size, grad_angle = grad_boxes.split([2, 2, 1], -1)
         grad_offset = turned(grad_centre.T, -self.boxes[:, 4]).T / 2
         (x, y), (grad_x, grad_y) = self.offset.split(1, -1), grad_centre.split(1, -1)
