@@ -20,7 +20,7 @@ def expectation_backward(grad: Tensor, probs: Tensor, value: Tensor) -> Tensor:
     if probs.shape[-1] == 1:
         return grad[..., None]
     bins = torch.arange(probs.shape[-1], dtype=probs.dtype, device=probs.device)
-    return probs * (bins - value[..., None]) * grad[..., None]
+    return (probs * (bins - value[..., None])).mul_(grad[..., None])
 
 
 def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:

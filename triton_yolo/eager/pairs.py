@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     """Whether points (2, m) are inside boxes (k, m). What lies between two points inside is inside too."""
 
 
-_PART = 1 << 19  # pairs that are held at once: 30 MiB
+_PART = 1 << 18  # pairs that are held at once: 15 MiB
 
 
 def anchor_table(levels: Levels, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,8 @@ def gradients_of(x: Given, pos: "Positives", scale: Tensor) -> tuple[Tensor, ...
     grad_logits = expectation_backward(grad_distances, pos.probs, pos.distances)
     if x.reg_max > 1:
         low, weight_low, weight_high = pos.soft_bins()
-        error = pos.probs.scatter_add(-1, low, -weight_low[..., None]).scatter_add_(-1, low + 1, -weight_high[..., None])
+        # In place: nobody needs the probabilities any more.
+        error = pos.probs.scatter_add_(-1, low, -weight_low[..., None]).scatter_add_(-1, low + 1, -weight_high[..., None])
         grad_logits = grad_logits.addcmul_(dfl_gain / 4 * weight[..., None], error)
     grads = [untouched_zeros_like(pred) for pred in preds[:-1]]
     for grad, at_positives in zip(grads, (grad_logits.flatten(-2), *others), strict=True):
