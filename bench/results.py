@@ -76,11 +76,13 @@ def _slug() -> str:
 
 @cache
 def _commit() -> str:
-    """Asked once: the first result that is saved changes the tree. A copy without a repository is told by its package."""
+    """A tree that differs in more than results is dirty. A copy without a repository is told by its package."""
     git = "git", "-C", str(FOLDER.parent)
     if _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) == "unknown":  # none, or another's
         return f"with triton_yolo {tree_id(FOLDER.parents[1] / 'triton_yolo')[:7]}"
-    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
+    commit = _output(*git, "describe", "--always", "--exclude=*")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(exclude){FOLDER.name}")
+    return f"{commit}-dirty" if changes else commit
 
 
 def tree_id(folder: Path) -> str:

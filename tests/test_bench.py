@@ -324,6 +324,21 @@ def test_a_copy_without_git_names_its_sources(copied, git):
     assert results.provenance()["commit"] == without
 
 
+def test_only_results_leave_a_tree_clean(copied, git):
+    for name in ("results.py", "results/rows.jsonl"):
+        (results.FOLDER.parent / name).write_text("as it was\n")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "all")
+    commits = []
+    for name in ("results/rows.jsonl", "results.py"):
+        (results.FOLDER.parent / name).write_text("another\n")
+        results._commit.cache_clear()
+        commits.append(results.provenance()["commit"])
+    head = git("describe", "--always")
+    assert commits == [head, f"{head}-dirty"]
+
+
 def test_tables_replace_what_is_between_their_markers():
     text = "a\n<!-- bench loss -->\nold\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
     filled = "a\n<!-- bench loss -->\nnew\n<!-- end of bench loss -->\nb <!-- bench stages --> c"
