@@ -302,16 +302,17 @@ class _GradientsInside(_Differentiable):
         class InPlace(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, x: Any, others: list[Tensor], *leaves: Tensor) -> Tensor:
+                ctx.backend = _backend.current()
                 if _is_watched(x[0]):
                     module, output = None, operation.run_operator(operation.flat(x))
                 else:
-                    module = _backend.implementation(x[0].device)
+                    module = _backend.implementation(x[0].device, ctx.backend)
                     output = operation.compute(x, module)
                 ctx.module = module
                 ctx.save_for_backward(*leaves)
                 ctx.set_materialize_grads(False)
                 ctx.rest, ctx.versions = x[len(leaves) :], _versions(x, places_of_others)
-                ctx.grads, ctx.backend = output[first:], _backend.current()
+                ctx.grads = output[first:]
                 others += output[1:first]  # autograd need not know of what has no gradient
                 return output[0]
 

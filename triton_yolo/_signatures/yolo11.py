@@ -165,4 +165,5 @@ class YOLO11(NamedTuple):
         )
         num_fg = dist.new_empty((), dtype=torch.int64)
         row = dist.new_empty(dist.shape[:2] if self.wants_row else 0, dtype=torch.int32)
-        return YOLO11Outputs(loss, loss.new_empty(()), loss.new_empty(()), loss.new_empty(()), num_fg, row, *grads)
+        terms = torch.empty_like(loss), torch.empty_like(loss), torch.empty_like(loss)
+        return YOLO11Outputs(loss, *terms, num_fg, row, *grads)

@@ -129,5 +129,5 @@ class YOLO11OBB(NamedTuple):
         loss = dist.new_empty((), dtype=working_dtype(dist.dtype))
         num_fg = dist.new_empty((), dtype=torch.int64)
         grads = (torch.empty_like(x) if self.wants_grad else x.new_empty(0) for x in preds)
-        terms = [loss.new_empty(()) for _ in range(4)]
+        terms = [torch.empty_like(loss) for _ in range(4)]
         return YOLO11OBBOutputs._make((loss, *terms, num_fg, *grads))

@@ -66,8 +66,9 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_s
     if not isinstance(targets, Tensor):
         forms = f"an (N, {2 + box_size}) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
-    _checks.tensor("targets", targets, ("N", 2 + box_size), like=preds)
-    if targets.dtype not in (torch.float32, torch.float64):
+    is_usual = targets.dtype in (torch.float32, torch.float64) and targets.device == preds.device
+    if not is_usual or targets.dim() != 2 or targets.shape[1] != 2 + box_size:
+        _checks.tensor("targets", targets, ("N", 2 + box_size), like=preds)
         _checks.exact("targets", targets, preds.shape[0], preds.shape[2] - num_others)
     return [targets.detach() if targets.requires_grad else targets]
 
