@@ -96,6 +96,10 @@ def _hellinger(distance: Tensor, eps: float) -> Tensor:
     return (-distance).expm1_().neg_().add_(eps).sqrt_()
 
 
+def _similarity(distance: Tensor, eps: float) -> Tensor:
+    return 1 - _hellinger(distance.clamp(eps, 100), eps)
+
+
 class ProbOverlap:
     """ProbIoU of boxes ``a`` and ``b`` (..., 5) and its derivative, of which each takes what the other has computed."""
 
@@ -108,7 +112,7 @@ class ProbOverlap:
 
     def value(self) -> Tensor:
         """(...,)."""
-        return 1 - _hellinger(self._distance.clamp(self._eps, 100), self._eps)
+        return _similarity(self._distance, self._eps)
 
     def derivative(self) -> Tensor:
         """By ``a``: (..., 5). It is symmetric, so the derivative by ``b`` is that of (b, a)."""
@@ -180,8 +184,7 @@ def gaussians(boxes: Tensor) -> Tensor:
 
 def gaussian_overlap(a: Tensor, b: Tensor) -> Tensor:
     """ProbIoU (P,) of ``gaussians`` (7, P)."""
-    distance = _distance(*_pair(_Gaussian(*a), _Gaussian(*b)).measures(), 1e-7)
-    return 1 - _hellinger(distance.clamp_(1e-7, 100), 1e-7)
+    return _similarity(_distance(*_pair(_Gaussian(*a), _Gaussian(*b)).measures(), 1e-7), 1e-7)
 
 
 def axes(boxes: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def rows_of(targets: Tensor | Targets, preds: Tensor, num_others: int = 0, box_s
     if not isinstance(targets, Tensor):
         forms = f"an (N, {2 + box_size}) tensor or triton_yolo.Targets, which takes padded boxes and lists too"
         raise TypeError(f"targets must be {forms}, got {type(targets).__name__}")
+    # At every step: four looks and no call where all is as it should be.
     is_usual = targets.dtype in (torch.float32, torch.float64) and targets.device == preds.device
     if not is_usual or targets.dim() != 2 or targets.shape[1] != 2 + box_size:
         _checks.tensor("targets", targets, ("N", 2 + box_size), like=preds)

@@ -90,7 +90,7 @@ class TaskAlignedCriterion(Criterion):
         wants_grad = wants_grad and torch.is_grad_enabled()
         # Gradients are written before the loss's own is known, but for float16: its loss scale keeps small ones above 0.
         if self._ranks.given is None and not (is_half and wants_grad):
-            # Past the search that an attribute is, unless they were made a parameter.
+            # A module looks for its attribute in three places first. Weights may have been made a parameter.
             is_buffer = "class_weights" in self._buffers
             class_weights = self._buffers["class_weights"] if is_buffer else self.class_weights
             options = class_weights, levels, self.reg_max, self.assigner, self.gains, wants_grad, *others

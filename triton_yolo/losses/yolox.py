@@ -120,7 +120,7 @@ class YOLOXLoss(Criterion):
         """
         levels = _levels.of_head({"preds": preds}, (5 + self.num_classes,), feat_shapes, self.strides)
         rows = rows_of(targets, preds, 5)
-        l1_gain: Any = self._buffers["_l1_gain"]  # past the search that an attribute is
+        l1_gain: Any = self._buffers["_l1_gain"]  # a module looks for its attribute in three places first
         if l1_gain.device != preds.device:
             l1_gain = torch.full((), float(self._use_l1), dtype=torch.float32, device=preds.device)
         options = levels, self.iou_loss, self.iou_gain
